@@ -1,0 +1,178 @@
+"""The verbs: change a model and write down how, rebuild the shapes from the record, read the record, drop it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_compress.core.method import Method, MethodConfig
+from hf_compress.core.record import QUANT_METHOD, RECORD_VERSION, CompressionConfig
+from hf_compress.methods import METHODS
+
+
+def _record_of(config: PretrainedConfig) -> dict[str, Any]:
+    record = getattr(config, "quantization_config", None)
+    record = record.to_dict() if hasattr(record, "to_dict") else record
+    if record is None:
+        return CompressionConfig().to_dict()
+    if record.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"quantization_config must be empty or of hf_compress, got quant_method={record.get('quant_method')!r}: "
+            "a model holds one such record. Compress the unquantised model."
+        )
+    if not isinstance(record.get("version"), int) or record["version"] > RECORD_VERSION:
+        raise ValueError(
+            f"The record has version {record.get('version')!r}, this hf_compress reads up to {RECORD_VERSION}. "
+            "Upgrade with: pip install -U hf_compress"
+        )
+    if not isinstance(record.get("steps"), list):
+        raise ValueError(f"The record must hold a list of steps, got {record.get('steps')!r}.")
+    return record
+
+
+def _parse(step: Mapping[str, Any], config: PretrainedConfig, position: int) -> tuple[Method, MethodConfig]:
+    """One step of the record as the method and its config; broken steps raise one `ValueError`."""
+    name = step.get("method") if isinstance(step, Mapping) else None
+    if name not in METHODS:
+        raise ValueError(f"Step {position}: method must be one of {', '.join(METHODS)}, got {name!r}.")
+    method = METHODS[name]
+    values = {key: value for key, value in step.items() if key != "method"}
+    for key in method.config_class.flat:
+        if hasattr(config, key):
+            values[key] = getattr(config, key)
+    try:
+        return method, method.config_class(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Step {position} ({name}) is broken: {error}") from error
+
+
+def steps_of(model_or_config: PreTrainedModel | PretrainedConfig) -> list[dict[str, Any]]:
+    """The steps that made a model, first to last; an uncompressed model has none.
+
+    Raises:
+        ValueError: If the record is of another package, of a newer version, names an unknown method or holds an
+            impossible value.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> steps_of(BertConfig())
+        []
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    steps = _record_of(config)["steps"]
+    parsed = [_parse(step, config, position) for position, step in enumerate(steps)]
+    flat = [{key: getattr(done, key) for key in method.config_class.flat} for method, done in parsed]
+    return [{**step, **knobs} for step, knobs in zip(steps, flat, strict=True)]
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raise `ValueError` when a weight is NaN or infinite: everything computed from it would be."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ValueError(f"Weights must be finite, got NaN or infinity in {name}.")
+
+
+def method_of(config: MethodConfig) -> Method:
+    """The method that a config belongs to."""
+    for method in METHODS.values():
+        if type(config) is method.config_class:
+            return method
+    known = ", ".join(method.config_class.__name__ for method in METHODS.values())
+    raise ValueError(f"configs must be one of {known}, got {type(config).__name__}.")
+
+
+def compress(
+    model: PreTrainedModel, *configs: MethodConfig, data: Iterable[Mapping[str, Any]] | None = None
+) -> PreTrainedModel:
+    """Change a model in place, one step for each config, and record the steps in its config.
+
+    Args:
+        model: A dense or already compressed transformers model with ordinary weights.
+        configs: What to do, in order.
+        data: Calibration batches: dicts of tensors as the model takes them, or a `DataLoader` of such. Methods that
+            need several passes ask for something that can be read again.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: Before the model is touched, when a config is impossible for it or its weights are not finite.
+
+    Example:
+        >>> import hf_compress as hc
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> batches = [{"input_ids": torch.randint(0, 99, (8, 16))}]
+        >>> model = hc.compress(BertModel(tiny), hc.StructuredPruningConfig(mac_ratio=0.7), data=batches)
+        >>> hc.steps_of(model)[0]["mac_ratio"]
+        0.7
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.")
+    if not configs:
+        raise ValueError("configs must name at least one step, got none.")
+    methods = [method_of(config) for config in configs]
+    steps_of(model)
+    check_finite(model)
+    for method, config in zip(methods, configs, strict=True):
+        if method.check is not None:
+            method.check(model, config)
+    for method, config in zip(methods, configs, strict=True):
+        append_step(model, method, method.compress(model, config, data))
+    return model
+
+
+def append_step(model: PreTrainedModel, method: Method, completed: MethodConfig) -> None:
+    """Write a finished step into the model's config."""
+    steps = _record_of(model.config)["steps"]
+    for name in completed.flat:
+        setattr(model.config, name, getattr(completed, name))
+    steps.append({"method": method.name, **completed.to_record()})
+    model.config.quantization_config = CompressionConfig(steps=steps)
+
+
+def rebuild(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a freshly built model the module tree of the record in its config.
+
+    `AutoModel.from_config` ignores the record; this applies it. Weights of the skeleton lose their meaning where
+    shapes change.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the record is broken.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> skeleton = rebuild(BertModel(BertConfig(num_hidden_layers=1)))   # nothing recorded, nothing to do
+    """
+    for position, step in enumerate(_record_of(model.config)["steps"]):
+        method, completed = _parse(step, model.config, position)
+        method.rebuild(model, completed)
+    return model
+
+
+def to_plain(model: PreTrainedModel) -> PreTrainedModel:
+    """Drop the record when stock transformers can build the same modules from ordinary config fields.
+
+    Returns:
+        The same model, saved by `save_pretrained` as something that opens without this package.
+
+    Raises:
+        ValueError: If a step cannot be expressed; says which layer prevents it. The model is unchanged then.
+    """
+    fields: dict[str, Any] = {}
+    for position, step in enumerate(_record_of(model.config)["steps"]):
+        method, completed = _parse(step, model.config, position)
+        if method.plain is None:
+            raise ValueError(f"Step {position} ({method.name}) has no form that stock transformers can build.")
+        fields.update(method.plain(model, completed))
+    for name, value in fields.items():
+        setattr(model.config, name, value)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model

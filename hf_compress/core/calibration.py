@@ -1,0 +1,192 @@
+"""Statistics of layer inputs over a few batches, accumulated while they stream by.
+
+Memory does not depend on the number of samples: a statistic is a matrix of the layer's width. Padding never counts.
+
+Letters: B batch, S padded length, N live tokens, F width of the layer input.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+
+logger = logging.getLogger(__name__)
+
+# Columns a block of the symmetric product; smaller blocks waste less, larger ones run nearer to the machine's peak.
+_BLOCK = 384
+
+
+def forward_names(module: nn.Module) -> list[str]:
+    """The arguments that a module's `forward` names; `**kwargs` does not count as naming."""
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [name for name, entry in inspect.signature(module.forward).parameters.items() if entry.kind not in kinds]
+
+
+def accepted_arguments(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a batch that a module's `forward` names."""
+    named = set(forward_names(module))
+    return {name: value for name, value in batch.items() if name in named}
+
+
+class Statistic(Protocol):
+    """Something that eats rows and remembers less."""
+
+    def update(self, rows: Tensor) -> None: ...
+
+
+def add_gram_(gram: Tensor, rows: Tensor) -> None:
+    """Add `rows.T @ rows` to the upper triangle of blocks of `gram`, in double precision.
+
+    Args:
+        gram: [F, F] float64; only blocks on and above the diagonal are written.
+        rows: [N, F] any float dtype.
+    """
+    rows = rows.to(gram.dtype)
+    for start in range(0, gram.shape[0], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        gram[block, start:].addmm_(rows[:, block].T, rows[:, start:])
+
+
+class SecondMoments:
+    """Sum of outer products, sum, and number of the rows seen so far.
+
+    Args:
+        width: F.
+        device: Where to accumulate; devices without float64 are replaced by the CPU.
+
+    Example:
+        >>> moments = SecondMoments(2)
+        >>> moments.update(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> moments.gram.tolist()
+        [[10.0, 14.0], [14.0, 20.0]]
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        device = torch.device("cpu") if torch.device(device).type == "mps" else device
+        self._upper = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.total = torch.zeros(width, dtype=torch.float64, device=device)
+        self.num_rows = 0
+
+    def update(self, rows: Tensor) -> None:
+        # Bounded chunks: the double-precision copy of a large batch would be the largest tensor of the whole run.
+        for chunk in rows.to(self._upper.device).split(8192):
+            add_gram_(self._upper, chunk)
+            self.total += chunk.sum(0, dtype=torch.float64)
+            self.num_rows += len(chunk)
+
+    @property
+    def gram(self) -> Tensor:
+        """[F, F] float64, `X^T X`."""
+        return self._upper.triu() + self._upper.triu(1).T
+
+    def centred_gram(self) -> Tensor:
+        """[F, F] float64, the Gram matrix of the rows minus their mean."""
+        return self.gram - torch.outer(self.total, self.total) / self.num_rows
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.num_rows
+
+
+class _Stop(Exception):
+    """Raised by the last hook: the rest of the forward pass is not needed."""
+
+
+def _batches(data: Iterable[Mapping[str, Any]], description: str) -> Iterator[Mapping[str, Any]]:
+    total = len(data) if hasattr(data, "__len__") else None
+    yield from tqdm(data, total=total, desc=description, leave=False, disable=not logger.isEnabledFor(logging.INFO))
+
+
+def live_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """[B, S] bool, True where the attention mask of a batch keeps a token (everywhere when there is no mask)."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.ones(batch["input_ids"].shape[:2], dtype=torch.bool, device=batch["input_ids"].device)
+    return mask.bool()
+
+
+def require_data(data: Iterable[Mapping[str, Any]] | None, passes: int) -> Iterable[Mapping[str, Any]]:
+    """Check that calibration data can be read as often as a method needs it.
+
+    Raises:
+        ValueError: If there is none, or if it is an iterator that can be read once and more passes are needed.
+    """
+    if data is None:
+        raise ValueError("data must be given: this method looks at a few hundred examples (an iterable of input dicts).")
+    if passes > 1 and iter(data) is data:
+        raise ValueError(
+            f"data must be readable {passes} times for these settings, got a one-shot {type(data).__name__}. "
+            "Pass a list or a DataLoader."
+        )
+    return data
+
+
+@torch.no_grad()
+def collect_inputs(
+    model: PreTrainedModel,
+    modules: Mapping[Hashable, nn.Module],
+    statistics: Mapping[Hashable, Statistic],
+    data: Iterable[Mapping[str, Any]],
+    on_batch: Callable[[Mapping[str, Any]], None] | None = None,
+    description: str = "calibration",
+) -> None:
+    """Feed the live-token inputs of some modules to statistics, one forward pass a batch.
+
+    The pass stops after the deepest of the modules. The model runs in eval mode and is left in the mode it had.
+
+    Args:
+        model: Runs on the device it is on; batches are moved there.
+        modules: Key -> module whose first positional input is observed.
+        statistics: Key -> statistic, for the same keys.
+        data: Model-input dicts of tensors. Labels and arguments that the base model does not take are ignored.
+        on_batch: Called with each batch (after the move).
+
+    Raises:
+        ValueError: If the data is empty, has no `input_ids`, or drives a module to a non-finite input.
+    """
+    base = model.base_model
+    live: dict[str, Tensor] = {}
+    pending: set[Hashable] = set()
+
+    def observer(key: Hashable) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].reshape(-1, inputs[0].shape[-1])[live["tokens"]]
+            statistics[key].update(rows)
+            pending.discard(key)
+            if not pending:
+                raise _Stop
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(observer(key)) for key, module in modules.items()]
+    was_training = model.training
+    model.eval()
+    seen = 0
+    try:
+        for batch in _batches(data, description):
+            if "input_ids" not in batch:
+                raise ValueError(f"data must hold dicts with input_ids, got the keys {sorted(batch)}.")
+            moved = {k: v.to(base.device) for k, v in accepted_arguments(base, batch).items() if torch.is_tensor(v)}
+            live["tokens"] = live_tokens(moved).flatten()
+            pending.update(modules)
+            seen += 1
+            if on_batch is not None:
+                on_batch(moved)
+            try:
+                base(**moved)
+            except _Stop:
+                continue
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    if not seen:
+        raise ValueError("data must hold at least one batch, got none.")

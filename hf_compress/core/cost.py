@@ -1,0 +1,71 @@
+"""What a model costs: parameters, non-zeros, multiply-accumulates, bytes, counted on its real modules."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from transformers import PreTrainedModel
+
+from hf_compress.core.architectures import Block, blocks_of, named_projections
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Size and arithmetic of a model.
+
+    Args:
+        params: Number of parameters, shared ones once.
+        nonzero_params: Those that are not exactly zero.
+        macs: Multiply-accumulates of one forward pass of the given batch, without embeddings, LayerNorm, softmax
+            and task head.
+        bytes: Memory of the parameters in their dtype.
+        macs_by_layer: The MACs of each layer, in order; they sum to `macs`.
+    """
+
+    params: int
+    nonzero_params: int
+    macs: float
+    bytes: int
+    macs_by_layer: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def block_macs(block: Block, seq_len: float) -> float:
+    """Multiply-accumulates of one layer for one sequence, from the shapes of its projections."""
+    projections = sum(linear.in_features * linear.out_features for _, linear in named_projections(block))
+    return seq_len * projections + 2 * seq_len**2 * block.attention_out.in_features
+
+
+def count_cost(model: PreTrainedModel, seq_len: float = 128, batch_size: int = 1) -> Cost:
+    """Count parameters, non-zeros, bytes and multiply-accumulates of a model.
+
+    Args:
+        model: A supported architecture, compressed or not.
+        seq_len: Tokens a sequence, without padding; may be an average.
+        batch_size: Sequences.
+
+    Raises:
+        ValueError: If the architecture is not supported or a size is not positive.
+
+    Source:
+        The MAC model of Kwon et al. 2022 (arXiv 2204.09656), counted on module shapes instead of masks.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> count_cost(BertModel(tiny), seq_len=10).macs   # 10*(4*8*8 + 2*8*16) + 2*10*10*8
+        6720.0
+    """
+    if seq_len <= 0 or batch_size <= 0:
+        raise ValueError(f"seq_len and batch_size must be positive, got {seq_len} and {batch_size}.")
+    by_layer = [batch_size * float(block_macs(block, seq_len)) for block in blocks_of(model)]
+    parameters = list(model.parameters())
+    return Cost(
+        params=sum(p.numel() for p in parameters),
+        nonzero_params=sum(int(p.count_nonzero()) for p in parameters),
+        macs=sum(by_layer),
+        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        macs_by_layer=by_layer,
+    )

@@ -1,0 +1,110 @@
+"""What a compression method is: one config, two functions, and the paper it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """Where a method was published; rendered into model cards."""
+
+    title: str
+    identifier: str
+    bibtex: str
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_describe(choice) for choice in get_args(hint))
+    return "None" if hint is type(None) else str(getattr(hint, "__name__", hint)) if get_args(hint) == () else str(hint)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, choice) for choice in get_args(hint))
+    if origin in (list, tuple):
+        items = get_args(hint)[:1]
+        return isinstance(value, list | tuple) and all(_fits(item, items[0]) for item in value if items)
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def check_field_types(config: Any) -> None:
+    """Compare every dataclass field with its annotation.
+
+    Raises:
+        ValueError: Names the field, the rule and the value.
+    """
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _fits(value, hints[field.name]):
+            raise ValueError(f"{field.name} must be {_describe(hints[field.name])}, got {value!r}.")
+
+
+@dataclasses.dataclass(kw_only=True)
+class MethodConfig:
+    """Base of the method configs: what a compressed model *is*, saved in its `config.json`.
+
+    Subclasses are keyword-only dataclasses whose fields all have defaults. `flat` names the fields that live as
+    plain fields of the model's config, where `from_pretrained(path, name=value)` can override them; all others
+    are written into the step of the record.
+    """
+
+    flat: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ValueError` when the values contradict each other or are out of range."""
+
+    def to_record(self) -> dict[str, Any]:
+        """The fields that go into the step, without those that still have the value None."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.flat}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to change a model. `compress` may look at weights and data; `rebuild` may not.
+
+    Args:
+        name: The folder's name, the word in `config.json` and on the command line.
+        config_class: The method's `MethodConfig`.
+        compress: `(model, config, data) -> completed config`; changes a live model in place. The completed config
+            says which sizes came out, so that `rebuild` needs nothing else.
+        rebuild: `(model, completed config) -> None`; gives a dense skeleton (possibly on the meta device) the same
+            module tree. `compress(model).state_dict()` must load strictly into it.
+        paper: The source.
+        check: `(model, config) -> None`; raises `ValueError` when the config is impossible for the model, before
+            anything is changed.
+        plain: `(model, completed config) -> dict`; the config fields with which stock transformers builds the same
+            modules, or `ValueError` that says which layer prevents it. None: never expressible.
+    """
+
+    name: str
+    config_class: type[MethodConfig]
+    compress: Callable[..., MethodConfig]
+    rebuild: Callable[..., None]
+    paper: Paper
+    check: Callable[..., None] | None = None
+    plain: Callable[..., dict[str, Any]] | None = None

@@ -1,0 +1,47 @@
+"""The door into plain `from_pretrained`: rebuilds the modules of a record before its weights are read.
+
+This is the only file that touches `transformers.quantizers`. It is imported by `hf_compress` right after
+transformers has imported its own registry, which may be in the middle of importing its models; so it reaches the
+verbs through the lazy package and imports nothing that needs a model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+import hf_compress
+from hf_compress.core.record import QUANT_METHOD, CompressionConfig
+
+
+register_quantization_config(QUANT_METHOD)(CompressionConfig)
+
+
+@register_quantizer(QUANT_METHOD)
+class CompressionLoader(HfQuantizer):
+    """Reshapes the skeleton, then steps aside: what remains is an ordinary model with ordinary weights."""
+
+    requires_calibration = False
+    # Class attributes, not properties: Trainer asks both and refuses "quantized" models otherwise.
+    is_trainable = True
+    is_qat_trainable = True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # transformers has not attached the record to the config of every head class yet.
+        model.config.quantization_config = self.quantization_config
+        return hf_compress.rebuild(model)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # Without this, .half() and .float() raise and Trainer and PEFT treat plain weights as quantised ones.
+        model.__dict__.pop("hf_quantizer", None)
+        model.__dict__.pop("quantization_method", None)
+        model.is_quantized = False
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                module.config._is_quantized = False
+        return model

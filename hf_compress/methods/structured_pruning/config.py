@@ -1,0 +1,89 @@
+"""What a structurally pruned model is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_compress.core.method import MethodConfig
+
+
+@dataclass(kw_only=True)
+class StructuredPruningConfig(MethodConfig):
+    """Fewer attention heads and feed-forward neurons, chosen and corrected without retraining.
+
+    Args:
+        mac_ratio: Fraction of the multiply-accumulates that is **kept**, in (0, 1].
+        selection: How units are ranked. `interpolative`: pivoted decomposition of their activations; `fisher`: mask
+            search on squared gradients (needs labels in the data); `magnitude`: norm of their weights; `random`.
+        correction: Fold what the removed units carried into the next layer: least squares on the kept units, or
+            with `fisher` one least-squares scale for each kept unit, as its authors do.
+        allocation: `tolerance`: one relative residual for all layers; `uniform`: the same fraction everywhere.
+        order: `one_shot`: all statistics from the intact model; `sequential`: each layer sees its pruned prefix.
+        center: Decompose deviations from the mean and fold the mean into the bias of the next layer.
+        prune_heads, prune_neurons: What may be removed.
+        min_heads, min_neurons: What every layer keeps at least.
+        round_to: Keep a multiple of this many neurons in each layer (up to its full width).
+        seq_len: Tokens a sequence in the MAC count; None is the mean unpadded length of the calibration data.
+        ridge: Added to the Gram matrix as a fraction of its mean diagonal when correcting; 0 refuses calibration
+            sets with fewer than two tokens a neuron.
+        route: `gram`: exact second moments; `sketch`: pivots from a CountSketch of `sketch_rows` rows and the
+            correction from a second exact pass, for layers so wide that the moments do not fit.
+        sketch_rows: Rows of the sketch; at least four times the kept width is advised.
+        seed: Of `random` and of the sketch.
+        heads_per_layer, neurons_per_layer: Filled in by `compress`: what is left in each layer. Heads are counted
+            as key-value heads.
+        tolerance: Filled in by `compress`: the largest relative residual of a removed unit.
+
+    Source:
+        STAT (arXiv 2406.00061); the rules the paper leaves open are described in the method's README.
+
+    Example:
+        >>> StructuredPruningConfig(mac_ratio=1.5)
+        Traceback (most recent call last):
+            ...
+        ValueError: mac_ratio must be in (0, 1], got 1.5.
+    """
+
+    mac_ratio: float = 0.5
+    selection: Literal["interpolative", "fisher", "magnitude", "random"] = "interpolative"
+    correction: bool = True
+    allocation: Literal["tolerance", "uniform"] = "tolerance"
+    order: Literal["one_shot", "sequential"] = "one_shot"
+    center: bool = False
+    prune_heads: bool = True
+    prune_neurons: bool = True
+    min_heads: int = 1
+    min_neurons: int = 8
+    round_to: int = 1
+    seq_len: float | None = None
+    ridge: float = 0.0
+    route: Literal["gram", "sketch"] = "gram"
+    sketch_rows: int = 8192
+    seed: int = 0
+    heads_per_layer: list[int] | None = None
+    neurons_per_layer: list[int] | None = None
+    tolerance: float | None = None
+
+    def check(self) -> None:
+        if not 0 < self.mac_ratio <= 1:
+            raise ValueError(f"mac_ratio must be in (0, 1], got {self.mac_ratio}.")
+        for name in ("min_heads", "min_neurons", "round_to", "sketch_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.seq_len is not None and self.seq_len <= 0:
+            raise ValueError(f"seq_len must be positive, got {self.seq_len}.")
+        if self.ridge < 0:
+            raise ValueError(f"ridge must not be negative, got {self.ridge}.")
+        if not (self.prune_heads or self.prune_neurons) and self.mac_ratio < 1:
+            raise ValueError("prune_heads or prune_neurons must be true when mac_ratio is below 1, got neither.")
+        if self.selection == "fisher" and (self.order == "sequential" or self.center or self.route == "sketch"):
+            raise ValueError("selection='fisher' must go with order='one_shot', center=False and route='gram'.")
+        if self.route == "sketch" and (self.order == "sequential" or self.center or self.selection != "interpolative"):
+            raise ValueError(
+                "route='sketch' must go with selection='interpolative', order='one_shot' and center=False."
+            )
+        for name in ("heads_per_layer", "neurons_per_layer"):
+            sizes = getattr(self, name)
+            if sizes is not None and min(sizes, default=0) < 1:
+                raise ValueError(f"{name} must hold a positive size for each layer, got {sizes}.")

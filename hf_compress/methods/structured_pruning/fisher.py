@@ -1,0 +1,254 @@
+"""Retraining-free pruning by squared mask gradients: the baseline of Kwon et al. 2022 (arXiv 2204.09656).
+
+Four steps, each usable alone: gradients of the loss with respect to masks of ones, a search for the masks that keep
+the most Fisher information within a budget, an exchange of units inside each layer, and the tuning of the masks
+(in `mask_tuning`) with a less pruned teacher.
+
+Letters: B batches, H attention units, F neurons, n units or neurons of a layer, k kept ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_compress.core.architectures import Block
+from hf_compress.core.calibration import require_data
+from hf_compress.methods.structured_pruning.mask_tuning import (
+    Data,
+    Masks,
+    adds_own_input,
+    evaluating,
+    masked,
+    move_accepted,
+    tune_masks,
+)
+
+
+@dataclass(frozen=True)
+class FisherLayer:
+    """What stays of one layer, and the factors that the columns of its output projections are to be multiplied by.
+
+    Args:
+        units: Ascending attention units that stay.
+        neurons: [k] int64, ascending neurons that stay.
+        unit_scales: [len(units)] float64, one for all columns of a unit.
+        neuron_scales: [k] float64.
+    """
+
+    units: list[int]
+    neurons: Tensor
+    unit_scales: Tensor
+    neuron_scales: Tensor
+
+
+def collect_gradients(
+    model: PreTrainedModel, blocks: Sequence[Block], data: Data
+) -> tuple[list[Tensor], list[Tensor]]:
+    """How the loss reacts when a unit is turned down, for every batch: derivatives at masks of ones.
+
+    Args:
+        model: With a task head. Runs in eval mode with frozen parameters; mode and `requires_grad` are restored.
+        blocks: Its layers.
+        data: Input dicts with labels; read once.
+
+    Returns:
+        For each layer [B, H], and for each layer [B, F]; float64 on the CPU. Gradients of the batch-mean loss.
+
+    Raises:
+        ValueError: If the data is empty or has no labels, or if a gradient is not finite.
+    """
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    ones = Masks(
+        [torch.ones(b.num_units, dtype=dtype, device=b.attention_out.weight.device) for b in blocks],
+        [torch.ones(b.num_neurons, dtype=dtype, device=b.ffn_out.weight.device) for b in blocks],
+    )
+    leaves = [mask.requires_grad_() for mask in ones.units + ones.neurons]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rows: list[list[Tensor]] = []
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with evaluating(model), masked(blocks, ones), torch.enable_grad():
+            for batch in data:
+                loss = getattr(model(**move_accepted(model, batch)), "loss", None)
+                if loss is None:
+                    raise ValueError(
+                        f"data must hold labels with which {type(model).__name__} returns a loss, "
+                        f"got the keys {sorted(batch)}."
+                    )
+                rows.append([g.to("cpu", torch.float64) for g in torch.autograd.grad(loss, leaves)])
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+    if not rows:
+        raise ValueError("data must hold at least one batch, got none.")
+    grads = [torch.stack(column) for column in zip(*rows, strict=True)]
+    if not all(torch.isfinite(g).all() for g in grads):
+        raise ValueError("The loss must have finite gradients on the calibration data, got NaN or infinity.")
+    return grads[: len(blocks)], grads[len(blocks) :]
+
+
+def fisher_information(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Importance of every unit: [n] for each layer, the sum over batches of the squared gradients [B, n].
+
+    Example:
+        >>> fisher_information([torch.tensor([[1.0, 2.0], [3.0, 0.0]])])
+        [tensor([10.,  4.])]
+    """
+    return [g.square().sum(0) for g in grads]
+
+
+def _ranked(fisher: Sequence[Tensor], macs: Sequence[float], minimum: int) -> tuple[Tensor, int, Tensor, Tensor]:
+    """All units of a kind from best to worst: (order, forced, information of the first j, cost of the first j)."""
+    information = torch.cat([f.double() for f in fisher])
+    cost = torch.cat([torch.full_like(f, m, dtype=torch.float64) for f, m in zip(fisher, macs, strict=True)])
+    places = [f.argsort(descending=True, stable=True).argsort() for f in fisher]
+    forced = torch.cat([place < minimum for place in places])
+    worth = torch.where(forced, torch.inf, information / (cost / cost.max()))
+    order = worth.argsort(descending=True, stable=True)
+    zero = cost.new_zeros(1)
+    gained, spent = (torch.cat([zero, values[order].cumsum(0)]) for values in (information, cost))
+    return order, int(forced.sum()), gained, spent
+
+
+def _first(order: Tensor, count: int, fisher: Sequence[Tensor]) -> list[Tensor]:
+    keep = torch.zeros(len(order), dtype=torch.bool)
+    keep[order[:count]] = True
+    return list(keep.split([len(f) for f in fisher]))
+
+
+def search_masks(
+    unit_fisher: Sequence[Tensor],
+    neuron_fisher: Sequence[Tensor],
+    unit_macs: Sequence[float],
+    neuron_macs: Sequence[float],
+    mac_ratio: float,
+    min_units: int = 0,
+    min_neurons: int = 0,
+) -> Masks:
+    """The masks that keep the most Fisher information within a budget of multiply-accumulates.
+
+    Args:
+        unit_fisher, neuron_fisher: For each layer [H] and [F].
+        unit_macs, neuron_macs: For each layer, the cost of one unit and of one neuron.
+        mac_ratio: Fraction of the cost of all of them that may stay, in (0, 1].
+        min_units, min_neurons: What every layer keeps at least (all it has, when it has fewer): its best ones.
+
+    Returns:
+        Bool masks on the CPU. At least one attention unit stays in the model, as in the original.
+
+    Raises:
+        ValueError: If the minima alone exceed the budget.
+
+    Source:
+        Algorithm 1 of the paper. Deviations: numbers of units that exceed the budget are rejected (the released code
+        scores them with no neurons), minima exist, and with unequal costs the rank is information per cost.
+    """
+    units, forced_units, unit_gain, unit_cost = _ranked(unit_fisher, unit_macs, min_units)
+    neurons, forced_neurons, neuron_gain, neuron_cost = _ranked(neuron_fisher, neuron_macs, min_neurons)
+    full = float(unit_cost[-1] + neuron_cost[-1])
+    fewest = max(forced_units, 1)
+    # The slack covers the rounding of the running sums, which could otherwise cost a neuron at mac_ratio = 1.
+    left = mac_ratio * full * (1 + 1e-12) - unit_cost
+    affordable = torch.searchsorted(neuron_cost, left, right=True) - 1
+    score = unit_gain + neuron_gain[affordable.clamp(min=0)]
+    score[affordable < forced_neurons] = -torch.inf
+    score[:fewest] = -torch.inf
+    best = int(score.argmax())
+    if score[best] == -torch.inf:
+        needed = float(unit_cost[fewest] + neuron_cost[forced_neurons]) / full
+        raise ValueError(
+            f"mac_ratio must be at least {needed:.4g} for what every layer has to keep, got {mac_ratio:.4g}. "
+            "Lower the minima, or allow heads and neurons to be pruned."
+        )
+    return Masks(_first(units, best, unit_fisher), _first(neurons, int(affordable[best]), neuron_fisher))
+
+
+def rearrange_mask(grads: Tensor, keep: Tensor) -> Tensor:
+    """Exchange removed units of one layer for kept ones while their joint effect on the loss shrinks.
+
+    Args:
+        grads: [B, n] gradients.
+        keep: [n] bool. Not changed.
+
+    Returns:
+        [n] bool with as many kept units, whose removed set M never has a larger `||sum of grads over M||^2`.
+
+    Source:
+        Section 4.2 of the paper, with the greedy order of the released code: kept units join M from the least
+        important on, and each time the member leaves whose absence is best.
+    """
+    removed = ~keep.cpu()
+    if removed.all() or not removed.any():
+        return keep.clone()
+    vectors = grads.to("cpu", torch.float64).T.contiguous()
+    fisher = vectors.square().sum(1)
+    total = vectors[removed].sum(0)
+    for unit in fisher.argsort(stable=True)[~removed[fisher.argsort(stable=True)]].tolist():
+        removed[unit] = True
+        total = total + vectors[unit]
+        # ||total - v||^2 without the part that all members share.
+        leaving = int(torch.where(removed, fisher - 2 * (vectors @ total), torch.inf).argmin())
+        removed[leaving] = False
+        total = total - vectors[leaving]
+    return ~removed.to(keep.device)
+
+
+def fisher_selection(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    data: Data,
+    seq_len: float,
+    mac_ratio: float,
+    min_heads: int,
+    min_neurons: int,
+    prune_heads: bool,
+    prune_neurons: bool,
+    tune: bool,
+) -> list[FisherLayer]:
+    """Which units and neurons of a model stay, and with which scales; the model is not changed.
+
+    Args:
+        data: Input dicts with labels, read once, and twice a layer more with `tune`.
+        seq_len: Tokens a sequence in the MAC count.
+        mac_ratio: Fraction of the multiply-accumulates of the layers that stays, in (0, 1].
+        min_heads, min_neurons: What every layer keeps at least; heads are counted as key-value heads.
+        prune_heads, prune_neurons: What may be removed. Tuning scales both kinds.
+        tune: Compute scales, with the masks for `sqrt(mac_ratio)` as the teacher; otherwise all are 1.
+
+    Raises:
+        ValueError: As the four steps do, and for data that cannot be read often enough.
+    """
+    if tune:
+        adds_own_input(model)
+    data = require_data(data, 1 + 2 * len(blocks) * tune)
+    unit_grads, neuron_grads = collect_gradients(model, blocks, data)
+
+    def search(ratio: float) -> Masks:
+        return search_masks(
+            fisher_information(unit_grads),
+            fisher_information(neuron_grads),
+            [block.macs_per_unit(seq_len) for block in blocks],
+            [block.macs_per_neuron(seq_len) for block in blocks],
+            ratio,
+            min_heads if prune_heads else max(block.num_units for block in blocks),
+            min_neurons if prune_neurons else max(block.num_neurons for block in blocks),
+        )
+
+    found = search(mac_ratio)
+    student = Masks(
+        [rearrange_mask(g, m) for g, m in zip(unit_grads, found.units, strict=True)],
+        [rearrange_mask(g, m) for g, m in zip(neuron_grads, found.neurons, strict=True)],
+    )
+    # Nothing removed: scales of exactly 1, not 1 within the tolerance of a solver.
+    tune = tune and not all(mask.all() for mask in student.units + student.neurons)
+    scales = tune_masks(model, blocks, data, search(mac_ratio**0.5), student) if tune else student
+    return [
+        FisherLayer(keep.nonzero().flatten().tolist(), kept.nonzero().flatten(), a[keep].double(), b[kept].double())
+        for keep, kept, a, b in zip(student.units, student.neurons, scales.units, scales.neurons, strict=True)
+    ]

@@ -1,0 +1,86 @@
+"""In which order the units of a layer are kept: by decomposition, by weight norm, or at random.
+
+Letters: D hidden, F feed-forward width, H attention units, W columns of the context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_compress.core.architectures import Block
+from hf_compress.core.surgery import unit_columns
+from hf_compress.methods.structured_pruning.decomposition import (
+    PivotedColumns,
+    pivoted_blocks,
+    pivoted_cholesky,
+    residual_along,
+)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Units of a sublayer in the order in which they are kept.
+
+    Args:
+        order: Unit indices, most important first.
+        residual: [units + 1] float64, what is unexplained after keeping the first so many.
+        columns: The pivots, when the order came from a decomposition of single columns.
+    """
+
+    order: list[int]
+    residual: Tensor
+    columns: PivotedColumns | None = None
+
+    @property
+    def priorities(self) -> list[float]:
+        """[units] relative residual before each unit is kept; 1 for the first."""
+        total = float(self.residual[0]) or 1.0
+        return (self.residual[:-1] / total).tolist()
+
+
+def rank_heads(block: Block, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
+    """Rank the attention units of a layer.
+
+    Args:
+        block: The layer.
+        gram: [W, W] float64 moments of the context.
+        selection: `interpolative`, `magnitude` or `random`.
+        generator: For `random`.
+    """
+    size, number = block.unit_size, block.num_units
+    if selection == "interpolative":
+        return Ranking(*pivoted_blocks(gram, size))
+    if selection == "magnitude":
+        norms = block.attention_out.weight.detach().double().square().sum(0).reshape(number, size).sum(1)
+        order = torch.argsort(norms, descending=True, stable=True).tolist()
+    else:
+        order = torch.randperm(number, generator=generator).tolist()
+    return Ranking(order, residual_along(gram, [unit_columns([unit], size) for unit in order]))
+
+
+def rank_neurons(block: Block, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
+    """Rank the feed-forward neurons of a layer.
+
+    Args:
+        block: The layer.
+        gram: [F, F] float64 moments of the activated width.
+        selection: `interpolative`, `magnitude` (product of the norms of incoming and outgoing weights) or `random`.
+        generator: For `random`.
+    """
+    if selection == "interpolative":
+        columns = pivoted_cholesky(gram)
+        return Ranking(columns.order.tolist(), columns.residual, columns)
+    if selection == "magnitude":
+        row = block.architecture
+        incoming = sum(
+            block.linear(path).weight.detach().double().square().sum(1).reshape(-1, block.num_neurons).sum(0)
+            for path in row.ffn_in
+        )
+        norms = incoming * block.ffn_out.weight.detach().double().square().sum(0)
+        order = torch.argsort(norms, descending=True, stable=True)
+    else:
+        order = torch.randperm(block.num_neurons, generator=generator)
+    return Ranking(order.tolist(), residual_along(gram, [order[i : i + 1] for i in range(len(order))]))

@@ -1,0 +1,167 @@
+"""Train a model on a task: plain fine-tuning, and recovery of a compressed model by distillation."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+
+from hf_compress.stages.models import (
+    ModelArguments,
+    check_vocabulary,
+    freeze_embeddings_,
+    open_classifier,
+    open_tokenizer,
+    save_stage,
+)
+from hf_compress.tasks.inputs import tokenize
+from hf_compress.tasks.metrics import task_metrics
+from hf_compress.tasks.sources import DataArguments, Task, load_task
+from hf_compress.training.arguments import DistillationArguments
+from hf_compress.training.collator import TEACHER_PREFIX, TeacherStudentCollator
+from hf_compress.training.distillation import DistillationTrainer
+from hf_compress.training.trainer import CompressionTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TeacherArguments:
+    """Which model teaches.
+
+    Args:
+        teacher_name_or_path: Hub name or folder of the fine-tuned dense model.
+    """
+
+    teacher_name_or_path: str = field(default="", metadata={"help": "Hub name or folder of the teacher."})
+
+    def __post_init__(self) -> None:
+        if not self.teacher_name_or_path:
+            raise ValueError("teacher_name_or_path must name the model that teaches, got nothing.")
+
+
+def _evaluate_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return task_metrics(np.asarray(logits), np.asarray(prediction.label_ids))
+
+
+def _splits(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments, train: bool = True) -> dict[str, Any]:
+    names = ("train", "validation") if train else ("validation",)
+    rows = {}
+    for name in names:
+        if name == "train" or name in task.splits:
+            rows[name] = tokenize(task.split(name), task, tokenizer, data.max_length)
+    if "train" in rows:
+        rows["train"] = rows["train"].add_column("length", [len(ids) for ids in rows["train"]["input_ids"]])
+    return rows
+
+
+def _run(trainer: CompressionTrainer, model: PreTrainedModel, tokenizer: Any, args: TrainingArguments) -> dict[str, Any]:
+    """Train (or go on training), evaluate, save; returns the results that were written."""
+    resume = args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "1", "yes"):
+        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if resume and not os.path.isdir(resume):
+        raise ValueError(f"resume_from_checkpoint must be true or a checkpoint folder, got {resume!r}.")
+    outcome = trainer.train(resume_from_checkpoint=resume)
+    results = {"train_seconds": outcome.metrics["train_runtime"], "train_loss": outcome.metrics["train_loss"]}
+    if trainer.eval_dataset is not None:
+        results.update(trainer.evaluate())
+    if trainer.is_world_process_zero():
+        save_stage(args.output_dir, model, tokenizer, results)
+    return results
+
+
+def finetune(model_args: ModelArguments, data: DataArguments, args: TrainingArguments) -> dict[str, Any]:
+    """Fine-tune a model on a task, evaluate and save it.
+
+    Args:
+        model_args: What to start from; a head is added when there is none.
+        data: The task.
+        args: As for `transformers.Trainer`; `output_dir` receives model, tokenizer and `results.json`.
+
+    Returns:
+        Metrics of the validation split and the training time in seconds.
+
+    Raises:
+        ValueError: If model, tokenizer or data do not fit together, or the loss is not finite.
+    """
+    task = load_task(data)
+    task.split("train")
+    set_seed(args.seed)
+    tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
+    model = open_classifier(model_args.model_name_or_path, task)
+    check_vocabulary(model, tokenizer)
+    if model_args.freeze_embeddings:
+        freeze_embeddings_(model)
+    rows = _splits(task, tokenizer, data)
+    trainer = CompressionTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("validation"),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=_evaluate_metrics,
+    )
+    return _run(trainer, model, tokenizer, args)
+
+
+def distill(
+    model_args: ModelArguments, teacher_args: TeacherArguments, data: DataArguments, args: DistillationArguments
+) -> dict[str, Any]:
+    """Teach a (compressed) student what a fixed teacher knows, evaluate and save it.
+
+    Args:
+        model_args: The student.
+        teacher_args: The teacher. When it has another tokenizer, each example is encoded twice.
+        data: The task.
+        args: Weights of the losses and everything else about training.
+
+    Returns:
+        Metrics of the validation split and the training time in seconds.
+
+    Raises:
+        ValueError: If student, teacher and data do not fit together, or the loss is not finite.
+    """
+    task = load_task(data)
+    task.split("train")
+    set_seed(args.seed)
+    tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
+    student = open_classifier(model_args.model_name_or_path, task)
+    check_vocabulary(student, tokenizer)
+    teacher = open_classifier(teacher_args.teacher_name_or_path, task) if args.uses_teacher else None
+    if model_args.freeze_embeddings:
+        freeze_embeddings_(student)
+    rows = _splits(task, tokenizer, data)
+    collator: Any = DataCollatorWithPadding(tokenizer)
+    if teacher is not None:
+        teacher_tokenizer = open_tokenizer(teacher_args.teacher_name_or_path)
+        check_vocabulary(teacher, teacher_tokenizer)
+        if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
+            collator = TeacherStudentCollator(collator, DataCollatorWithPadding(teacher_tokenizer))
+            rows = {name: _with_teacher_columns(name, split, task, teacher_tokenizer, data) for name, split in rows.items()}
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("validation"),
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=_evaluate_metrics,
+    )
+    return _run(trainer, student, tokenizer, args)
+
+
+def _with_teacher_columns(name: str, rows: Any, task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Any:
+    encoded = tokenize(task.split(name), task, tokenizer, data.max_length).remove_columns("labels")
+    for column in encoded.column_names:
+        rows = rows.add_column(f"{TEACHER_PREFIX}{column}", encoded[column][:])
+    return rows

@@ -1,0 +1,115 @@
+"""Opening and saving the models that stages pass to each other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_compress.api import check_finite
+from hf_compress.core.saving import complete_or_absent, write_json
+from hf_compress.tasks.sources import Task
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """Which model a stage starts from.
+
+    Args:
+        model_name_or_path: Hub name or folder.
+        tokenizer_name: Hub name or folder of the tokenizer; None: the model's.
+        freeze_embeddings: Leave word and position embeddings as they are; halves a small model's step on a CPU.
+    """
+
+    model_name_or_path: str
+    tokenizer_name: str | None = None
+    freeze_embeddings: bool = False
+
+
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A fast tokenizer from a hub name or folder; `ValueError` when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"No tokenizer can be opened at {name!r}: {_first_line(error)}") from error
+
+
+def open_classifier(name: str, task: Task | None = None) -> PreTrainedModel:
+    """A sequence classifier or regressor for a task, compressed or not.
+
+    Args:
+        name: Hub name or folder.
+        task: Gives a new head its size and label names, and must agree with an existing head.
+
+    Raises:
+        ValueError: If nothing can be opened there, the head has other labels, or weights are not finite.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+        has_head = any("ForSequenceClassification" in kind for kind in config.architectures or [])
+        overrides: dict[str, Any] = {}
+        if task is not None and has_head and config.num_labels != task.num_labels:
+            raise ValueError(f"its head has {config.num_labels} labels, the task {task.name!r} has {task.num_labels}.")
+        if task is not None and not has_head:
+            overrides["num_labels"] = task.num_labels
+            overrides["problem_type"] = "regression" if task.is_regression else "single_label_classification"
+            if not task.is_regression:
+                overrides["id2label"] = dict(enumerate(task.label_names))
+                overrides["label2id"] = {label: i for i, label in enumerate(task.label_names)}
+        model = AutoModelForSequenceClassification.from_pretrained(name, **overrides)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"No classifier can be opened at {name!r}: {_first_line(error)}") from error
+    check_finite(model)
+    return model
+
+
+def freeze_embeddings_(model: PreTrainedModel) -> None:
+    """Exclude the embedding tables (not their LayerNorm) from training."""
+    embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
+    for name, parameter in embeddings.named_parameters():
+        if "norm" not in name.lower():
+            parameter.requires_grad_(False)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` when a tokenizer can produce ids that the model has no embedding for."""
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer must have at most the model's {model.config.vocab_size} tokens, got {len(tokenizer)}: "
+            "it belongs to another model."
+        )
+
+
+def save_stage(
+    directory: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, results: Mapping[str, Any]
+) -> None:
+    """Save model, tokenizer and `results.json` so that the directory is complete or does not load.
+
+    Raises:
+        ValueError: If the disk is full or the place cannot be written.
+    """
+    try:
+        with complete_or_absent(directory) as staged:
+            model.save_pretrained(staged)
+            tokenizer.save_pretrained(staged)
+            write_json(staged / "results.json", results)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"output_dir {str(directory)!r} cannot be written: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,70 @@
+"""Shrink a model's structure without training and save it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_compress.api import compress, steps_of
+from hf_compress.core.cost import count_cost
+from hf_compress.methods.structured_pruning import StructuredPruningConfig
+from hf_compress.stages.models import ModelArguments, check_vocabulary, open_classifier, open_tokenizer, save_stage
+from hf_compress.tasks.inputs import calibration_batches, tokenize
+from hf_compress.tasks.sources import DataArguments, load_task
+
+
+@dataclass
+class CalibrationArguments:
+    """Which examples pruning looks at, and where the result goes.
+
+    Args:
+        output_dir: Receives model, tokenizer and `results.json`.
+        calibration_samples: Sequences drawn from the training split without replacement.
+        calibration_seed: Of the draw.
+    """
+
+    output_dir: str = field(metadata={"help": "Where the pruned model goes."})
+    calibration_samples: int = field(default=512, metadata={"help": "Training sequences that pruning looks at."})
+    calibration_seed: int = field(default=0, metadata={"help": "Of the draw of those sequences."})
+
+
+def prune_structure(
+    model_args: ModelArguments, data: DataArguments, calibration: CalibrationArguments, config: StructuredPruningConfig
+) -> dict[str, Any]:
+    """Remove heads and neurons from a fine-tuned classifier and save it.
+
+    Returns:
+        The recorded step, the cost before and after, and the seconds it took.
+
+    Raises:
+        ValueError: If the budget cannot be met or model and data do not fit together.
+    """
+    task = load_task(data)
+    tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
+    model = open_classifier(model_args.model_name_or_path, task)
+    check_vocabulary(model, tokenizer)
+    rows = tokenize(task.split("train"), task, tokenizer, data.max_length)
+    batches = calibration_batches(rows, tokenizer, calibration.calibration_samples, calibration.calibration_seed)
+    seq_len = config.seq_len or _mean_length(batches)
+    before = count_cost(model, seq_len)
+    start = time.perf_counter()
+    compress(model, config, data=batches)
+    seconds = time.perf_counter() - start
+    after = count_cost(model, seq_len)
+    results = {
+        "step": steps_of(model)[-1],
+        "before": before.to_dict(),
+        "after": after.to_dict(),
+        "mac_ratio": after.macs / before.macs,
+        "seconds": round(seconds, 3),
+        "calibration_samples": calibration.calibration_samples,
+        "calibration_seed": calibration.calibration_seed,
+    }
+    save_stage(calibration.output_dir, model, tokenizer, results)
+    return results
+
+
+def _mean_length(batches: list[dict[str, Any]]) -> float:
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    return tokens / sum(len(batch["input_ids"]) for batch in batches)

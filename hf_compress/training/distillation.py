@@ -1,0 +1,279 @@
+"""Distillation from a fixed teacher: outputs, hidden states, or both, beside the task's own loss."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.core.calibration import forward_names
+from hf_compress.training.arguments import DistillationArguments
+from hf_compress.training.cache import TeacherCache, teacher_fingerprint
+from hf_compress.training.collator import TEACHER_PREFIX, split_inputs
+from hf_compress.training.losses import (
+    layer_distance,
+    multilabel_divergence,
+    output_divergence,
+    position_divergence,
+    regression_distance,
+)
+from hf_compress.training.teachers import FixedTeacher, Signals, logits_of
+from hf_compress.training.trainer import CompressionTrainer
+
+
+logger = logging.getLogger(__name__)
+
+_PROJECTORS = "projectors.safetensors"
+
+
+def _label_names(config: Any) -> list[str] | None:
+    names = [config.id2label[i] for i in sorted(config.id2label)]
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else [name.lower() for name in names]
+
+
+def match_layers(num_student: int, num_teacher: int, layer_map: list[int] | None = None) -> list[tuple[int, int]]:
+    """Which student layer imitates which teacher layer.
+
+    Args:
+        num_student: Layers of the student.
+        num_teacher: Layers of the teacher.
+        layer_map: For each student layer the zero-based teacher layer, -1 for none. None: evenly spread.
+
+    Returns:
+        Pairs of zero-based layers.
+
+    Raises:
+        ValueError: If the map has the wrong length or names a layer that does not exist.
+
+    Example:
+        >>> match_layers(3, 6)
+        [(0, 1), (1, 3), (2, 5)]
+    """
+    if layer_map is None:
+        layer_map = [max(0, round((i + 1) * num_teacher / num_student) - 1) for i in range(num_student)]
+    if len(layer_map) != num_student:
+        raise ValueError(f"layer_map must have one entry for each of {num_student} student layers, got {len(layer_map)}.")
+    if not all(-1 <= layer < num_teacher for layer in layer_map):
+        raise ValueError(f"layer_map must hold teacher layers 0..{num_teacher - 1} or -1, got {layer_map}.")
+    if all(layer == -1 for layer in layer_map):
+        raise ValueError("layer_map must match at least one layer, got only -1. Set alpha_layer=0 instead.")
+    return [(student, teacher) for student, teacher in enumerate(layer_map) if teacher >= 0]
+
+
+class Projectors(nn.Module):
+    """One linear map a matched layer, from the student's width to the teacher's; trained, never part of the student.
+
+    Args:
+        states: Indices of the student's hidden states.
+        student_width, teacher_width: Their sizes.
+    """
+
+    def __init__(self, states: list[int], student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.maps = nn.ModuleDict({str(s): nn.Linear(student_width, teacher_width, bias=False) for s in states})
+
+    def forward(self, states: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        return {i: self.maps[str(i)](state.to(self.maps[str(i)].weight.dtype)) for i, state in states.items()}
+
+
+class DistillationTrainer(CompressionTrainer):
+    """Trains a student on the labels and on what a frozen teacher computes.
+
+    Args:
+        model: The student, e.g. a compressed model.
+        teacher_model: The teacher; not needed when `alpha_output` and `alpha_layer` are 0. It may take other
+            inputs: arguments that its forward does not name are dropped, and columns `teacher_<name>` go to it
+            alone (see `TeacherStudentCollator`).
+        args: `DistillationArguments`.
+        kwargs: As for `transformers.Trainer`.
+
+    Raises:
+        ValueError: If the teacher is missing, has other labels, reads another vocabulary, or does not fit the
+            `layer_map`.
+
+    Example:
+        >>> trainer = DistillationTrainer(model=student, teacher_model=teacher, args=DistillationArguments("out"),
+        ...                               train_dataset=rows)                                  # doctest: +SKIP
+    """
+
+    args: DistillationArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        teacher_model: PreTrainedModel | None = None,
+        args: DistillationArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = DistillationArguments("tmp_trainer")
+        if args.uses_teacher and teacher_model is None:
+            raise ValueError("teacher_model must be given when alpha_output or alpha_layer is above 0, got None.")
+        super().__init__(model=model, args=args, **kwargs)
+        self.projectors: nn.Module | None = None
+        self.layer_pairs: list[tuple[int, int]] = []
+        self._teacher: FixedTeacher | None = None
+        if args.uses_teacher:
+            self._set_teacher(teacher_model)
+
+    def _set_teacher(self, teacher: PreTrainedModel) -> None:
+        student_config, teacher_config = self.model.config, teacher.config
+        if self.args.alpha_output:
+            self._check_labels(student_config, teacher_config)
+        if self.args.alpha_layer:
+            self.layer_pairs = self._matched_states(student_config, teacher_config)
+            self._make_projectors(student_config.hidden_size, teacher_config.hidden_size)
+        states = tuple(dict.fromkeys(teacher_state for _, teacher_state in self.layer_pairs))
+        cache = None
+        if self.args.teacher_cache_dir:
+            layout = {"states": list(states), "logits": self.args.alpha_output > 0}
+            cache = TeacherCache(self.args.teacher_cache_dir, teacher_fingerprint(teacher), layout, self.args.process_index)
+        teacher = teacher.to(self.args.device)
+        self._teacher = FixedTeacher(teacher, states, self.args.alpha_output > 0, self.args.teacher_dropout, cache)
+
+    def _check_labels(self, student: Any, teacher: Any) -> None:
+        if student.num_labels != teacher.num_labels:
+            raise ValueError(f"The teacher must have the student's {student.num_labels} labels, got {teacher.num_labels}.")
+        names = _label_names(student), _label_names(teacher)
+        if None not in names and names[0] != names[1]:
+            raise ValueError(f"The teacher must have the student's labels {names[0]} in this order, got {names[1]}.")
+
+    def _matched_states(self, student: Any, teacher: Any) -> list[tuple[int, int]]:
+        """Pairs of indices into `hidden_states`, where 0 is the embeddings."""
+        num_student, num_teacher = student.num_hidden_layers, teacher.num_hidden_layers
+        if self.args.compat == "cald":
+            if num_student != num_teacher:
+                raise ValueError(f"compat='cald' must have equally deep models, got {num_student} and {num_teacher} layers.")
+            return [(i, i) for i in range(num_student + 1)]
+        return [(s + 1, t + 1) for s, t in match_layers(num_student, num_teacher, self.args.layer_map)]
+
+    def _make_projectors(self, student_width: int, teacher_width: int) -> None:
+        if student_width == teacher_width:
+            return
+        # Its own generator: whether widths differ must not change the student's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.args.seed)
+            projectors = Projectors([student for student, _ in self.layer_pairs], student_width, teacher_width)
+        # Outside the student, so it is wrapped on its own: its gradients too must be averaged over processes.
+        self.projectors = self.accelerator.prepare_model(projectors.to(self.args.device))
+
+    @property
+    def teacher_model(self) -> PreTrainedModel | None:
+        """The frozen teacher, or None."""
+        return None if self._teacher is None else self._teacher.model
+
+    @property
+    def teacher_cache(self) -> TeacherCache | None:
+        """The teacher's stored outputs, or None."""
+        return None if self._teacher is None else self._teacher.cache
+
+    def _distills(self) -> bool:
+        limit = self.args.max_distill_steps
+        return self._teacher is not None and (limit is None or self.state.global_step < limit)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = self.train_dataset.column_names if hasattr(self.train_dataset, "column_names") else []
+        extra = [name for name in columns or [] if name.startswith(TEACHER_PREFIX)]
+        # Columns that only the teacher's forward names (token types of a BERT that teaches a DistilBERT).
+        shared = list(forward_names(self._teacher.model)) if self._teacher is not None else []
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *extra, *shared]))
+
+    def loss_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+        student_inputs, teacher_inputs = split_inputs(inputs)
+        forward = self._student_columns()
+        student_only = {k: v for k, v in student_inputs.items() if k in forward}
+        if not self._distills():
+            return super().loss_terms(model, student_only)
+        self._check_vocabulary(bool(teacher_inputs))
+        hidden = {"output_hidden_states": True} if self.layer_pairs else {}
+        if "labels" in student_only or self.args.alpha_task:
+            terms, outputs = super().loss_terms(model, {**student_only, **hidden})
+            terms = {"task": self.args.alpha_task * terms["task"]} if self.args.alpha_task else {}
+        else:
+            terms, outputs = {}, model(**student_only, **hidden)
+        targets = self._teacher.signals(teacher_inputs or student_inputs)
+        if self.args.alpha_output:
+            terms["output"] = self.args.alpha_output * self._output_term(targets, outputs, student_inputs)
+        if self.layer_pairs:
+            terms["layer"] = self.args.alpha_layer * self._layer_term(targets, outputs, student_inputs)
+            # Evaluation gathers every output field; these were asked for by this loss alone.
+            outputs = {name: value for name, value in outputs.items() if name != "hidden_states"}
+        return terms, outputs
+
+    def _student_columns(self) -> set[str]:
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "get_base_model"):
+            # An adapter's forward hides the arguments of the model it wraps behind **kwargs.
+            model = model.get_base_model()
+        return {*forward_names(model), "labels", *(self.label_names or [])}
+
+    def _check_vocabulary(self, separate: bool) -> None:
+        student, teacher = self.model.config, self._teacher.model.config
+        if not separate and getattr(student, "vocab_size", None) != getattr(teacher, "vocab_size", None):
+            raise ValueError(
+                f"The teacher must read the student's vocabulary ({student.vocab_size} tokens), got {teacher.vocab_size}. "
+                "Give it its own columns teacher_input_ids, teacher_attention_mask (TeacherStudentCollator)."
+            )
+
+    def _output_term(self, targets: Signals, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        student, temperature, mask = logits_of(outputs), self.args.temperature, inputs.get("attention_mask")
+        if len(student) == 2:
+            parts = [position_divergence(t, s, temperature, mask) for t, s in zip(targets.logits, student, strict=True)]
+            return torch.stack(parts).mean()
+        teacher_logits, student_logits = targets.logits[0], student[0]
+        if teacher_logits.shape != student_logits.shape:
+            raise ValueError(f"Teacher logits must have shape {tuple(student_logits.shape)}, got {tuple(teacher_logits.shape)}.")
+        if student_logits.ndim == 3:
+            labels = inputs.get("labels")
+            counted = labels != -100 if labels is not None and labels.shape == student_logits.shape[:2] else mask
+            return output_divergence(teacher_logits, student_logits, temperature, counted)
+        problem = self.model.config.problem_type
+        if student_logits.shape[-1] == 1 or problem == "regression":
+            return regression_distance(teacher_logits, student_logits)
+        if problem == "multi_label_classification":
+            return multilabel_divergence(teacher_logits, student_logits, temperature)
+        return output_divergence(teacher_logits, student_logits, temperature)
+
+    def _layer_term(self, targets: Signals, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        by_state = dict(zip(self._teacher.states, targets.hidden, strict=True))
+        states = {index: outputs.hidden_states[index] for index, _ in self.layer_pairs}
+        if self.projectors is not None:
+            states = self.projectors(states)
+        teacher, student = [], []
+        for student_state, teacher_state in self.layer_pairs:
+            state = states[student_state]
+            if state.shape != by_state[teacher_state].shape:
+                raise ValueError(
+                    f"Hidden states must have the teacher's shape {tuple(by_state[teacher_state].shape)}, got "
+                    f"{tuple(state.shape)}: alpha_layer needs one tokenizer for both."
+                )
+            teacher.append(by_state[teacher_state])
+            student.append(state)
+        mask = inputs.get("attention_mask") if self.args.mask_padding else None
+        return layer_distance(teacher, student, mask, self.args.layer_normalize, self.args.layer_reduction)
+
+    def extra_parameter_groups(self) -> list[dict[str, Any]]:
+        if self.projectors is None:
+            return []
+        return [{"params": list(self.projectors.parameters()), "weight_decay": self.args.weight_decay}]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.projectors is not None and self.args.should_save:
+            save_file(self.accelerator.unwrap_model(self.projectors).state_dict(), os.path.join(output_dir, _PROJECTORS))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.projectors is None or checkpoint is None:
+            return
+        file = os.path.join(checkpoint, _PROJECTORS)
+        if not os.path.exists(file):
+            raise ValueError(f"resume_from_checkpoint must hold {_PROJECTORS} for these widths, got {checkpoint!r} without it.")
+        self.accelerator.unwrap_model(self.projectors).load_state_dict(load_file(file))

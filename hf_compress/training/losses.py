@@ -1,0 +1,125 @@
+"""Distances between what a teacher and a student compute. Pure tensors, single precision, log space.
+
+Letters: B batch, S padded length, D hidden, C classes, L matched layers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _mean_over_examples(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over examples of the mean over live positions: gradients do not depend on how examples are batched.
+
+    Args:
+        values: [B] or [B, S].
+        mask: [B, S], nonzero counts; None counts all.
+    """
+    if values.ndim == 1:
+        return values.mean()
+    if mask is None:
+        return values.mean(1).mean()
+    mask = mask.to(values.dtype)
+    return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+def output_divergence(teacher: Tensor, student: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
+    """`T^2 KL(teacher || student)` between softened class distributions.
+
+    Args:
+        teacher: [B, C] or [B, S, C] logits, any float dtype.
+        student: Same shape.
+        temperature: T > 0. Finite values and gradients down to at least 0.05 in half precision.
+        mask: [B, S], nonzero at the positions that count; for three-dimensional logits.
+
+    Returns:
+        Scalar float32: mean over examples of the mean over positions.
+
+    Source:
+        Hinton et al. 2015 (arXiv 1503.02531), section 2; the factor T^2 keeps the gradient's scale.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, -1.0]])
+        >>> float(output_divergence(logits, logits, 2.0))
+        0.0
+    """
+    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
+    log_student = F.log_softmax(student.float() / temperature, dim=-1)
+    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * _mean_over_examples(divergence, mask)
+
+
+def position_divergence(teacher: Tensor, student: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
+    """`T^2 KL(teacher || student)` between distributions over positions, as in question answering.
+
+    Args:
+        teacher: [B, S] logits.
+        student: [B, S] logits.
+        temperature: T > 0.
+        mask: [B, S], nonzero at positions that may be chosen; others are left out of both distributions.
+    """
+    if mask is not None:
+        lowest = torch.finfo(torch.float32).min / 4
+        teacher, student = (torch.where(mask.bool(), t.float(), lowest * temperature) for t in (teacher, student))
+    return output_divergence(teacher, student, temperature)
+
+
+def multilabel_divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """`T^2 KL(teacher || student)` of independent yes-no decisions, summed over the labels.
+
+    Args:
+        teacher: [B, C] logits.
+        student: [B, C] logits.
+        temperature: T > 0.
+    """
+    teacher, student = teacher.float() / temperature, student.float() / temperature
+    yes = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    no = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
+    return temperature**2 * (yes + no).sum(-1).mean()
+
+
+def regression_distance(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean squared difference of predictions [B, C]."""
+    return F.mse_loss(student.float(), teacher.float())
+
+
+def hidden_distance(teacher: Tensor, student: Tensor, mask: Tensor | None = None, normalize: bool = False) -> Tensor:
+    """Mean squared difference of one pair of hidden states.
+
+    Args:
+        teacher: [B, S, D].
+        student: [B, S, D].
+        mask: [B, S], nonzero at the positions that count; None counts padding too.
+        normalize: Apply a LayerNorm without parameters to both first.
+
+    Returns:
+        Scalar float32: mean over D, live positions and examples.
+    """
+    teacher, student = teacher.float(), student.float()
+    if normalize:
+        teacher, student = (F.layer_norm(t, t.shape[-1:]) for t in (teacher, student))
+    return _mean_over_examples((student - teacher).square().mean(-1), mask)
+
+
+def layer_distance(
+    teacher: list[Tensor],
+    student: list[Tensor],
+    mask: Tensor | None = None,
+    normalize: bool = False,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """Mean or sum over matched layers of `hidden_distance`.
+
+    Args:
+        teacher: L tensors [B, S, D].
+        student: L tensors [B, S, D].
+        mask: [B, S].
+        normalize: See `hidden_distance`.
+        reduction: Over the L pairs.
+    """
+    distances = torch.stack([hidden_distance(t, s, mask, normalize) for t, s in zip(teacher, student, strict=True)])
+    return distances.sum() if reduction == "sum" else distances.mean()

@@ -1,0 +1,160 @@
+"""The Trainer below all of ours: named loss terms, extra parameter groups, whole checkpoints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_compress.core.saving import complete_or_absent
+
+
+_STAGING = ".incomplete"
+
+
+class CompressionTrainer(Trainer):
+    """A `Trainer` whose loss is a sum of named terms, each logged as `loss/<term>`.
+
+    Subclasses override `loss_terms`. Without that, it trains like `Trainer`, and saves so that a crash never leaves
+    a directory that loads but is incomplete.
+    """
+
+    # The terms below are means over a micro-batch; without this, transformers does not divide them by the number
+    # of accumulated micro-batches for models whose forward takes **kwargs.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._terms: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._checkpoint_root: str | None = None
+
+    def loss_terms(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+        """The weighted terms of the loss and the student's outputs.
+
+        Args:
+            model: The wrapped model; call it, never its `.module`.
+            inputs: A prepared batch. Not to be changed.
+        """
+        loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+        return {"task": loss}, outputs
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The sum of the loss terms.
+
+        `num_items_in_batch` is not handed on: the terms must share one normalisation, the mean of the micro-batch.
+
+        Raises:
+            ValueError: If the loss is NaN or infinite.
+        """
+        terms, outputs = self.loss_terms(model, inputs)
+        loss = torch.stack(list(terms.values())).sum()
+        # On an accelerator this would wait for the device at every step; there `log` checks the averages.
+        if loss.device.type == "cpu" and not torch.isfinite(loss):
+            self._not_finite({name: float(value) for name, value in terms.items()})
+        if model.training or len(terms) > 1:
+            buffer = self._terms["train" if model.training else "eval"]
+            for name, value in terms.items():
+                buffer[name].append(value.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def _not_finite(self, terms: Mapping[str, float]) -> None:
+        listed = ", ".join(f"{name} {value:g}" for name, value in terms.items())
+        raise ValueError(
+            f"The loss must be finite, got {listed} at step {self.state.global_step}. "
+            "Lower learning_rate, check the data, or train in fp32 or bf16 instead of fp16."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        averages = {name: torch.stack(values).float().mean() for name, values in self._terms[mode].items()}
+        self._terms[mode].clear()
+        for name, value in averages.items():
+            # One synchronisation for each logged number, none for each step.
+            mean = self.accelerator.reduce(value.to(self.args.device), reduction="mean") if self.args.world_size > 1 else value
+            logs[f"{'eval_' if mode == 'eval' else ''}loss/{name}"] = round(float(mean), 6)
+        terms = {key.rpartition("/")[2]: value for key, value in logs.items() if "loss/" in key}
+        if any(not torch.isfinite(torch.tensor(value)) for value in terms.values()):
+            self._not_finite(terms)
+        super().log(logs, start_time)
+
+    def extra_parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters outside the model that the optimizer shall also train."""
+        return []
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if fresh:
+            for group in self.extra_parameter_groups():
+                optimizer.add_param_group(group)
+        return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model and tokenizer; the directory is complete or does not load."""
+        if _internal_call or not self.args.should_save or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        with complete_or_absent(output_dir or self.args.output_dir) as staged:
+            super().save_model(str(staged), _internal_call=True)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save")
+
+    def _get_output_dir(self, trial: Any) -> str:
+        root = super()._get_output_dir(trial)
+        return self._checkpoint_root or root
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        # Checkpoints of one process are written aside and renamed when complete. Several processes write one
+        # directory together, and there transformers' own order (state file last) has to do.
+        if self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.push_to_hub:
+            super()._save_checkpoint(model, trial)
+            return
+        root = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = root / _STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        best_step = self.state.best_global_step
+        if best_step and (root / f"{PREFIX_CHECKPOINT_DIR}-{best_step}").exists():
+            self.state.best_model_checkpoint = str(root / f"{PREFIX_CHECKPOINT_DIR}-{best_step}")
+        self._checkpoint_root = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._checkpoint_root = None
+            self.args.save_total_limit = limit
+        if self.state.best_model_checkpoint == str(staging / name):
+            self.state.best_model_checkpoint = str(root / name)
+            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
+        shutil.rmtree(root / name, ignore_errors=True)
+        os.replace(staging / name, root / name)
+        shutil.rmtree(staging, ignore_errors=True)
+        self._rotate(root)
+
+    def _rotate(self, root: Path) -> None:
+        limit = self.args.save_total_limit
+        if not limit:
+            return
+        numbered = sorted(root.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        best = self.state.best_model_checkpoint
+        spared = {numbered[-1].name} if numbered else set()
+        if best is not None:
+            spared.add(Path(best).name)
+        removable = [path for path in numbered if path.name not in spared]
+        for path in removable[: max(0, len(numbered) - max(limit, len(spared)))]:
+            shutil.rmtree(path)
