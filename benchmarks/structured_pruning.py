@@ -81,7 +81,7 @@ class Results:
         if name not in self.content["cells"]:
             start = time.time()
             value = compute()
-            self.content["cells"][name] = {**value, "seconds": round(time.time() - start, 1)}
+            self.content["cells"][name] = {**value, "seconds": round(time.time() - start, 1), "commit": commit()}
             write_json(self.file, self.content)
             print(name, self.content["cells"][name], flush=True)
         return self.content["cells"][name]
@@ -100,7 +100,7 @@ def main() -> None:
     rows = {name: tokenize(task.split(name), task, tokenizer, args.max_length) for name in task.splits}
     kept = {k: v for k, v in vars(args).items() if k not in ("out", "work_dir", "model", "data_dir")}
     results = Results(args.out, {
-        "arguments": kept, "model": Path(args.model).name, "data": Path(args.data_dir).name, "commit": commit(),
+        "arguments": kept, "model": Path(args.model).name, "data": Path(args.data_dir).name,
         "rows": {name: len(split) for name, split in rows.items()}, "torch": torch.__version__,
         "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "machine": platform.machine(),
     })  # fmt: skip
