@@ -1,4 +1,4 @@
-"""Directories that are whole or do not load: everything is written aside first, `config.json` is moved last."""
+"""Directories that are whole or do not load: everything is written aside first, the weights are moved last."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 
-# What a loader looks for first; a directory without any of these opens as nothing.
-_KEYS = ("config.json", "adapter_config.json")
+def _opens_last(file: Path) -> tuple[bool, bool]:
+    """Sort key: weights after everything else, and what makes shards findable after the shards."""
+    weights = ".safetensors" in file.suffixes
+    return weights, weights and (file.suffix == ".json" or "-of-" not in file.name)
 
 
 def _sync(file: Path) -> None:
@@ -24,16 +26,11 @@ def _sync(file: Path) -> None:
 
 
 def _publish(staged: Path, target: Path) -> None:
-    for key in _KEYS:
-        (target / key).unlink(missing_ok=True)
-    files = sorted(path for path in staged.rglob("*") if path.is_file())
-    files.sort(key=lambda path: path.name in _KEYS)
-    fresh = {path.relative_to(staged) for path in files}
-    # Weights of an earlier model under other names (shards, another format) would be loaded instead of ours.
+    # A folder without weights never opens; one without config.json may, with a class's default sizes.
     for old in (*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")):
-        if old.relative_to(target) not in fresh:
-            old.unlink()
-    for path in files:
+        old.unlink()
+    files = [path for path in staged.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda file: (_opens_last(file), file.name)):
         _sync(path)
         place = target / path.relative_to(staged)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +46,7 @@ def complete_or_absent(directory: str | os.PathLike) -> Iterator[Path]:
 
     Yields:
         An empty folder beside the target to write into. When the block ends without an error, its files are synced
-        and moved, `config.json` last; after an error they are removed.
+        and moved, the weights last; after an error they are removed.
 
     Example:
         >>> import tempfile

@@ -35,7 +35,7 @@ def classification_metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[
         fp, fn = float(((predictions == 1) & (labels == 0)).sum()), float(((predictions == 0) & (labels == 1)).sum())
         spread = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
         result["f1"] = 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0
-        result["matthews_correlation"] = (tp * tn - fp * fn) / spread if spread else 0.0
+        result["matthews_correlation"] = float((tp * tn - fp * fn) / spread) if spread else 0.0
     return result
 
 

@@ -99,8 +99,6 @@ class TeacherCache:
         # A record that a crash cut off must not shift those appended after it.
         with open(own, "ab") as index:
             index.truncate(own.stat().st_size // _RECORD.size * _RECORD.size)
-        self._values = open(self._values_file(rank), "ab")  # noqa: SIM115  (kept open for the life of the trainer)
-        self._index = open(own, "ab")  # noqa: SIM115
 
     def _values_file(self, rank: int) -> Path:
         return self.directory / f"values-{rank}.bin"
@@ -206,26 +204,26 @@ class TeacherCache:
                 for (kind, array), per_token in zip(arrays, by_token, strict=True)
             ]
             write_json(self.directory / "shapes.json", self._shapes)
-        records = []
+        entries: dict[bytes, tuple[int, int, int, int, int]] = {}
         try:
-            for row, key in enumerate(keys):
-                if key in self._entries:
-                    continue
-                mask = live[row].numpy()
-                raw = b"".join(
-                    (array[row][mask] if per_token else array[row]).astype("<f4").tobytes()
-                    for (_, array), per_token in zip(arrays, by_token, strict=True)
-                )
-                offset = self._values.tell()
-                self._values.write(raw)
-                self._entries[key] = (offset, len(raw), self.rank, int(mask.sum()), zlib.crc32(raw))
-                self._verified.add(key)
-                records.append((key, *self._entries[key]))
-            self._values.flush()
-            self._index.write(b"".join(_RECORD.pack(*record) for record in records))
-            self._index.flush()
+            with open(self._values_file(self.rank), "ab") as values:
+                for row, key in enumerate(keys):
+                    if key in self._entries or key in entries:
+                        continue
+                    mask = live[row].numpy()
+                    raw = b"".join(
+                        (array[row][mask] if per_token else array[row]).astype("<f4").tobytes()
+                        for (_, array), per_token in zip(arrays, by_token, strict=True)
+                    )
+                    entries[key] = (values.tell(), len(raw), self.rank, int(mask.sum()), zlib.crc32(raw))
+                    values.write(raw)
+            # Only now: a record must never point at values that are not there.
+            with open(self.directory / f"index-{self.rank}.bin", "ab") as index:
+                index.write(b"".join(_RECORD.pack(key, *entry) for key, entry in entries.items()))
         except OSError as error:
             raise ValueError(f"teacher_cache_dir {str(self.directory)!r} cannot be written: {error.strerror}.") from error
+        self._entries.update(entries)
+        self._verified.update(entries)
 
 
 def _padded(values: Sequence[np.ndarray], shape: Sequence[Any], live: Tensor) -> Tensor:

