@@ -79,6 +79,8 @@ class StructuredPruningConfig(MethodConfig):
             raise ValueError("prune_heads or prune_neurons must be true when mac_ratio is below 1, got neither.")
         if self.selection == "fisher" and (self.order == "sequential" or self.center or self.route == "sketch"):
             raise ValueError("selection='fisher' must go with order='one_shot', center=False and route='gram'.")
+        if self.selection == "fisher" and self.round_to != 1:
+            raise ValueError(f"round_to must be 1 with selection='fisher' (its search knows single units), got {self.round_to}.")
         if self.route == "sketch" and (self.order == "sequential" or self.center or self.selection != "interpolative"):
             raise ValueError(
                 "route='sketch' must go with selection='interpolative', order='one_shot' and center=False."
