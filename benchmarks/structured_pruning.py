@@ -37,12 +37,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", required=True)
     parser.add_argument("--work_dir", default="runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.7, 0.5])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--selections", nargs="+", default=["interpolative"])
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--max_length", type=int, default=64)
     parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--recovery_epochs", type=float, default=3)
+    parser.add_argument("--recovery_epochs", type=float, default=2)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--recovery_learning_rate", type=float, default=2e-4)
@@ -154,6 +154,7 @@ def main() -> None:
                     hc.DistillationArguments(
                         **training(out, args, seed, args.recovery_epochs, args.recovery_learning_rate),
                         alpha_task=1.0, alpha_output=1.0, alpha_layer=args.alpha_layer, temperature=2.0,
+                        teacher_cache_dir=f"{stem}-teacher",
                     ),
                 )  # fmt: skip
                 return scores(open_classifier(out, task))
