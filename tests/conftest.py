@@ -1,0 +1,168 @@
+"""Tiny models built from configs, batches, a tokenizer and labelled sentences: no test needs a network or a download.
+
+Every model has hidden size 32, heads of size 8, a vocabulary of 99, no dropout and weights that do not depend on the
+order of the tests.
+"""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import copy  # noqa: E402
+from functools import cache  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+from tokenizers.models import WordLevel  # noqa: E402
+from tokenizers.pre_tokenizers import Whitespace  # noqa: E402
+from tokenizers.processors import TemplateProcessing  # noqa: E402
+
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+VOCABULARY = 99
+_SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 66, "initializer_range": 0.2}
+_WIDE = {**_SIZES, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+_BERT_LIKE = {**_WIDE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def _distilbert(**changes):
+    sizes = {"dim": 32, "n_heads": 4, "hidden_dim": 64, "n_layers": 2, "dropout": 0.0, "attention_dropout": 0.0}
+    return transformers.DistilBertConfig(**_SIZES, **sizes, pad_token_id=0, **changes)
+
+
+def _modernbert(**changes):
+    special = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    windows = {"local_attention": 8, "num_hidden_layers": 3}
+    return transformers.ModernBertConfig(**_WIDE, **special, **windows, **changes)
+
+
+def _llama(**changes):
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return transformers.LlamaConfig(**_WIDE, **special, num_hidden_layers=2, num_key_value_heads=2, **changes)
+
+
+def _opt(**changes):
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "num_attention_heads": 4, "ffn_dim": 64}
+    special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "init_std": 0.2}
+    plain = {"num_hidden_layers": 2, "dropout": 0.0, "vocab_size": VOCABULARY, "max_position_embeddings": 66}
+    return transformers.OPTConfig(**sizes, **special, **plain, **changes)
+
+
+# Name -> config factory; layers of unequal purpose (ModernBERT's local windows) need three.
+ARCHITECTURES = {
+    "bert": lambda **changes: transformers.BertConfig(**_BERT_LIKE, num_hidden_layers=3, **changes),
+    "roberta": lambda **changes: transformers.RobertaConfig(**_BERT_LIKE, num_hidden_layers=2, **changes),
+    "electra": lambda **changes: transformers.ElectraConfig(
+        **_BERT_LIKE, num_hidden_layers=2, embedding_size=16, **changes
+    ),
+    "distilbert": _distilbert,
+    "modernbert": _modernbert,
+    "llama": _llama,
+    "opt": _opt,
+}
+
+HEADS = {
+    "base": transformers.AutoModel,
+    "sequence_classification": transformers.AutoModelForSequenceClassification,
+    "token_classification": transformers.AutoModelForTokenClassification,
+    "question_answering": transformers.AutoModelForQuestionAnswering,
+    "masked_lm": transformers.AutoModelForMaskedLM,
+    "causal_lm": transformers.AutoModelForCausalLM,
+}
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def architecture(request):
+    """Runs a test once for each architecture; `parametrize("architecture", [...])` picks some."""
+    return request.param
+
+
+@cache
+def _built(architecture, head):
+    config = ARCHITECTURES[architecture](attn_implementation="eager")
+    if type(config) not in HEADS[head]._model_mapping:
+        pytest.skip(f"transformers has no {head} model of {architecture}")
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = HEADS[head].from_config(config).eval()
+    # Fresh biases are zero and fresh norms are one: wrong bookkeeping of either would not show.
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name.lower():
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    torch.set_rng_state(state)
+    return model
+
+
+@pytest.fixture
+def model():
+    """`model(architecture, head="base")`: a private copy of a seeded tiny model in eval mode."""
+    return lambda architecture, head="base": copy.deepcopy(_built(architecture, head))
+
+
+def _batches(config, count=8, size=8, length=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for _ in range(count):
+        ids = torch.randint(3, VOCABULARY, (size, length), generator=generator)
+        lengths = torch.randint(length // 2, length + 1, (size,), generator=generator)
+        mask = (torch.arange(length) < lengths[:, None]).long()
+        result.append({"input_ids": ids.where(mask.bool(), config.pad_token_id), "attention_mask": mask})
+    return result
+
+
+@pytest.fixture
+def batches():
+    """`batches(config, count=8, size=8, length=24, seed=0)`: random ids padded on the right, about 1150 live tokens."""
+    return _batches
+
+
+WORDS = ("film", "plot", "cast", "scene", "very", "quite", "the", "a", "was", "and", "score", "story")
+
+
+@pytest.fixture(scope="session")
+def sentences():
+    """64 pairs (text, label). The rule: label 1 exactly when the text has the word `good`, else it has `bad`."""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for index in range(64):
+        words = [WORDS[i] for i in torch.randint(len(WORDS), (4 + index % 6,), generator=generator).tolist()]
+        place = int(torch.randint(len(words) + 1, (1,), generator=generator))
+        words.insert(place, ("bad", "good")[index % 2])
+        result.append((" ".join(words), index % 2))
+    return result
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Whole words, with [CLS] and [SEP]; the padding id is 0."""
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    words = {word: index for index, word in enumerate([*special, "good", "bad", *WORDS])}
+    backend = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, words[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    names = ("pad_token", "cls_token", "sep_token", "unk_token", "mask_token")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=64, **dict(zip(names, special, strict=True))
+    )
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder with reference data that lies beside a checkout; tests that need it are skipped elsewhere."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"no reference data at {folder}")
+    return folder
