@@ -53,6 +53,8 @@ class CompressionTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # The same for releases before that attribute, which ask the model's signature only.
+        self.model_accepts_loss_kwargs = False
         self._terms: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._checkpoint_root: str | None = None
         self.add_callback(_ExtraGradients(self))
