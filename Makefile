@@ -41,7 +41,7 @@ test-floor:
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/python -m pip -q install -c constraints.txt torch
 	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(FLOOR)/constraints.txt
-	$(FLOOR)/bin/python -m pip -q install -c $(FLOOR)/constraints.txt "transformers==5.0.0" -e ".[test,report]"
+	$(FLOOR)/bin/python -m pip -q install -c $(FLOOR)/constraints.txt "transformers==5.2.0" -e ".[test,report]"
 	$(FLOOR)/bin/python -m pytest -q
 
 clean:

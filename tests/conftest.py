@@ -122,7 +122,7 @@ def _batches(config, count=8, size=8, length=24, seed=0):
 
 @pytest.fixture
 def batches():
-    """`batches(config, count=8, size=8, length=24, seed=0)`: random ids padded on the right, about 1150 live tokens."""
+    """`batches(config, count=8, size=8, length=24, seed=0)`: random ids, padded on the right; about 1150 live."""
     return _batches
 
 

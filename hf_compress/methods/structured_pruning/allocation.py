@@ -6,6 +6,7 @@ every unit has a priority. The most deserving units of all sublayers are kept un
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,8 +42,10 @@ def check_budget(sublayers: Sequence[Sublayer], budget: float) -> None:
     full = sum(len(s.priorities) * s.macs for s in sublayers)
     least = sum(s.floor * s.macs for s in sublayers)
     if least > budget:
+        # Rounded up, so that the number in the message works when it is used.
+        reachable = math.ceil(1e4 * least / full) / 1e4
         raise ValueError(
-            f"mac_ratio must be at least {least / full:.4f} here (what may not be removed costs that much), "
+            f"mac_ratio must be at least {reachable:.4f} here (what may not be removed costs that much), "
             f"got {budget / full:.4f}. Allow pruning of heads and of neurons, or lower min_heads and min_neurons."
         )
 

@@ -1,0 +1,287 @@
+"""What structural pruning makes of a model, against masking, least squares on recorded inputs, and exact redundancy."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hf_compress as hc
+from hf_compress.core.architectures import blocks_of
+from hf_compress.core.surgery import unit_columns
+
+
+def recorded(model, modules, data, live_only=True):
+    """Inputs of some linear layers as numpy matrices, padding left out."""
+    rows = {key: [] for key in modules}
+
+    def recorder(key):
+        return lambda module, inputs: rows[key].append(inputs[0].reshape(-1, inputs[0].shape[-1])[live])
+
+    handles = [module.register_forward_pre_hook(recorder(key)) for key, module in modules.items()]
+    with torch.no_grad():
+        for batch in data:
+            live = batch["attention_mask"].bool().flatten()
+            model.base_model(**batch)
+    for handle in handles:
+        handle.remove()
+    return {key: torch.cat(parts).double().numpy() for key, parts in rows.items()}
+
+
+def outputs_of(blocks):
+    return {(b.index, kind): out for b in blocks for kind, out in (("h", b.attention_out), ("n", b.ffn_out))}
+
+
+def kept_columns(dense, pruned):
+    """For each output projection, which of its inputs are left: found by the rows of the layer that makes them."""
+    result = {}
+    for before, after in zip(blocks_of(dense), blocks_of(pruned), strict=True):
+        row = before.architecture
+        values = before.linear(row.values).weight.detach()[-before.num_units * before.head_size :]
+        left = after.linear(row.values).weight.detach()[-after.num_units * after.head_size :]
+        rows = [int((values == wanted).all(1).nonzero()) for wanted in left]
+        units = sorted({r // before.head_size for r in rows})
+        assert rows == unit_columns(units, before.head_size).tolist()
+        result[before.index, "h"] = unit_columns(units, before.unit_size).tolist()
+        first = before.linear(row.ffn_in[0]).weight.detach()[: before.num_neurons]
+        left = after.linear(row.ffn_in[0]).weight.detach()[: after.num_neurons]
+        result[before.index, "n"] = [int((first == wanted).all(1).nonzero()) for wanted in left]
+        assert result[before.index, "n"] == sorted(result[before.index, "n"])
+    return result
+
+
+def refit(inputs, columns, weight, intercept=False):
+    """The output projection on kept columns that fits the dense one best, and its loss."""
+    target = inputs @ weight.detach().double().numpy().T
+    basis = inputs[:, columns]
+    if intercept:
+        basis = np.hstack([basis, np.ones((len(basis), 1))])
+    return torch.from_numpy(np.linalg.lstsq(basis, target, rcond=None)[0].T), target
+
+
+def assert_refitted(dense, pruned, data, rtol=1e-6):
+    inputs = recorded(dense, outputs_of(blocks_of(dense)), data)
+    new, changed = outputs_of(blocks_of(pruned)), 0
+    kept = kept_columns(dense, pruned)
+    for key, old in outputs_of(blocks_of(dense)).items():
+        expected, _ = refit(inputs[key], kept[key], old.weight)
+        assert torch.linalg.norm(new[key].weight - expected) < rtol * torch.linalg.norm(expected)
+        assert (old.bias is None) == (new[key].bias is None)
+        assert old.bias is None or torch.equal(old.bias, new[key].bias)
+        changed += len(kept[key]) < old.in_features
+    assert changed >= 3
+
+
+def hidden(model, batch):
+    with torch.no_grad():
+        return model(**batch).last_hidden_state
+
+
+def relative(value, reference):
+    return float((value - reference).norm() / reference.norm())
+
+
+def test_keeping_everything_changes_nothing(model, batches, architecture):
+    dense = model(architecture)
+    batch = batches(dense.config)[0]
+    expected, modules = hidden(dense, batch), dict(dense.named_modules())
+    hc.compress(dense, hc.StructuredPruningConfig(mac_ratio=1.0), data=[batch])
+    assert torch.equal(hidden(dense, batch), expected)
+    assert all(module is modules[name] for name, module in dense.named_modules())
+    assert hc.steps_of(dense)[0]["mac_ratio"] == 1.0
+
+
+@pytest.mark.parametrize("selection", ["interpolative", "magnitude", "random"])
+def test_removal_equals_masking(model, batches, architecture, selection):
+    dense = model(architecture).double()
+    data = batches(dense.config)
+    config = hc.StructuredPruningConfig(mac_ratio=0.5, selection=selection, correction=False)
+    pruned = hc.compress(copy.deepcopy(dense), config, data=data)
+    kept = kept_columns(dense, pruned)
+    masked = copy.deepcopy(dense)
+    for key, out in outputs_of(blocks_of(masked)).items():
+        removed = [column for column in range(out.in_features) if column not in kept[key]]
+        out.weight.data[:, removed] = 0
+    live = data[1]["attention_mask"].bool()
+    assert relative(hidden(pruned, data[1])[live], hidden(masked, data[1])[live]) < 1e-12
+    assert relative(hidden(pruned, data[1])[live], hidden(dense, data[1])[live]) > 1e-3
+
+
+def test_correction_is_the_least_squares_refit(model, batches, architecture):
+    dense = model(architecture).double()
+    data = batches(dense.config)
+    pruned = hc.compress(copy.deepcopy(dense), hc.StructuredPruningConfig(mac_ratio=0.6), data=iter(data))
+    assert_refitted(dense, pruned, data)
+
+
+def test_sketched_pivots_with_exact_correction(model, batches):
+    dense = model("bert").double()
+    data = batches(dense.config)
+    config = hc.StructuredPruningConfig(mac_ratio=0.6, route="sketch", sketch_rows=256)
+    pruned = hc.compress(copy.deepcopy(dense), config, data=data)
+    assert_refitted(dense, pruned, data)
+    full = hc.count_cost(dense, hc.steps_of(pruned)[0]["seq_len"]).macs
+    assert 0 <= 0.6 * full - hc.count_cost(pruned, hc.steps_of(pruned)[0]["seq_len"]).macs < 0.01 * full
+    exact = hc.compress(copy.deepcopy(dense), hc.StructuredPruningConfig(mac_ratio=0.6), data=data)
+    loss = [relative(hidden(m, data[0]), hidden(dense, data[0])) for m in (pruned, exact)]
+    assert loss[0] < 1.2 * loss[1]
+
+
+def test_centring_fits_an_intercept(model, batches):
+    dense = model("bert").double()
+    data = batches(dense.config)
+    pruned = hc.compress(copy.deepcopy(dense), hc.StructuredPruningConfig(mac_ratio=0.6, center=True), data=data)
+    inputs, kept = recorded(dense, outputs_of(blocks_of(dense)), data), kept_columns(dense, pruned)
+    for key, new in outputs_of(blocks_of(pruned)).items():
+        old = outputs_of(blocks_of(dense))[key]
+        if len(kept[key]) < old.in_features:
+            expected, _ = refit(inputs[key], kept[key], old.weight, intercept=True)
+            assert torch.allclose(new.weight, expected[:, :-1], atol=1e-8)
+            assert torch.allclose(new.bias, old.bias + expected[:, -1], atol=1e-8)
+
+
+def test_sequential_fits_on_the_pruned_prefix(model, batches):
+    dense = model("bert").double()
+    data = batches(dense.config)
+    pruned = hc.compress(
+        copy.deepcopy(dense), hc.StructuredPruningConfig(mac_ratio=0.6, order="sequential"), data=data
+    )
+    kept, changed = kept_columns(dense, pruned), 0
+    # Put back one dense half of a layer after the other: what it sees then is what it saw when it was cut.
+    for index, layer in enumerate(dense.encoder.layer):
+        for kind, parts in (("h", ("attention", "intermediate", "output")), ("n", ("intermediate", "output"))):
+            hybrid = copy.deepcopy(pruned)
+            for part in parts:
+                setattr(hybrid.encoder.layer[index], part, copy.deepcopy(getattr(layer, part)))
+            module = outputs_of(blocks_of(hybrid))[index, kind]
+            inputs = recorded(hybrid, {0: module}, data)[0]
+            new = outputs_of(blocks_of(pruned))[index, kind].weight
+            expected, _ = refit(inputs, kept[index, kind], module.weight)
+            assert torch.allclose(new, expected, atol=1e-8)
+            changed += new.shape != module.weight.shape
+    assert changed >= 3
+
+
+@pytest.mark.parametrize("selection", ["interpolative", "magnitude", "random"])
+def test_loss_falls_with_size_and_with_correction(model, batches, selection):
+    dense = model("bert").double()
+    data = batches(dense.config)
+    inputs = recorded(dense, outputs_of(blocks_of(dense)), data)
+
+    def losses(**settings):
+        config = hc.StructuredPruningConfig(selection=selection, allocation="uniform", **settings)
+        pruned = hc.compress(copy.deepcopy(dense), config, data=data)
+        kept, result = kept_columns(dense, pruned), {}
+        for key, new in outputs_of(blocks_of(pruned)).items():
+            target = inputs[key] @ outputs_of(blocks_of(dense))[key].weight.detach().numpy().T
+            error = inputs[key][:, kept[key]] @ new.weight.detach().numpy().T - target
+            result[key] = np.linalg.norm(error) / np.linalg.norm(target)
+        return kept, result
+
+    kept, corrected = losses(mac_ratio=0.5)
+    kept_plain, plain = losses(mac_ratio=0.5, correction=False)
+    assert kept == kept_plain
+    assert all(corrected[key] <= plain[key] for key in plain)
+    assert sum(corrected.values()) < 0.9 * sum(plain.values())
+    for ratio in (0.7, 0.9):
+        _, larger = losses(mac_ratio=ratio)
+        assert all(larger[key] <= corrected[key] + 1e-12 for key in larger)
+        corrected = larger
+
+
+@pytest.mark.parametrize("order", ["one_shot", "sequential"])
+def test_padding_does_not_matter(model, batches, architecture, order):
+    dense = model(architecture).double()
+    data = batches(dense.config, count=6)
+    padded = []
+    for batch in data:
+        pad = torch.full((8, 7), dense.config.pad_token_id)
+        padded.append({"input_ids": torch.cat([batch["input_ids"], pad], 1),
+                       "attention_mask": torch.cat([batch["attention_mask"], torch.zeros_like(pad)], 1)})  # fmt: skip
+    config = hc.StructuredPruningConfig(mac_ratio=0.6, order=order)
+    a, b = (hc.compress(copy.deepcopy(dense), config, data=d).state_dict() for d in (data, padded))
+    for name, value in a.items():
+        assert value.shape == b[name].shape
+        assert not value.is_floating_point() or torch.allclose(value, b[name], rtol=0, atol=1e-10)
+
+
+def redundant_neurons(dense, distinct, generator):
+    """Make every neuron beyond the first `distinct` a copy of one of them; what it is used for stays its own."""
+    for block in blocks_of(dense):
+        width = block.num_neurons
+        source = torch.cat([torch.arange(distinct), torch.randint(distinct, (width - distinct,), generator=generator)])
+        for path in block.architecture.ffn_in:
+            linear = block.linear(path)
+            rows = torch.cat([source, source + width]) if block.architecture.fused_gate else source
+            for parameter in linear.parameters():
+                parameter.data = parameter.data[rows]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("architecture", ["bert", "modernbert", "llama", "opt"])
+def test_duplicated_neurons_are_removed_without_loss(model, batches, architecture, dtype, bound):
+    dense = model(architecture).to(dtype)
+    redundant_neurons(dense, 40, torch.Generator().manual_seed(1))
+    blocks = blocks_of(dense)
+    spare = sum(24 * block.macs_per_neuron(18) for block in blocks)
+    ratio = 1 - spare / hc.count_cost(dense, seq_len=18).macs
+    config = hc.StructuredPruningConfig(mac_ratio=ratio + 1e-6, seq_len=18, prune_heads=False)
+    pruned = hc.compress(copy.deepcopy(dense), config, data=batches(dense.config))
+    assert [block.num_neurons for block in blocks_of(pruned)] == [40] * len(blocks)
+    unseen = batches(dense.config, seed=1)[0]
+    live = unseen["attention_mask"].bool()
+    assert relative(hidden(pruned, unseen)[live], hidden(dense, unseen)[live]) < bound
+
+
+@pytest.mark.parametrize("image", [0, 1])
+def test_heads_that_are_images_of_others_are_removed_without_loss(model, batches, architecture, image):
+    dense = model(architecture).double()
+    blocks, generator = blocks_of(dense), torch.Generator().manual_seed(2)
+    for block in blocks:
+        row, d, source = block.architecture, block.head_size, 1 - image
+        offsets = (0, block.num_units * d, 2 * block.num_units * d) if row.fused_attention else (0, 0, 0)
+        mixing = 0.3 * torch.randn(d, d, dtype=torch.float64, generator=generator)
+        for path, offset, size in zip(
+            (row.queries, row.keys, row.values), offsets, (block.unit_size, d, d), strict=True
+        ):
+            for parameter in block.linear(path).parameters():
+                here, there = (offset + unit_columns([unit], size) for unit in (image, source))
+                taken = parameter.data[there]
+                parameter.data[here] = mixing @ taken if offset == offsets[2] and path == row.values else taken
+    spare = sum(block.macs_per_unit(18) for block in blocks)
+    ratio = 1 - spare / hc.count_cost(dense, seq_len=18).macs
+    config = hc.StructuredPruningConfig(mac_ratio=ratio + 1e-6, seq_len=18, prune_neurons=False)
+    pruned = hc.compress(copy.deepcopy(dense), config, data=batches(dense.config))
+    assert [block.num_units for block in blocks_of(pruned)] == [block.num_units - 1 for block in blocks]
+    unseen = batches(dense.config, seed=1)[0]
+    live = unseen["attention_mask"].bool()
+    assert relative(hidden(pruned, unseen)[live], hidden(dense, unseen)[live]) < 1e-8
+
+
+def test_bookkeeping_of_heads(model, batches):
+    config = hc.StructuredPruningConfig(mac_ratio=0.45, allocation="uniform", ridge=1e-6)
+    opt = hc.compress(model("opt"), config, data=batches(model("opt").config))
+    for block in blocks_of(opt):
+        assert block.attention.num_heads * 8 == block.linear("self_attn.q_proj").out_features < 32
+    llama = model("llama", "causal_lm")
+    hc.compress(llama, config, data=batches(llama.config))
+    assert [block.num_units for block in blocks_of(llama)] == [1, 1]
+    for block in blocks_of(llama):
+        assert block.attention.num_key_value_groups == 2
+        assert block.linear("self_attn.q_proj").out_features == 2 * block.linear("self_attn.k_proj").out_features == 16
+    for causal in (llama, hc.compress(model("opt", "causal_lm"), config, data=batches(opt.config))):
+        prompt = torch.tensor([[5, 17, 40, 8]])
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(causal.generate(prompt, **options), causal.generate(prompt, **options, use_cache=False))
+
+
+def test_dtype_mode_and_gradients_stay(model, batches):
+    half = model("bert").bfloat16().train()
+    half.encoder.layer[0].output.dense.weight.requires_grad_(False)
+    hc.compress(half, hc.StructuredPruningConfig(mac_ratio=0.5), data=batches(half.config))
+    assert half.training
+    assert all(module.training for module in half.modules())
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert [n for n, p in half.named_parameters() if not p.requires_grad] == ["encoder.layer.0.output.dense.weight"]
+    assert all(isinstance(p, nn.Parameter) and p.is_leaf for p in half.parameters())
