@@ -106,7 +106,9 @@ def main() -> None:
     })  # fmt: skip
 
     def scores(model) -> dict:
-        return {name: evaluate_model(model, rows[name], tokenizer, 64) for name in ("validation", "test") if name in rows}
+        return {
+            name: evaluate_model(model, rows[name], tokenizer, 64) for name in ("validation", "test") if name in rows
+        }
 
     for seed in args.seeds:
         stem = f"{args.work_dir}/{Path(args.data_dir).name}-{Path(args.model).name}-{seed}"
@@ -125,7 +127,9 @@ def main() -> None:
             for selection in args.selections:
                 for correction in (True, False) if args.uncorrected else (True,):
 
-                    def prune(ratio=ratio, selection=selection, correction=correction, stem=stem, dense=dense, seed=seed):
+                    def prune(
+                        ratio=ratio, selection=selection, correction=correction, stem=stem, dense=dense, seed=seed
+                    ):
                         model = open_classifier(dense, task)
                         before = hc.count_cost(model, 32).params
                         config = hc.StructuredPruningConfig(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hf_compress.core.calibration import require_data
 from hf_compress.core.method import Method, MethodConfig
 from hf_compress.core.record import QUANT_METHOD, RECORD_VERSION, CompressionConfig
 from hf_compress.methods import METHODS
@@ -120,6 +121,8 @@ def compress(
     for method, config in zip(methods, configs, strict=True):
         if method.check is not None:
             method.check(model, config)
+    if data is not None:
+        require_data(data, len(configs))
     for method, config in zip(methods, configs, strict=True):
         append_step(model, method, method.compress(model, config, data))
     return model

@@ -89,7 +89,7 @@ def architecture(request):
 
 @cache
 def _built(architecture, head):
-    config = ARCHITECTURES[architecture](attn_implementation="eager")
+    config = ARCHITECTURES[architecture]()
     if type(config) not in HEADS[head]._model_mapping:
         pytest.skip(f"transformers has no {head} model of {architecture}")
     state = torch.get_rng_state()

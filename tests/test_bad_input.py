@@ -64,14 +64,22 @@ def place(tmp_path_factory):
         ("newer", {"version": 99, "steps": []}),
         ("unknown", {"version": 1, "steps": [{"method": "magic"}]}),
         ("broken", {"version": 1, "steps": [{"method": "structured_pruning", "mac_ratio": 7}]}),
-        ("toofew", {"version": 1, "steps": [{"method": "structured_pruning", "heads_per_layer": [1], "neurons_per_layer": [8]}]}),
+        (
+            "toofew",
+            {
+                "version": 1,
+                "steps": [{"method": "structured_pruning", "heads_per_layer": [1], "neurons_per_layer": [8]}],
+            },
+        ),
     ):
         shutil.copytree(root / "model", root / name)
         config = json.loads((root / name / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "hf_compress", **record}
         (root / name / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    GPT2Model(GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=0)).save_pretrained(root / "gpt2")
+    GPT2Model(
+        GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=0)
+    ).save_pretrained(root / "gpt2")
     write_tokenizer(root / "gpt2")
 
     rows = [f"{'good' if i % 2 else 'bad'} w{i % 90} w{i % 7}\t{i % 2}" for i in range(64)]
@@ -204,7 +212,9 @@ def test_full_disk(place, tmp_path, monkeypatch, capsys, where):
     target = "transformers.PreTrainedModel.save_pretrained" if where == "model" else "torch.save"
     monkeypatch.setattr(target, full)
     save = "no" if where == "model" else "epoch"
-    line = f"{FINETUNE} --num_train_epochs 1 --save_strategy {save}".replace("output_dir out", f"output_dir {tmp_path}/full")
+    line = f"{FINETUNE} --num_train_epochs 1 --save_strategy {save}".replace(
+        "output_dir out", f"output_dir {tmp_path}/full"
+    )
     assert main(line.split()) == 2
     assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
     assert not list(Path(tmp_path).rglob("*.safetensors")) or where == "checkpoint"

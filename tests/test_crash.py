@@ -21,7 +21,9 @@ from tests import crash_program
 def processes():
     """A clean server process that has imported everything; each training forks from it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.crash_program", "transformers.trainer", "hf_compress.training.distillation"])
+    context.set_forkserver_preload(
+        ["tests.crash_program", "transformers.trainer", "hf_compress.training.distillation"]
+    )
     return context
 
 
@@ -62,9 +64,13 @@ def test_killed_five_times_equals_unbroken(tmp_path, processes):
         for checkpoint in broken.glob("checkpoint-*"):
             # Every checkpoint that stands under its name is whole.
             BertForSequenceClassification.from_pretrained(checkpoint)
-            assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "projectors.safetensors"} <= {
-                file.name for file in checkpoint.iterdir()
-            }
+            assert {
+                "optimizer.pt",
+                "scheduler.pt",
+                "rng_state.pth",
+                "trainer_state.json",
+                "projectors.safetensors",
+            } <= {file.name for file in checkpoint.iterdir()}
     assert list(broken.glob("checkpoint-*")), "no kill came after a checkpoint"
     process = _start(processes, broken)
     process.join(120)

@@ -1,4 +1,4 @@
-"""The distillation trainer: its loss against a hand computation, its teacher out of the way, its projector, its heads."""
+"""The distillation trainer: its loss against a hand computation, its teacher, its projector, its heads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bert(hidden=16, layers=2, seed=0, head=BertForSequenceClassification, **opti
 
 def arguments(folder, **options):
     defaults = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "report_to": "none", "disable_tqdm": True,
-                "use_cpu": True, "save_strategy": "no", "dataloader_pin_memory": False, "logging_steps": 1}  # fmt: skip
+                "use_cpu": True, "save_strategy": "no", "logging_steps": 1, "dataloader_pin_memory": False}  # fmt: skip
     return hc.DistillationArguments(str(folder), **{**defaults, **options})
 
 
@@ -62,7 +62,9 @@ def test_loss_equals_hand_computation(tmp_path):
     for index in (1, 2):
         for row in range(8):
             live = batch["attention_mask"][row].bool()
-            layer += (student.hidden_states[index][row][live] - teacher.hidden_states[index][row][live]).square().mean() / 16
+            layer += (
+                student.hidden_states[index][row][live] - teacher.hidden_states[index][row][live]
+            ).square().mean() / 16
     torch.testing.assert_close(loss, 0.5 * task + 2 * output + 3 * layer)
     assert "hidden_states" not in outputs
 
@@ -133,7 +135,13 @@ def test_projector_learns_is_resumed_and_stays_out_of_the_student(tmp_path):
 
 
 def test_resume_without_the_projector_is_refused(tmp_path):
-    options = {"student": bert(16), "teacher": bert(32, seed=1), "alpha_layer": 1.0, "save_strategy": "steps", "save_steps": 4}
+    options = {
+        "student": bert(16),
+        "teacher": bert(32, seed=1),
+        "alpha_layer": 1.0,
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
     trainer_of(tmp_path, **options).train()
     (tmp_path / "checkpoint-4" / "projectors.safetensors").unlink()
     with pytest.raises(ValueError, match="projectors.safetensors"):
@@ -175,7 +183,9 @@ def test_teacher_with_its_own_tokens(tmp_path):
     trainer = trainer_of(tmp_path, student=student, teacher=teacher, rows=Both(), collator=collator)
     batch = collator([Both()[i] for i in range(4)])
     trainer.compute_loss(trainer.model, batch)
-    expected = teacher(input_ids=batch["input_ids"] % 50 * batch["attention_mask"], attention_mask=batch["attention_mask"])
+    expected = teacher(
+        input_ids=batch["input_ids"] % 50 * batch["attention_mask"], attention_mask=batch["attention_mask"]
+    )
     signals = trainer._teacher.signals({k.removeprefix("teacher_"): v for k, v in batch.items() if "teacher_" in k})
     torch.testing.assert_close(signals.logits[0], expected.logits)
     with pytest.raises(ValueError, match="vocabulary"):

@@ -1,4 +1,4 @@
-"""What structural pruning makes of a model, against masking, least squares on recorded inputs, and exact redundancy."""
+"""What structural pruning makes of a model, against masking, least squares and exact redundancy."""
 
 import copy
 
@@ -12,7 +12,7 @@ from hf_compress.core.architectures import blocks_of
 from hf_compress.core.surgery import unit_columns
 
 
-def recorded(model, modules, data, live_only=True):
+def recorded(model, modules, data):
     """Inputs of some linear layers as numpy matrices, padding left out."""
     rows = {key: [] for key in modules}
 

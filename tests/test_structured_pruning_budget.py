@@ -1,4 +1,4 @@
-"""How much structured pruning keeps: budgets, minima, rounding; what it refuses, and that a refusal changes nothing."""
+"""How much structured pruning keeps: budgets, minima, rounding, and refusals that change nothing."""
 
 import dataclasses
 import math
@@ -76,7 +76,7 @@ def test_half_of_bert_base(bert_base):
 def test_units_are_kept_by_priority_minima_first():
     heads = Sublayer(0, "heads", [1.0, 0.9, 0.2], 10.0, 1)
     neurons = Sublayer(0, "neurons", [1.0, 0.5, 0.4, 0.1], 2.0, 2)
-    # Minima cost 14; then come the head at 0.9, the neuron at 0.4; the head at 0.2 is too dear, the last neuron is not.
+    # Minima cost 14; then come the head at 0.9, the neuron at 0.4; the head at 0.2 is too dear, not the last neuron.
     assert allocate([heads, neurons], 28.0) == ([2, 4], 0.2)
     assert allocate([heads, neurons], 23.9) == ([1, 4], 0.9)
     assert allocate([heads, neurons], 38.0) == ([3, 4], 0.0)
@@ -211,10 +211,20 @@ def test_refuses_broken_weights_and_foreign_objects(model, batches):
     broken.encoder.layer[1].output.dense.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"NaN or infinity in encoder\.layer\.1\.output\.dense\.weight"):
         hc.compress(broken, hc.StructuredPruningConfig(), data=batches(broken.config))
+    huge = model("bert")
+    huge.encoder.layer[0].attention.self.value.bias.data.fill_(3e38)
+    huge.encoder.layer[0].attention.self.value.weight.data.fill_(3e38)
+    with pytest.raises(ValueError, match=r"NaN or infinity at \(0, 'heads'\)"):
+        hc.compress(huge, hc.StructuredPruningConfig(), data=batches(huge.config))
     with pytest.raises(ValueError, match="must be a transformers PreTrainedModel, got Linear"):
         hc.compress(torch.nn.Linear(2, 2), hc.StructuredPruningConfig())
     with pytest.raises(ValueError, match="configs must name at least one step"):
         hc.compress(model("bert"))
+    config, data = hc.StructuredPruningConfig(mac_ratio=0.8), batches(broken.config)
+    untouched = model("bert")
+    with pytest.raises(ValueError, match="readable 2 times.*one-shot"):
+        hc.compress(untouched, config, config, data=iter(data))
+    assert hc.steps_of(untouched) == []
     with pytest.raises(ValueError, match="configs must be one of StructuredPruningConfig"):
         hc.compress(model("bert"), {"mac_ratio": 0.5})
 

@@ -37,8 +37,14 @@ def test_teacher_runs_in_the_first_epoch_only(tmp_path):
 @pytest.mark.parametrize("alpha_layer", [0.0, 1.0])
 def test_cached_training_equals_live_training(tmp_path, alpha_layer):
     runs = []
-    for name, options in (("live", {}), ("cold", {"teacher_cache_dir": str(tmp_path / "c")}), ("warm", {"teacher_cache_dir": str(tmp_path / "c")})):
-        trainer = trainer_of(tmp_path / name, num_train_epochs=2, alpha_layer=alpha_layer, learning_rate=1e-3, **options)
+    for name, options in (
+        ("live", {}),
+        ("cold", {"teacher_cache_dir": str(tmp_path / "c")}),
+        ("warm", {"teacher_cache_dir": str(tmp_path / "c")}),
+    ):
+        trainer = trainer_of(
+            tmp_path / name, num_train_epochs=2, alpha_layer=alpha_layer, learning_rate=1e-3, **options
+        )
         trainer.train()
         runs.append(weights(trainer))
     for name, value in runs[0].items():
@@ -64,7 +70,7 @@ def test_stored_values_come_back_at_live_positions(tmp_path):
     keys = example_keys(inputs)
     logits, hidden = torch.randn(2, 3), torch.randn(2, 3, 4)
     cache.write(keys, inputs, [logits], [hidden])
-    wider = {k: torch.nn.functional.pad(v, (2, 0)) for k, v in inputs.items()}   # left padding this time
+    wider = {k: torch.nn.functional.pad(v, (2, 0)) for k, v in inputs.items()}  # left padding this time
     (stored,), (states,) = TeacherCache(str(tmp_path), "f", {}).read(keys, wider)
     assert torch.equal(stored, logits)
     assert torch.equal(states[0, 2:4], hidden[0, :2])

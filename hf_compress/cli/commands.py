@@ -67,7 +67,10 @@ def prune_structure(arguments: Sequence[str]) -> None:
     print(f"{'multiply-accumulates':24s}{before['macs']:14.4g}{after['macs']:14.4g}")
     for title, key in (("heads", "heads_per_layer"), ("neurons", "neurons_per_layer")):
         print(f"{title + ' left by layer':24s}{' '.join(map(str, results['step'][key]))}")
-    print(f"{results['mac_ratio']:.4f} of the arithmetic kept, {results['seconds']:.1f} s; saved to {calibration.output_dir}")
+    print(
+        f"{results['mac_ratio']:.4f} of the arithmetic kept, {results['seconds']:.1f} s; "
+        f"saved to {calibration.output_dir}"
+    )
 
 
 def evaluate(arguments: Sequence[str]) -> None:

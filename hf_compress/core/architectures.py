@@ -209,7 +209,9 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in ARCHITECTURES:
-        raise ValueError(f"model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r} ({type(model).__name__}).")
+        raise ValueError(
+            f"model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r} ({type(model).__name__})."
+        )
     return ARCHITECTURES[kind]
 
 

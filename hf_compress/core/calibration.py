@@ -120,7 +120,9 @@ def require_data(data: Iterable[Mapping[str, Any]] | None, passes: int) -> Itera
         ValueError: If there is none, or if it is an iterator that can be read once and more passes are needed.
     """
     if data is None:
-        raise ValueError("data must be given: this method looks at a few hundred examples (an iterable of input dicts).")
+        raise ValueError(
+            "data must be given: this method looks at a few hundred examples (an iterable of input dicts)."
+        )
     if passes > 1 and iter(data) is data:
         raise ValueError(
             f"data must be readable {passes} times for these settings, got a one-shot {type(data).__name__}. "
@@ -159,6 +161,11 @@ def collect_inputs(
     def observer(key: Hashable) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             rows = inputs[0].reshape(-1, inputs[0].shape[-1])[live["tokens"]]
+            if not bool(torch.isfinite(rows).all()):
+                raise ValueError(
+                    f"Activations must be finite, got NaN or infinity at {key} in {rows.dtype}. Check the weights, or "
+                    "calibrate in a dtype with a larger range."
+                )
             statistics[key].update(rows)
             pending.discard(key)
             if not pending:

@@ -23,7 +23,9 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_describe(choice) for choice in get_args(hint))
-    return "None" if hint is type(None) else str(getattr(hint, "__name__", hint)) if get_args(hint) == () else str(hint)
+    return (
+        "None" if hint is type(None) else str(getattr(hint, "__name__", hint)) if get_args(hint) == () else str(hint)
+    )
 
 
 def _fits(value: Any, hint: Any) -> bool:

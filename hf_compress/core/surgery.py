@@ -24,7 +24,7 @@ def _like(old: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     new.weight = nn.Parameter(weight.detach().to(old.weight.dtype).clone(), requires_grad=old.weight.requires_grad)
     if bias is not None:
-        new.bias = nn.Parameter(bias.detach().to(old.weight.dtype).clone(), requires_grad=old.weight.requires_grad)
+        new.bias = nn.Parameter(bias.detach().to(old.bias.dtype).clone(), requires_grad=old.bias.requires_grad)
     return new.train(old.training)
 
 
@@ -67,9 +67,7 @@ def unit_columns(units: Sequence[int], size: int) -> Tensor:
     return (starts + torch.arange(size)).flatten()
 
 
-def keep_heads_(
-    block: Block, units: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None
-) -> None:
+def keep_heads_(block: Block, units: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None) -> None:
     """Remove all attention units but the given ones from a layer, physically.
 
     Args:
@@ -84,7 +82,11 @@ def keep_heads_(
     out = keep_inputs(block.attention_out, context, weight, bias)
     if row.fused_attention:
         width = block.attention_out.in_features
-        _set(block, row.queries, keep_outputs(block.linear(row.queries), torch.cat([queries + i * width for i in range(3)])))
+        _set(
+            block,
+            row.queries,
+            keep_outputs(block.linear(row.queries), torch.cat([queries + i * width for i in range(3)])),
+        )
     else:
         for path, rows in ((row.queries, queries), (row.keys, keys), (row.values, keys)):
             _set(block, path, keep_outputs(block.linear(path), rows))
@@ -94,9 +96,7 @@ def keep_heads_(
         setattr(block.attention, name, len(units) * (d if times_head_size else 1))
 
 
-def keep_neurons_(
-    block: Block, neurons: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-) -> None:
+def keep_neurons_(block: Block, neurons: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
     """Remove all feed-forward neurons but the given ones from a layer, physically.
 
     Args:

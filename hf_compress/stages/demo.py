@@ -71,7 +71,9 @@ def _package_files(package: str) -> list[Path]:
     try:
         return [Path(entry.locate()) for entry in files(package) or []]
     except PackageNotFoundError as error:
-        raise ValueError(f"The demo must have the package {package}: {_INSTALL} (or give model_name_or_path and data_dir).") from error
+        raise ValueError(
+            f"The demo must have the package {package}: {_INSTALL} (or give model_name_or_path and data_dir)."
+        ) from error
 
 
 def embedded_model() -> str:
@@ -151,7 +153,11 @@ def demo(args: DemoArguments, data: DataArguments) -> dict[str, Any]:
     dense, pruned, recovered = out / "dense", out / "pruned", out / "recovered"
     if not _done(dense):
         logger.info("1/4 Fine-tuning the teacher.")
-        finetune(ModelArguments(source, freeze_embeddings=True), data, TrainingArguments(**_training(args, dense, args.epochs)))
+        finetune(
+            ModelArguments(source, freeze_embeddings=True),
+            data,
+            TrainingArguments(**_training(args, dense, args.epochs)),
+        )
     if not _done(pruned):
         logger.info("2/4 Pruning to %.0f %% of the multiply-accumulates, without training.", 100 * args.mac_ratio)
         prune_structure(

@@ -69,7 +69,9 @@ def _extra(names: Sequence[str], logits: Any, labels: Any) -> dict[str, float]:
         try:
             results.update(hub_metrics.load(name).compute(predictions=predictions, references=labels))
         except (FileNotFoundError, ConnectionError, OSError) as error:
-            raise ValueError(f"extra_metrics must be on the hub or local scripts, got {name!r} ({type(error).__name__}).") from error
+            raise ValueError(
+                f"extra_metrics must be on the hub or local scripts, got {name!r} ({type(error).__name__})."
+            ) from error
     return results
 
 
@@ -88,7 +90,10 @@ def evaluate_models(args: EvaluateArguments, data: DataArguments) -> dict[str, d
         check_vocabulary(model, tokenizer)
         rows = tokenize(split, task, tokenizer, data.max_length)
         if args.extra_metrics:
-            logits, labels = predict(model, rows, tokenizer, args.eval_batch_size).numpy(), rows.with_format("numpy")["labels"][:]
+            logits, labels = (
+                predict(model, rows, tokenizer, args.eval_batch_size).numpy(),
+                rows.with_format("numpy")["labels"][:],
+            )
             results[name] = {**task_metrics(logits, labels), **_extra(args.extra_metrics, logits, labels)}
         else:
             results[name] = evaluate_model(model, rows, tokenizer, args.eval_batch_size)

@@ -62,7 +62,9 @@ def _splits(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments,
     return rows
 
 
-def _run(trainer: CompressionTrainer, model: PreTrainedModel, tokenizer: Any, args: TrainingArguments) -> dict[str, Any]:
+def _run(
+    trainer: CompressionTrainer, model: PreTrainedModel, tokenizer: Any, args: TrainingArguments
+) -> dict[str, Any]:
     """Train (or go on training), evaluate, save; returns the results that were written."""
     resume = args.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "1", "yes"):
@@ -146,7 +148,9 @@ def distill(
         check_vocabulary(teacher, teacher_tokenizer)
         if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
             collator = TeacherStudentCollator(collator, DataCollatorWithPadding(teacher_tokenizer))
-            rows = {name: _with_teacher_columns(name, split, task, teacher_tokenizer, data) for name, split in rows.items()}
+            rows = {
+                name: _with_teacher_columns(name, split, task, teacher_tokenizer, data) for name, split in rows.items()
+            }
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,
@@ -160,7 +164,9 @@ def distill(
     return _run(trainer, student, tokenizer, args)
 
 
-def _with_teacher_columns(name: str, rows: Any, task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Any:
+def _with_teacher_columns(
+    name: str, rows: Any, task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments
+) -> Any:
     encoded = tokenize(task.split(name), task, tokenizer, data.max_length).remove_columns("labels")
     for column in encoded.column_names:
         rows = rows.add_column(f"{TEACHER_PREFIX}{column}", encoded[column][:])

@@ -19,7 +19,9 @@ def tokenize(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_
         ValueError: If `max_length` is longer than the tokenizer's model can take.
     """
     if max_length > tokenizer.model_max_length:
-        raise ValueError(f"max_length must be at most {tokenizer.model_max_length} for this tokenizer, got {max_length}.")
+        raise ValueError(
+            f"max_length must be at most {tokenizer.model_max_length} for this tokenizer, got {max_length}."
+        )
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         encoded = tokenizer(*(batch[c] for c in task.text_columns), truncation=True, max_length=max_length)

@@ -102,7 +102,9 @@ def load_task(args: DataArguments) -> Task:
         splits, name = _from_files({k: Path(v) for k, v in files.items() if v}), args.task_name or "files"
     elif args.task_name is not None:
         if args.task_name not in TASKS:
-            raise ValueError(f"task_name must be one of {', '.join(TASKS)} (or give data_dir), got {args.task_name!r}.")
+            raise ValueError(
+                f"task_name must be one of {', '.join(TASKS)} (or give data_dir), got {args.task_name!r}."
+            )
         hub, configuration, _, _ = TASKS[args.task_name]
         splits, name = _from_hub(hub, configuration), args.task_name
     else:
@@ -114,7 +116,9 @@ def _from_hub(path: str, configuration: str | None) -> DatasetDict:
     try:
         splits = datasets.load_dataset(path, configuration)
     except (ConnectionError, OSError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise ValueError(f"Cannot read {path} from the hub ({type(error).__name__}); give data_dir to read files.") from error
+        raise ValueError(
+            f"Cannot read {path} from the hub ({type(error).__name__}); give data_dir to read files."
+        ) from error
     for matched in ("validation", "test"):
         if f"{matched}_matched" in splits:
             splits[matched] = splits.pop(f"{matched}_matched")
@@ -130,7 +134,9 @@ def _from_folder(folder: Path) -> DatasetDict:
             if (folder / f"{split}{suffix}").is_file():
                 found.setdefault(split, folder / f"{split}{suffix}")
     if not found:
-        raise ValueError(f"data_dir must hold train/validation/test files (parquet, tsv, csv, json), found none in {str(folder)!r}.")
+        raise ValueError(
+            f"data_dir must hold train/validation/test files (parquet, tsv, csv, json), found none in {str(folder)!r}."
+        )
     return _from_files(found)
 
 
@@ -145,9 +151,13 @@ def _from_files(files: dict[str, Path]) -> DatasetDict:
             raise ValueError(f"{split}_file must not be empty, got {str(file)!r}.")
         options: dict[str, Any] = {"delimiter": "\t"} if file.suffix == ".tsv" else {}
         try:
-            splits[split] = datasets.load_dataset(_READERS[file.suffix], data_files=str(file), split="train", **options)
+            splits[split] = datasets.load_dataset(
+                _READERS[file.suffix], data_files=str(file), split="train", **options
+            )
         except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
-            raise ValueError(f"{split}_file {file.name!r} cannot be read as {file.suffix}: {_first_line(error)}") from error
+            raise ValueError(
+                f"{split}_file {file.name!r} cannot be read as {file.suffix}: {_first_line(error)}"
+            ) from error
     return splits
 
 
@@ -168,7 +178,10 @@ def _checked(splits: DatasetDict, name: str, args: DataArguments) -> Task:
     for split, rows in splits.items():
         missing = {*columns, "label"} - set(rows.column_names)
         if missing:
-            raise ValueError(f"{split} must have the columns {', '.join((*columns, 'label'))}; missing: {', '.join(sorted(missing))}.")
+            raise ValueError(
+                f"{split} must have the columns {', '.join((*columns, 'label'))}; "
+                f"missing: {', '.join(sorted(missing))}."
+            )
         if not len(rows):
             raise ValueError(f"{split} must hold at least one row, got none.")
     label = some.features["label"]
@@ -177,14 +190,18 @@ def _checked(splits: DatasetDict, name: str, args: DataArguments) -> Task:
     elif label.dtype.startswith("float"):
         names = ()
     else:
-        values = sorted({value for rows in splits.values() for value in rows.unique("label") if value not in (-1, None)})
+        values = sorted(
+            {value for rows in splits.values() for value in rows.unique("label") if value not in (-1, None)}
+        )
         if label.dtype in ("string", "large_string"):
             names = tuple(map(str, values))
             ids = {text: i for i, text in enumerate(names)}
             splits = splits.map(lambda row: {"label": ids[row["label"]]}, features=None)
         else:
             if values != list(range(len(values))):
-                raise ValueError(f"label must hold the class ids 0..C-1 (or texts, or floats for regression), got {values[:10]}.")
+                raise ValueError(
+                    f"label must hold the class ids 0..C-1 (or texts, or floats for regression), got {values[:10]}."
+                )
             names = tuple(f"LABEL_{value}" for value in values)
         if len(names) < 2:
             raise ValueError(f"label must have at least two classes, got {len(names)}.")

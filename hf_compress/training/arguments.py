@@ -64,7 +64,12 @@ class DistillationArguments(TrainingArguments):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         if self.compat == "cald":
-            self.layer_reduction, self.layer_normalize, self.mask_padding, self.teacher_dropout = "sum", False, False, True
+            self.layer_reduction, self.layer_normalize, self.mask_padding, self.teacher_dropout = (
+                "sum",
+                False,
+                False,
+                True,
+            )
         if self.teacher_cache_dir and self.teacher_dropout:
             raise ValueError("teacher_cache_dir must be unset with teacher_dropout: its outputs differ every time.")
         if self.teacher_cache_dir and self.alpha_layer and not self.mask_padding:

@@ -91,7 +91,9 @@ class TeacherCache:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"teacher_cache_dir must be a folder that can be written, got {directory!r}: {error.strerror}.") from error
+            raise ValueError(
+                f"teacher_cache_dir must be a folder that can be written, got {directory!r}: {error.strerror}."
+            ) from error
         self._check_identity(identity)
         for file in sorted(self.directory.glob("index-*.bin")):
             self._load_index(file)
@@ -107,13 +109,18 @@ class TeacherCache:
         meta = self.directory / "meta.json"
         if not meta.exists():
             if any(self.directory.iterdir()):
-                raise ValueError(f"teacher_cache_dir must be empty or a teacher cache, got {str(self.directory)!r} with other files.")
+                raise ValueError(
+                    "teacher_cache_dir must be empty or a teacher cache, "
+                    f"got {str(self.directory)!r} with other files."
+                )
             write_json(meta, identity)
             return
         try:
             found = json.loads(meta.read_text())
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"teacher_cache_dir {str(self.directory)!r} is unreadable ({error}); delete it.") from error
+            raise ValueError(
+                f"teacher_cache_dir {str(self.directory)!r} is unreadable ({error}); delete it."
+            ) from error
         for name, meaning in (("version", "format"), ("fingerprint", "teacher"), ("layout", "set of outputs")):
             if not isinstance(found, dict) or found.get(name) != identity[name]:
                 raise ValueError(
@@ -131,7 +138,8 @@ class TeacherCache:
                 sizes[rank] = values.stat().st_size if values.exists() else 0
             if offset + size > sizes[rank]:
                 raise ValueError(
-                    f"teacher_cache_dir {str(self.directory)!r} is damaged ({file.name} points past its values); delete it."
+                    f"teacher_cache_dir {str(self.directory)!r} is damaged ({file.name} points past its values); "
+                    "delete it."
                 )
             self._entries[key] = (offset, size, rank, live, checksum)
 
@@ -146,11 +154,15 @@ class TeacherCache:
         raw = known[offset : offset + size]
         if key not in self._verified:
             if zlib.crc32(raw) != checksum:
-                raise ValueError(f"teacher_cache_dir {str(self.directory)!r} is damaged (checksum of an example); delete it.")
+                raise ValueError(
+                    f"teacher_cache_dir {str(self.directory)!r} is damaged (checksum of an example); delete it."
+                )
             self._verified.add(key)
         return raw
 
-    def read(self, keys: Sequence[bytes], inputs: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    def read(
+        self, keys: Sequence[bytes], inputs: Mapping[str, Any]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
         """The stored logits and hidden states of a batch, or None when an example is missing.
 
         Args:
@@ -182,7 +194,9 @@ class TeacherCache:
             try:
                 self._shapes = json.loads((self.directory / "shapes.json").read_text())
             except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise ValueError(f"teacher_cache_dir {str(self.directory)!r} is unreadable ({error}); delete it.") from error
+                raise ValueError(
+                    f"teacher_cache_dir {str(self.directory)!r} is unreadable ({error}); delete it."
+                ) from error
         return self._shapes
 
     def write(
@@ -221,7 +235,9 @@ class TeacherCache:
             with open(self.directory / f"index-{self.rank}.bin", "ab") as index:
                 index.write(b"".join(_RECORD.pack(key, *entry) for key, entry in entries.items()))
         except OSError as error:
-            raise ValueError(f"teacher_cache_dir {str(self.directory)!r} cannot be written: {error.strerror}.") from error
+            raise ValueError(
+                f"teacher_cache_dir {str(self.directory)!r} cannot be written: {error.strerror}."
+            ) from error
         self._entries.update(entries)
         self._verified.update(entries)
 

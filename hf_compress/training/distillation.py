@@ -58,7 +58,9 @@ def match_layers(num_student: int, num_teacher: int, layer_map: list[int] | None
     if layer_map is None:
         layer_map = [max(0, round((i + 1) * num_teacher / num_student) - 1) for i in range(num_student)]
     if len(layer_map) != num_student:
-        raise ValueError(f"layer_map must have one entry for each of {num_student} student layers, got {len(layer_map)}.")
+        raise ValueError(
+            f"layer_map must have one entry for each of {num_student} student layers, got {len(layer_map)}."
+        )
     if not all(-1 <= layer < num_teacher for layer in layer_map):
         raise ValueError(f"layer_map must hold teacher layers 0..{num_teacher - 1} or -1, got {layer_map}.")
     if all(layer == -1 for layer in layer_map):
@@ -133,13 +135,17 @@ class DistillationTrainer(CompressionTrainer):
         cache = None
         if self.args.teacher_cache_dir:
             layout = {"states": list(states), "logits": self.args.alpha_output > 0}
-            cache = TeacherCache(self.args.teacher_cache_dir, teacher_fingerprint(teacher), layout, self.args.process_index)
+            cache = TeacherCache(
+                self.args.teacher_cache_dir, teacher_fingerprint(teacher), layout, self.args.process_index
+            )
         teacher = teacher.to(self.args.device)
         self._teacher = FixedTeacher(teacher, states, self.args.alpha_output > 0, self.args.teacher_dropout, cache)
 
     def _check_labels(self, student: Any, teacher: Any) -> None:
         if student.num_labels != teacher.num_labels:
-            raise ValueError(f"The teacher must have the student's {student.num_labels} labels, got {teacher.num_labels}.")
+            raise ValueError(
+                f"The teacher must have the student's {student.num_labels} labels, got {teacher.num_labels}."
+            )
         names = _label_names(student), _label_names(teacher)
         if None not in names and names[0] != names[1]:
             raise ValueError(f"The teacher must have the student's labels {names[0]} in this order, got {names[1]}.")
@@ -149,7 +155,9 @@ class DistillationTrainer(CompressionTrainer):
         num_student, num_teacher = student.num_hidden_layers, teacher.num_hidden_layers
         if self.args.compat == "cald":
             if num_student != num_teacher:
-                raise ValueError(f"compat='cald' must have equally deep models, got {num_student} and {num_teacher} layers.")
+                raise ValueError(
+                    f"compat='cald' must have equally deep models, got {num_student} and {num_teacher} layers."
+                )
             return [(i, i) for i in range(num_student + 1)]
         return [(s + 1, t + 1) for s, t in match_layers(num_student, num_teacher, self.args.layer_map)]
 
@@ -218,18 +226,23 @@ class DistillationTrainer(CompressionTrainer):
         student, teacher = self.model.config, self._teacher.model.config
         if not separate and getattr(student, "vocab_size", None) != getattr(teacher, "vocab_size", None):
             raise ValueError(
-                f"The teacher must read the student's vocabulary ({student.vocab_size} tokens), got {teacher.vocab_size}. "
+                f"The teacher must read the student's vocabulary ({student.vocab_size} tokens), "
+                f"got {teacher.vocab_size}. "
                 "Give it its own columns teacher_input_ids, teacher_attention_mask (TeacherStudentCollator)."
             )
 
     def _output_term(self, targets: Signals, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         student, temperature, mask = logits_of(outputs), self.args.temperature, inputs.get("attention_mask")
         if len(student) == 2:
-            parts = [position_divergence(t, s, temperature, mask) for t, s in zip(targets.logits, student, strict=True)]
+            parts = [
+                position_divergence(t, s, temperature, mask) for t, s in zip(targets.logits, student, strict=True)
+            ]
             return torch.stack(parts).mean()
         teacher_logits, student_logits = targets.logits[0], student[0]
         if teacher_logits.shape != student_logits.shape:
-            raise ValueError(f"Teacher logits must have shape {tuple(student_logits.shape)}, got {tuple(teacher_logits.shape)}.")
+            raise ValueError(
+                f"Teacher logits must have shape {tuple(student_logits.shape)}, got {tuple(teacher_logits.shape)}."
+            )
         if student_logits.ndim == 3:
             labels = inputs.get("labels")
             counted = labels != -100 if labels is not None and labels.shape == student_logits.shape[:2] else mask
@@ -267,7 +280,9 @@ class DistillationTrainer(CompressionTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.projectors is not None and self.args.should_save:
-            save_file(self.accelerator.unwrap_model(self.projectors).state_dict(), os.path.join(output_dir, _PROJECTORS))
+            save_file(
+                self.accelerator.unwrap_model(self.projectors).state_dict(), os.path.join(output_dir, _PROJECTORS)
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -275,5 +290,7 @@ class DistillationTrainer(CompressionTrainer):
             return
         file = os.path.join(checkpoint, _PROJECTORS)
         if not os.path.exists(file):
-            raise ValueError(f"resume_from_checkpoint must hold {_PROJECTORS} for these widths, got {checkpoint!r} without it.")
+            raise ValueError(
+                f"resume_from_checkpoint must hold {_PROJECTORS} for these widths, got {checkpoint!r} without it."
+            )
         self.accelerator.unwrap_model(self.projectors).load_state_dict(load_file(file))

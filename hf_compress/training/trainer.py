@@ -107,7 +107,11 @@ class CompressionTrainer(Trainer):
         self._terms[mode].clear()
         for name, value in averages.items():
             # One synchronisation for each logged number, none for each step.
-            mean = self.accelerator.reduce(value.to(self.args.device), reduction="mean") if self.args.world_size > 1 else value
+            mean = (
+                self.accelerator.reduce(value.to(self.args.device), reduction="mean")
+                if self.args.world_size > 1
+                else value
+            )
             logs[f"{'eval_' if mode == 'eval' else ''}loss/{name}"] = round(float(mean), 6)
         terms = {key.rpartition("/")[2]: value for key, value in logs.items() if "loss/" in key}
         if any(not torch.isfinite(torch.tensor(value)) for value in terms.values()):
@@ -167,7 +171,9 @@ class CompressionTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch reports a full disk as a RuntimeError of its zip writer.
             if not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error):
-                raise ValueError(f"output_dir {str(root)!r} cannot be written: {str(error).splitlines()[0]}") from error
+                raise ValueError(
+                    f"output_dir {str(root)!r} cannot be written: {str(error).splitlines()[0]}"
+                ) from error
             raise
         finally:
             self._checkpoint_root = None

@@ -80,7 +80,9 @@ class StructuredPruningConfig(MethodConfig):
         if self.selection == "fisher" and (self.order == "sequential" or self.center or self.route == "sketch"):
             raise ValueError("selection='fisher' must go with order='one_shot', center=False and route='gram'.")
         if self.selection == "fisher" and self.round_to != 1:
-            raise ValueError(f"round_to must be 1 with selection='fisher' (its search knows single units), got {self.round_to}.")
+            raise ValueError(
+                f"round_to must be 1 with selection='fisher' (its search knows single units), got {self.round_to}."
+            )
         if self.route == "sketch" and (self.order == "sequential" or self.center or self.selection != "interpolative"):
             raise ValueError(
                 "route='sketch' must go with selection='interpolative', order='one_shot' and center=False."

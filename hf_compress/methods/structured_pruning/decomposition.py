@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.core.calibration import SecondMoments
+from hf_compress.methods.structured_pruning.sketch import CountSketch
 
 
 logger = logging.getLogger(__name__)
@@ -162,9 +163,14 @@ def pivoted_blocks(gram: Tensor, size: int) -> tuple[list[int], Tensor]:
     Returns:
         The block indices, and [H + 1] float64 residual traces.
 
+    Raises:
+        ValueError: If the matrix is not finite.
+
     Source:
         STAT specification 3 (block-pivoted Cholesky; the paper's own rule is not known).
     """
+    if not torch.isfinite(gram).all():
+        raise ValueError("gram must be finite: the layer inputs hold NaN or infinity.")
     rest = gram.to(torch.float64).clone()
     num_blocks = rest.shape[0] // size
     floor = 1e-10 * float(gram.diagonal().max())
@@ -223,7 +229,9 @@ def interpolation_matrix(gram: Tensor, keep: Tensor, ridge: float = 0.0, cross: 
         result[:, keep] = eye
     largest = float(result.abs().max()) if result.numel() else 0.0
     if largest > 10:
-        logger.warning("Interpolation coefficients reach %.1f (healthy: up to 2); the kept columns are nearly dependent.", largest)
+        logger.warning(
+            "Interpolation coefficients reach %.1f (healthy: up to 2); the kept columns are nearly dependent.", largest
+        )
     return result
 
 
@@ -284,31 +292,3 @@ def gram_of(matrix: Tensor) -> Tensor:
     moments = SecondMoments(matrix.shape[1], matrix.device)
     moments.update(matrix)
     return moments.gram
-
-
-class CountSketch:
-    """A running random projection of rows: each row is added with a random sign to one of c rows.
-
-    `E[(SA)^T (SA)] = A^T A`, at one addition for each entry of A.
-
-    Args:
-        width: n.
-        rows: c.
-        seed: Of the signs and places; batches must arrive in the same order for the same sketch.
-        device: Where the sketch lives.
-
-    Source:
-        Clarkson and Woodruff 2013 (arXiv 1207.6365).
-    """
-
-    def __init__(self, width: int, rows: int, seed: int, device: torch.device | str = "cpu") -> None:
-        self.rows = torch.zeros(rows, width, dtype=torch.float64, device=device)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.num_rows = 0
-
-    def update(self, batch: Tensor) -> None:
-        count = len(batch)
-        place = torch.randint(len(self.rows), (count,), generator=self.generator).to(batch.device)
-        sign = torch.randint(2, (count, 1), generator=self.generator).to(batch.device) * 2.0 - 1.0
-        self.rows.index_add_(0, place.to(self.rows.device), (batch * sign).to(self.rows))
-        self.num_rows += count

@@ -16,14 +16,16 @@ from hf_compress.core.calibration import SecondMoments, collect_inputs, live_tok
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, resize_, unit_columns
 from hf_compress.methods.structured_pruning.allocation import Sublayer, allocate, check_budget
 from hf_compress.methods.structured_pruning.config import StructuredPruningConfig
-from hf_compress.methods.structured_pruning.decomposition import (
-    CountSketch,
-    check_conditioning,
-    gram_of,
-    interpolation_matrix,
+from hf_compress.methods.structured_pruning.correction import (
+    cut_,
+    cut_by_sketch_,
+    gram_matrix,
+    observed_modules,
+    scaled_columns,
 )
 from hf_compress.methods.structured_pruning.fisher import fisher_selection
 from hf_compress.methods.structured_pruning.selection import Ranking, rank_heads, rank_neurons
+from hf_compress.methods.structured_pruning.sketch import CountSketch
 
 
 logger = logging.getLogger(__name__)
@@ -45,19 +47,6 @@ class _Lengths:
     @property
     def mean(self) -> float:
         return self.tokens / self.sequences
-
-
-class _Cross:
-    """`A[:, keep]^T A`, accumulated: what the correction needs when the full moments do not fit."""
-
-    def __init__(self, width: int, keep: Tensor, device: torch.device) -> None:
-        self.keep = keep.to(device)
-        self.sum = torch.zeros(len(keep), width, dtype=torch.float64, device=device)
-
-    def update(self, rows: Tensor) -> None:
-        for chunk in rows.split(8192):
-            wide = chunk.double()
-            self.sum.addmm_(wide[:, self.keep].T, wide)
 
 
 def check(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
@@ -105,23 +94,26 @@ def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data
     if config.selection == "fisher":
         return _compress_by_fisher(model, config, data)
     lengths = _Lengths()
-    modules = _observed(blocks)
+    modules = observed_modules(blocks)
     if config.route == "sketch":
         statistics: dict[Any, Any] = {
-            key: CountSketch(m.in_features, config.sketch_rows, config.seed, m.weight.device) for key, m in modules.items()
+            key: CountSketch(m.in_features, config.sketch_rows, config.seed, m.weight.device)
+            for key, m in modules.items()
         }
     else:
         statistics = {key: SecondMoments(m.in_features, m.weight.device) for key, m in modules.items()}
     collect_inputs(model, modules, statistics, data, lengths, "layer statistics")
     _require_rows(statistics, modules, config)
-    grams = {key: _gram(statistics.pop(key), config) for key in modules} if config.route == "sketch" else None
-    gram: Callable[[Any], Tensor] = grams.__getitem__ if grams else lambda key: _gram(statistics[key], config)
+    grams = {key: gram_matrix(statistics.pop(key), config) for key in modules} if config.route == "sketch" else None
+    gram: Callable[[Any], Tensor] = grams.__getitem__ if grams else lambda key: gram_matrix(statistics[key], config)
 
     generator = torch.Generator().manual_seed(config.seed)
     rankings: dict[Any, Ranking] = {}
     for block in blocks:
         rankings[block.index, "heads"] = rank_heads(block, gram((block.index, "heads")), config.selection, generator)
-        rankings[block.index, "neurons"] = rank_neurons(block, gram((block.index, "neurons")), config.selection, generator)
+        rankings[block.index, "neurons"] = rank_neurons(
+            block, gram((block.index, "neurons")), config.selection, generator
+        )
     seq_len = config.seq_len or lengths.mean
     priorities = [(rankings[b.index, "heads"].priorities, rankings[b.index, "neurons"].priorities) for b in blocks]
     sublayers = _sublayers(blocks, priorities, config, seq_len)
@@ -133,15 +125,15 @@ def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data
             for kind in ("heads", "neurons"):
                 fresh = _remeasured(model, block, kind, data)
                 rank = rank_heads if kind == "heads" else rank_neurons
-                ranking = rank(block, _gram(fresh, config), config.selection, generator)
-                _cut(block, kind, ranking, kept[block.index, kind], config, fresh)
+                ranking = rank(block, gram_matrix(fresh, config), config.selection, generator)
+                cut_(block, kind, ranking, kept[block.index, kind], config, fresh)
     elif config.route == "sketch":
-        _cut_by_sketch(model, blocks, rankings, kept, config, data)
+        cut_by_sketch_(model, blocks, rankings, kept, config, data)
     else:
         for block in blocks:
             for kind in ("heads", "neurons"):
                 key = (block.index, kind)
-                _cut(block, kind, rankings[key], kept[key], config, statistics.pop(key))
+                cut_(block, kind, rankings[key], kept[key], config, statistics.pop(key))
     return _completed(config, blocks, seq_len, tolerance**0.5)
 
 
@@ -154,9 +146,14 @@ def rebuild(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
     blocks = blocks_of(model)
     heads, neurons = config.heads_per_layer, config.neurons_per_layer
     if heads is None or neurons is None:
-        raise ValueError("heads_per_layer and neurons_per_layer must be recorded, got a config that was never applied.")
+        raise ValueError(
+            "heads_per_layer and neurons_per_layer must be recorded, got a config that was never applied."
+        )
     if len(heads) != len(blocks) or len(neurons) != len(blocks):
-        raise ValueError(f"heads_per_layer and neurons_per_layer must have {len(blocks)} entries, got {len(heads)} and {len(neurons)}.")
+        raise ValueError(
+            f"heads_per_layer and neurons_per_layer must have {len(blocks)} entries, "
+            f"got {len(heads)} and {len(neurons)}."
+        )
     for block, num_units, num_neurons in zip(blocks, heads, neurons, strict=True):
         if num_units > block.num_units or num_neurons > block.num_neurons:
             raise ValueError(
@@ -176,47 +173,43 @@ def plain(model: PreTrainedModel, config: StructuredPruningConfig) -> dict[str, 
     first = blocks[0]
     for block in blocks:
         if block.num_neurons != first.num_neurons:
-            raise ValueError(f"Layer {block.index} has {block.num_neurons} neurons, layer 0 has {first.num_neurons}: no single {row.ffn_size}.")
+            raise ValueError(
+                f"Layer {block.index} has {block.num_neurons} neurons, layer 0 has {first.num_neurons}: "
+                f"no single {row.ffn_size}."
+            )
         if block.num_units != first.num_units:
-            raise ValueError(f"Layer {block.index} has {block.num_units} heads, layer 0 has {first.num_units}: no single number.")
+            raise ValueError(
+                f"Layer {block.index} has {block.num_units} heads, layer 0 has {first.num_units}: no single number."
+            )
     fields: dict[str, Any] = {row.ffn_size: first.num_neurons}
     if first.attention_out.in_features != first.hidden_size:
         if getattr(model.config, "head_dim", None) is None or not hasattr(model.config, "num_key_value_heads"):
             raise ValueError(
-                f"Layer 0 has {first.num_units} heads of size {first.head_size}; {model.config.model_type} derives the "
-                "head size from the number of heads and cannot have fewer. Prune with prune_heads=False."
+                f"Layer 0 has {first.num_units} heads of size {first.head_size}; {model.config.model_type} derives "
+                "the head size from the number of heads and cannot have fewer. Prune with prune_heads=False."
             )
         fields["num_key_value_heads"] = first.num_units
         fields["num_attention_heads"] = first.num_units * first.queries_per_unit
     return fields
 
 
-def _observed(blocks: list[Block]) -> dict[Any, nn.Linear]:
-    return {
-        (block.index, kind): module
-        for block in blocks
-        for kind, module in (("heads", block.attention_out), ("neurons", block.ffn_out))
-    }
-
-
-def _gram(statistic: Any, config: StructuredPruningConfig) -> Tensor:
-    if isinstance(statistic, CountSketch):
-        return gram_of(statistic.rows)
-    return statistic.centred_gram() if config.center else statistic.gram
-
-
-def _require_rows(statistics: Mapping[Any, Any], modules: Mapping[Any, nn.Linear], config: StructuredPruningConfig) -> None:
+def _require_rows(
+    statistics: Mapping[Any, Any], modules: Mapping[Any, nn.Linear], config: StructuredPruningConfig
+) -> None:
     rows = min(statistic.num_rows for statistic in statistics.values())
     width = max(module.in_features for module in modules.values())
     if config.correction and config.ridge == 0 and rows < 2 * width:
         raise ValueError(
-            f"data must hold at least {2 * width} tokens for layers of width {width} (the correction would fit noise), "
-            f"got {rows}. Give more examples or set ridge above 0."
+            f"data must hold at least {2 * width} tokens for layers of width {width} (the correction would fit "
+            f"noise), got {rows}. Give more examples or set ridge above 0."
         )
 
 
 def _sublayers(
-    blocks: list[Block], priorities: list[tuple[list[float], list[float]]], config: StructuredPruningConfig, seq_len: float
+    blocks: list[Block],
+    priorities: list[tuple[list[float], list[float]]],
+    config: StructuredPruningConfig,
+    seq_len: float,
 ) -> list[Sublayer]:
     result = []
     for block, (heads, neurons) in zip(blocks, priorities, strict=True):
@@ -241,65 +234,9 @@ def _remeasured(model: PreTrainedModel, block: Block, kind: str, data: Data) -> 
     return fresh
 
 
-def _columns(block: Block, kind: str, units: list[int]) -> Tensor:
-    return unit_columns(units, block.unit_size) if kind == "heads" else torch.tensor(units)
-
-
-def _cut(
-    block: Block, kind: str, ranking: Ranking, size: int, config: StructuredPruningConfig, moments: SecondMoments
-) -> None:
-    """Keep the first `size` units of a ranking and fold the rest into the output projection."""
-    if size == len(ranking.order):
-        return
-    out = block.attention_out if kind == "heads" else block.ffn_out
-    units = sorted(ranking.order[:size])
-    columns = _columns(block, kind, units).to(moments.total.device)
-    weight = bias = None
-    if config.correction:
-        if ranking.columns is not None:
-            check_conditioning(ranking.columns, size)
-        matrix = interpolation_matrix(_gram(moments, config), columns, config.ridge)
-        wide = out.weight.detach().to(matrix)
-        weight = wide @ matrix.T
-        if config.center:
-            bias = out.bias.detach().to(matrix) + wide @ (moments.mean - matrix.T @ moments.mean[columns])
-    _apply(block, kind, units, weight, bias)
-
-
-def _apply(block: Block, kind: str, units: list[int], weight: Tensor | None, bias: Tensor | None) -> None:
-    if kind == "heads":
-        keep_heads_(block, units, weight, bias)
-    else:
-        keep_neurons_(block, torch.tensor(units), weight, bias)
-
-
-def _cut_by_sketch(
-    model: PreTrainedModel,
-    blocks: list[Block],
-    rankings: Mapping[Any, Ranking],
-    kept: Mapping[Any, int],
-    config: StructuredPruningConfig,
-    data: Data,
-) -> None:
-    """Second exact pass for the chosen columns only: coefficients from a sketch are several times worse."""
-    modules = _observed(blocks)
-    units = {key: sorted(rankings[key].order[: kept[key]]) for key in modules}
-    crosses = {
-        key: _Cross(module.in_features, _columns(blocks[key[0]], key[1], units[key]), module.weight.device)
-        for key, module in modules.items()
-        if kept[key] < len(rankings[key].order)
-    }
-    if config.correction and crosses:
-        collect_inputs(model, {key: modules[key] for key in crosses}, crosses, data, description="correction")
-    for key, cross in crosses.items():
-        weight = None
-        if config.correction:
-            matrix = interpolation_matrix(cross.sum, cross.keep, config.ridge, cross=cross.sum)
-            weight = modules[key].weight.detach().to(matrix) @ matrix.T
-        _apply(blocks[key[0]], key[1], units[key], weight, None)
-
-
-def _compress_by_fisher(model: PreTrainedModel, config: StructuredPruningConfig, data: Data) -> StructuredPruningConfig:
+def _compress_by_fisher(
+    model: PreTrainedModel, config: StructuredPruningConfig, data: Data
+) -> StructuredPruningConfig:
     blocks = blocks_of(model)
     lengths = _Lengths()
     for batch in data:
@@ -323,14 +260,9 @@ def _compress_by_fisher(model: PreTrainedModel, config: StructuredPruningConfig,
     for block, layer in zip(blocks, layers, strict=True):
         columns = unit_columns(layer.units, block.unit_size)
         scales = layer.unit_scales.repeat_interleave(block.unit_size)
-        keep_heads_(block, layer.units, _scaled(block.attention_out, columns, scales))
-        keep_neurons_(block, layer.neurons, _scaled(block.ffn_out, layer.neurons, layer.neuron_scales))
+        keep_heads_(block, layer.units, scaled_columns(block.attention_out, columns, scales))
+        keep_neurons_(block, layer.neurons, scaled_columns(block.ffn_out, layer.neurons, layer.neuron_scales))
     return _completed(config, blocks, seq_len, None)
-
-
-def _scaled(out: nn.Linear, columns: Tensor, scales: Tensor) -> Tensor:
-    weight = out.weight.detach()[:, columns.to(out.weight.device)].double()
-    return weight * scales.to(weight)
 
 
 def _completed(

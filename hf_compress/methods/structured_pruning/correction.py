@@ -1,0 +1,114 @@
+"""From a ranking to smaller layers: keep the first units and fold what the others carried into the next layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.core.architectures import Block
+from hf_compress.core.calibration import SecondMoments, collect_inputs
+from hf_compress.core.surgery import keep_heads_, keep_neurons_, unit_columns
+from hf_compress.methods.structured_pruning.config import StructuredPruningConfig
+from hf_compress.methods.structured_pruning.decomposition import check_conditioning, gram_of, interpolation_matrix
+from hf_compress.methods.structured_pruning.selection import Ranking
+from hf_compress.methods.structured_pruning.sketch import CountSketch
+
+
+Data = Iterable[Mapping[str, Any]]
+
+
+def observed_modules(blocks: list[Block]) -> dict[Any, nn.Linear]:
+    """(layer, kind) -> the output projection whose input is measured."""
+    return {
+        (block.index, kind): module
+        for block in blocks
+        for kind, module in (("heads", block.attention_out), ("neurons", block.ffn_out))
+    }
+
+
+def gram_matrix(statistic: Any, config: StructuredPruningConfig) -> Tensor:
+    """[n, n] float64 Gram matrix of a statistic, centred or sketched as the config says."""
+    if isinstance(statistic, CountSketch):
+        return gram_of(statistic.rows)
+    return statistic.centred_gram() if config.center else statistic.gram
+
+
+class _Cross:
+    """`A[:, keep]^T A`, accumulated: what the correction needs when the full moments do not fit."""
+
+    def __init__(self, width: int, keep: Tensor, device: torch.device) -> None:
+        self.keep = keep.to(device)
+        self.sum = torch.zeros(len(keep), width, dtype=torch.float64, device=device)
+
+    def update(self, rows: Tensor) -> None:
+        for chunk in rows.split(8192):
+            wide = chunk.double()
+            self.sum.addmm_(wide[:, self.keep].T, wide)
+
+
+def _columns(block: Block, kind: str, units: list[int]) -> Tensor:
+    return unit_columns(units, block.unit_size) if kind == "heads" else torch.tensor(units)
+
+
+def cut_(
+    block: Block, kind: str, ranking: Ranking, size: int, config: StructuredPruningConfig, moments: SecondMoments
+) -> None:
+    """Keep the first `size` units of a ranking and fold the rest into the output projection."""
+    if size == len(ranking.order):
+        return
+    out = block.attention_out if kind == "heads" else block.ffn_out
+    units = sorted(ranking.order[:size])
+    columns = _columns(block, kind, units).to(moments.total.device)
+    weight = bias = None
+    if config.correction:
+        if ranking.columns is not None:
+            check_conditioning(ranking.columns, size)
+        matrix = interpolation_matrix(gram_matrix(moments, config), columns, config.ridge)
+        wide = out.weight.detach().to(matrix)
+        weight = wide @ matrix.T
+        if config.center:
+            bias = out.bias.detach().to(matrix) + wide @ (moments.mean - matrix.T @ moments.mean[columns])
+    _apply(block, kind, units, weight, bias)
+
+
+def _apply(block: Block, kind: str, units: list[int], weight: Tensor | None, bias: Tensor | None) -> None:
+    if kind == "heads":
+        keep_heads_(block, units, weight, bias)
+    else:
+        keep_neurons_(block, torch.tensor(units), weight, bias)
+
+
+def cut_by_sketch_(
+    model: PreTrainedModel,
+    blocks: list[Block],
+    rankings: Mapping[Any, Ranking],
+    kept: Mapping[Any, int],
+    config: StructuredPruningConfig,
+    data: Data,
+) -> None:
+    """Second exact pass for the chosen columns only: coefficients from a sketch are several times worse."""
+    modules = observed_modules(blocks)
+    units = {key: sorted(rankings[key].order[: kept[key]]) for key in modules}
+    crosses = {
+        key: _Cross(module.in_features, _columns(blocks[key[0]], key[1], units[key]), module.weight.device)
+        for key, module in modules.items()
+        if kept[key] < len(rankings[key].order)
+    }
+    if config.correction and crosses:
+        collect_inputs(model, {key: modules[key] for key in crosses}, crosses, data, description="correction")
+    for key, cross in crosses.items():
+        weight = None
+        if config.correction:
+            matrix = interpolation_matrix(cross.sum, cross.keep, config.ridge, cross=cross.sum)
+            weight = modules[key].weight.detach().to(matrix) @ matrix.T
+        _apply(blocks[key[0]], key[1], units[key], weight, None)
+
+
+def scaled_columns(out: nn.Linear, columns: Tensor, scales: Tensor) -> Tensor:
+    """[out, k] float64: the given columns of a projection, each times its scale."""
+    weight = out.weight.detach()[:, columns.to(out.weight.device)].double()
+    return weight * scales.to(weight)

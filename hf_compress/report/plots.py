@@ -1,0 +1,165 @@
+"""Two pictures of a report: quality against latency, and what each layer kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+
+# Okabe and Ito: told apart by colour-blind readers too.
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Where a label may stand, in points from its marker: beside it first, then further and further away.
+_PLACES = [(dx * far, dy * far) for far in (1, 2, 3.5, 5) for dx, dy in ((9, 0), (-9, 0), (7, 9), (7, -9), (-7, 9), (-7, -9), (0, 12), (0, -12))]  # fmt: skip
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots must have matplotlib: pip install hf_compress[report]") from error
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _style(index: int) -> tuple[str, str]:
+    return _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+
+
+def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each point's name near it, where no other name, point or edge is.
+
+    Args:
+        figure: Laid out here once; texts are measured on it.
+        axes: With its final limits.
+        points: x, y, name, colour.
+    """
+    figure.canvas.draw()
+    figure.set_layout_engine("none")
+    renderer = figure.canvas.get_renderer()
+    frame = axes.get_window_extent(renderer)
+    pixels = [axes.transData.transform((x, y)) for x, y, _, _ in points]
+    taken: list[Any] = []
+    for x, y, name, colour in points:
+        chosen = None
+        for dx, dy in _PLACES:
+            text = axes.annotate(
+                name, (x, y), (dx, dy), textcoords="offset points", fontsize=8, color=colour,
+                ha="left" if dx > 0 else "right" if dx < 0 else "center", va="center",
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5} if abs(dx) + abs(dy) > 17 else None,
+            )  # fmt: skip
+            # A little air, and the text alone: the box of an arrow would reach the point itself.
+            box = _text_box(text, renderer).padded(2)
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if (
+                inside
+                and not any(box.overlaps(other) for other in taken)
+                and not any(box.contains(*p) for p in pixels)
+            ):
+                chosen = box
+                break
+            text.remove()
+        if chosen is None:
+            text = axes.annotate(
+                name, (x, y), _PLACES[0], textcoords="offset points", fontsize=8, color=colour, va="center"
+            )
+            chosen = _text_box(text, renderer)
+        taken.append(chosen)
+
+
+def _text_box(annotation: Any, renderer: Any) -> Any:
+    annotation.update_positions(renderer)
+    arrow, annotation.arrow_patch = annotation.arrow_patch, None
+    try:
+        return annotation.get_window_extent(renderer)
+    finally:
+        annotation.arrow_patch = arrow
+
+
+def plot_quality_latency(report: dict[str, Any], file: str | os.PathLike) -> None:
+    """The metric of each model against its median latency, one panel and colour for each batch size.
+
+    Args:
+        report: From `build_report`, with at least one batch size.
+        file: PNG to write.
+
+    Raises:
+        ImportError: If matplotlib is missing; says how to install it.
+        ValueError: If nothing was timed.
+    """
+    models, metric = report["models"], report["metric"]
+    sizes = [timed["batch_size"] for timed in models[0]["latency"]]
+    if not sizes:
+        raise ValueError("report must hold latencies for this plot, got none.")
+    figure = _figure(1.2 + 4.6 * len(sizes), 4.2)
+    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    scores = [model["metrics"][metric] for model in models]
+    # Room for the names; a metric that is the same everywhere still gets an axis.
+    margin = max(0.25 * (max(scores) - min(scores)), 0.005)
+    labels = []
+    for place, (axes, size) in enumerate(zip(panels, sizes, strict=True)):
+        colour = _COLOURS[1 + place % (len(_COLOURS) - 1)]
+        x = [1e3 * model["latency"][place]["p50"] for model in models]
+        order = sorted(range(len(models)), key=x.__getitem__)
+        axes.plot([x[i] for i in order], [scores[i] for i in order], color=colour, linewidth=1, alpha=0.4)
+        axes.scatter(x, scores, color=colour, s=36, zorder=3)
+        axes.set_xlim(0, 1.25 * max(x))
+        axes.set_ylim(min(scores) - margin, max(scores) + margin)
+        axes.set_xlabel("median latency [ms per batch]")
+        axes.set_title(f"batch {size}", fontsize=10)
+        _plain(axes)
+        labels.append((axes, [(a, b, model["name"], colour) for a, b, model in zip(x, scores, models, strict=True)]))
+    panels[0].set_ylabel(f"{metric.replace('_', ' ')} ({report['task']})")
+    for axes, points in labels:
+        _label_points(figure, axes, points)
+    figure.savefig(file, format="png")
+
+
+def plot_layer_sizes(report: dict[str, Any], file: str | os.PathLike) -> None:
+    """Attention heads and feed-forward neurons of each layer as bars, one colour a model.
+
+    Args:
+        report: From `build_report`.
+        file: PNG to write.
+
+    Raises:
+        ImportError: If matplotlib is missing; says how to install it.
+        ValueError: If no model has layers.
+    """
+    models = [model for model in report["models"] if model["heads"]]
+    if not models:
+        raise ValueError("report must hold the layers of at least one model, got none.")
+    depth = max(len(model["heads"]) for model in models)
+    figure = _figure(min(16, max(6.0, 1.5 + depth * (0.25 + 0.14 * len(models)))), 5.2)
+    panels = figure.subplots(2, 1, sharex=True)
+    width = 0.8 / len(models)
+    for axes, kind, title in zip(
+        panels, ("heads", "neurons"), ("attention heads", "feed-forward neurons"), strict=True
+    ):
+        for place, model in enumerate(models):
+            middle = [layer + (place - (len(models) - 1) / 2) * width for layer in range(len(model[kind]))]
+            colour = "#999999" if place == 0 else _COLOURS[1 + (place - 1) % (len(_COLOURS) - 1)]
+            axes.bar(middle, model[kind], width * 0.92, color=colour, label=model["name"])
+        axes.set_ylabel(f"{title}\nper layer [count]")
+        _plain(axes)
+        axes.grid(False, axis="x")
+    panels[0].yaxis.get_major_locator().set_params(integer=True)
+    panels[1].set_xlabel("layer")
+    panels[1].set_xticks(range(depth))
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=min(4, len(models)),
+        frameon=False,
+        fontsize=8,
+    )
+    figure.savefig(file, format="png")

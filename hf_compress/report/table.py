@@ -1,0 +1,258 @@
+"""The comparison of dense and compressed models as data and as Markdown."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hf_compress.core.cost import Cost
+from hf_compress.report.latency import Latency, Speedup, speedups
+
+
+REPORT_VERSION = 1
+# A median below this is called "not faster": repeats of one and the same model differ by about as much.
+_FASTER = 1.05
+_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was found out about one model.
+
+    Args:
+        name: Its label in table and plots.
+        metrics: Of the task.
+        cost: Of one sequence of the report's length.
+        latencies: One for each batch size.
+        folder: Where it was opened, if anywhere.
+        disk_bytes: Of its safetensors files; None when they are not in a local folder.
+        heads, neurons: Kept in each layer.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    cost: Cost
+    latencies: list[Latency]
+    folder: str | None = None
+    disk_bytes: int | None = None
+    heads: list[int] = field(default_factory=list)
+    neurons: list[int] = field(default_factory=list)
+
+
+def bytes_on_disk(folder: str | os.PathLike | None) -> int | None:
+    """The size of a folder's `*.safetensors`; None when it is no local folder or has none."""
+    if folder is None:
+        return None
+    sizes = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
+    return sum(sizes) if sizes else None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions that latencies depend on, with the machine's load at this moment."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def verdict(batch_size: int, speedup: float, mac_ratio: float) -> str:
+    """One plain sentence: what was measured beside what the arithmetic promises.
+
+    Args:
+        batch_size: Of the measurement.
+        speedup: Measured, above 1 is faster than the baseline.
+        mac_ratio: Multiply-accumulates kept, of the baseline's.
+
+    Example:
+        >>> verdict(32, 1.8, 0.5)
+        'batch 32: 1.80x faster measured, 2.00x fewer MACs'
+        >>> verdict(1, 0.98, 0.5)
+        'NOT faster at batch 1: 0.98x measured, 2.00x fewer MACs'
+    """
+    promised = "the same MACs" if abs(mac_ratio - 1) < 0.005 else f"{1 / mac_ratio:.2f}x fewer MACs"
+    if speedup < _FASTER:
+        return f"NOT faster at batch {batch_size}: {speedup:.2f}x measured, {promised}"
+    return f"batch {batch_size}: {speedup:.2f}x faster measured, {promised}"
+
+
+def _by_batch_size(entries: Sequence[Entry]) -> list[dict[str, Speedup]]:
+    """For each batch size, the speed-ups of all models over the first."""
+    sizes = [[latency.batch_size for latency in entry.latencies] for entry in entries]
+    if any(own != sizes[0] for own in sizes):
+        raise ValueError(f"entries must be timed at the same batch sizes, got {sizes}.")
+    return [speedups(group, entries[0].name) for group in zip(*(e.latencies for e in entries), strict=True)]
+
+
+def build_report(
+    entries: Sequence[Entry],
+    task: str,
+    metric: str,
+    num_examples: int,
+    seq_len: float,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Put models side by side; everything in the result is plain JSON.
+
+    Args:
+        entries: The first is the baseline.
+        task: Its name.
+        metric: The entry of `metrics` that is shown.
+        num_examples: That the metrics were computed on.
+        seq_len: Tokens of the sequence whose MACs are counted.
+        settings: Further facts to write down.
+
+    Raises:
+        ValueError: If there are no entries, names repeat, a model lacks the metric, or batch sizes differ.
+    """
+    if not entries:
+        raise ValueError("entries must hold at least one model, got none.")
+    names = [entry.name for entry in entries]
+    if len(set(names)) < len(names):
+        raise ValueError(f"entries must have different names, got {names}.")
+    for entry in entries:
+        if metric not in entry.metrics:
+            raise ValueError(f"metric must be one of {', '.join(entry.metrics)} for {entry.name!r}, got {metric!r}.")
+    ratios = _by_batch_size(entries)
+    baseline = entries[0]
+    models = []
+    for entry in entries:
+        mac_ratio = entry.cost.macs / baseline.cost.macs if baseline.cost.macs else 1.0
+        timed = [
+            {**latency.to_dict(), "speedup": asdict(at_size[entry.name])}
+            for latency, at_size in zip(entry.latencies, ratios, strict=True)
+        ]
+        facts = asdict(entry)
+        del facts["latencies"]
+        # Nobody is faster than itself; for the baseline there is nothing to judge.
+        verdicts = [
+            verdict(t["batch_size"], t["speedup"]["median"], mac_ratio) for t in timed if entry is not baseline
+        ]
+        models.append({**facts, "mac_ratio": mac_ratio, "latency": timed, "verdicts": verdicts})
+    return {
+        "version": REPORT_VERSION,
+        "task": task,
+        "metric": metric,
+        "num_examples": num_examples,
+        "seq_len": seq_len,
+        "baseline": baseline.name,
+        "environment": environment(),
+        "settings": settings or {},
+        "models": models,
+    }
+
+
+def _short(value: float | None) -> str:
+    """Three digits and a unit: 12.3M."""
+    if value is None:
+        return "-"
+    for size, unit in _UNITS:
+        # The rounded number decides: 999.9 k reads 1.00 M.
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:.3g}{unit}" if value < 99.95 * size else f"{value / size:.0f}{unit}"
+    return f"{value:.0f}"
+
+
+def _megabytes(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.1f} MB"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown, padded to columns so that it can also be read in a terminal."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = "|".join(f"{'-' * (w + 2)}" if i == 0 else f"{'-' * (w + 1)}:" for i, w in enumerate(widths))
+    return [line(header), f"|{rule}|", *map(line, rows)]
+
+
+def render_markdown(report: dict[str, Any]) -> str:
+    """The report for people: quality and size, speed, one verdict a batch size, and where it was measured."""
+    metric, models = report["metric"], report["models"]
+    quality = [
+        [
+            _cell(m["name"]), f"{m['metrics'][metric]:.4f}", _short(m["cost"]["params"]),
+            _short(m["cost"]["nonzero_params"]), _short(m["cost"]["macs"]), f"{m['mac_ratio']:.3f}",
+            _megabytes(m["disk_bytes"]),
+        ]
+        for m in models
+    ]  # fmt: skip
+    speed = [
+        [
+            _cell(m["name"]), str(t["batch_size"]), f"{1e3 * t['p50']:.2f}", f"{1e3 * t['p95']:.2f}",
+            f"{t['throughput']:.1f}", _megabytes(t["peak_memory"]), f"{1 / m['mac_ratio']:.2f}x",
+            f"{t['speedup']['median']:.2f}x ({t['speedup']['low']:.2f} to {t['speedup']['high']:.2f})",
+        ]
+        for place in range(len(models[0]["latency"]))
+        for m in models
+        for t in [m["latency"][place]]
+    ]  # fmt: skip
+    lines = [
+        f"# {report['task']}: {report['baseline']} against compressed models",
+        "",
+        f"{report['num_examples']} examples; MACs for one sequence of {report['seq_len']:.1f} tokens, their mean length.",
+        "",
+        *_table(["model", metric, "params", "non-zero", "MACs", "MACs kept", "on disk"], quality),
+        "",
+        *_table(
+            ["model", "batch", "p50 ms", "p95 ms", "examples/s", "memory", "fewer MACs", "measured speed-up"], speed
+        ),
+        "",
+        "## Verdict",
+        "",
+        *[f"- {m['name']}: {sentence}" for m in models for sentence in m["verdicts"]],
+        "",
+        "## How it was measured",
+        "",
+        *_measurement(report),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _measurement(report: dict[str, Any]) -> list[str]:
+    place, timed = report["environment"], [t for model in report["models"] for t in model["latency"]]
+    machine = place["accelerator"] or f"{place['processor']}, {place['cores']} cores"
+    lines = [
+        f"- {machine}; {place['system']}; load average {place['load_average_1min']} when it began",
+        f"- Python {place['python']}, torch {place['torch']}, transformers {place['transformers']}",
+    ]
+    if timed:
+        values = {
+            key: ", ".join(sorted({str(t[key]) for t in timed})) for key in ("threads", "dtype", "attention", "device")
+        }
+        lines += [
+            f"- {values['threads']} threads, {values['dtype']}, {values['attention']} attention, on {values['device']}",
+            f"- Models took turns on the same length-sorted batches, {timed[0]['repeats']} rounds; milliseconds a batch; "
+            "speed-up: median (range) of the ratios of rounds",
+            f"- Memory: {timed[0]['memory_kind']}",
+        ]
+    return lines
