@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -144,7 +145,7 @@ CASES = [
     (PRUNE.replace("path model", "path nowhere"), "nowhere"),
     (PRUNE.replace("path model", "path notok"), "tokenizer"),
     (PRUNE.replace("path model", "path bigtok"), "belongs to another model"),
-    (PRUNE.replace("out", "file"), "file"),
+    (PRUNE.replace("output_dir out", "output_dir file"), "output_dir|exists|file"),
     (FINETUNE.replace("data_dir data", "data_dir nolabel"), "missing: label"),
     (FINETUNE.replace("data_dir data", "data_dir notext"), "columns must hold"),
     (FINETUNE.replace("data_dir data", "data_dir oneclass"), "at least two classes"),
@@ -197,7 +198,7 @@ def test_one_line_and_exit_code_2(place, monkeypatch, capsys, line, expected):
     last = captured.err.strip().splitlines()[-1]
     assert last.startswith("hf-compress: ")
     assert "Traceback" not in captured.err
-    assert pytest.importorskip("re").search(expected, last), last
+    assert re.search(expected, last), last
     assert not (place / "out" / "model.safetensors").exists()
 
 
@@ -242,6 +243,6 @@ def test_data_without_labels_for_fisher():
 def test_success_is_exit_code_0(place, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(place)
     assert main(["--help"]) == 0
-    assert main(f"{PRUNE.replace('out', str(tmp_path / 'p'))} --mac_ratio 0.7".split()) == 0
+    assert main(f"{PRUNE.replace('dir out', f'dir {tmp_path}/p')} --mac_ratio 0.7".split()) == 0
     assert "of the arithmetic kept" in capsys.readouterr().out
     assert os.path.exists(tmp_path / "p" / "results.json")

@@ -9,9 +9,10 @@ from typing import Any
 
 # Okabe and Ito: told apart by colour-blind readers too.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_INK = "#333333"
 # Where a label may stand, in points from its marker: beside it first, then further and further away.
-_PLACES = [(dx * far, dy * far) for far in (1, 2, 3.5, 5) for dx, dy in ((9, 0), (-9, 0), (7, 9), (7, -9), (-7, 9), (-7, -9), (0, 12), (0, -12))]  # fmt: skip
+_AROUND = ((9, 0), (-9, 0), (7, 9), (7, -9), (-7, 9), (-7, -9), (0, 12), (0, -12))
+_PLACES = [(dx * far, dy * far) for far in (1, 2, 3.5, 5) for dx, dy in _AROUND]
 
 
 def _figure(width: float, height: float) -> Any:
@@ -31,52 +32,44 @@ def _plain(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def _style(index: int) -> tuple[str, str]:
-    return _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
-
-
-def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
+def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     """Write each point's name near it, where no other name, point or edge is.
 
     Args:
-        figure: Laid out here once; texts are measured on it.
+        figure: Already drawn once, its layout fixed: texts are measured on it.
         axes: With its final limits.
-        points: x, y, name, colour.
+        points: x, y, name.
     """
-    figure.canvas.draw()
-    figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
-    pixels = [axes.transData.transform((x, y)) for x, y, _, _ in points]
+    pixels = [axes.transData.transform((x, y)) for x, y, _ in points]
     taken: list[Any] = []
-    for x, y, name, colour in points:
-        chosen = None
-        for dx, dy in _PLACES:
-            text = axes.annotate(
-                name, (x, y), (dx, dy), textcoords="offset points", fontsize=8, color=colour,
-                ha="left" if dx > 0 else "right" if dx < 0 else "center", va="center",
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5} if abs(dx) + abs(dy) > 17 else None,
-            )  # fmt: skip
-            # A little air, and the text alone: the box of an arrow would reach the point itself.
-            box = _text_box(text, renderer).padded(2)
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            if (
-                inside
-                and not any(box.overlaps(other) for other in taken)
-                and not any(box.contains(*p) for p in pixels)
-            ):
-                chosen = box
+
+    def write(point: tuple[float, float, str], dx: float, dy: float) -> tuple[Any, Any]:
+        line = {"arrowstyle": "-", "color": _INK, "linewidth": 0.5} if abs(dx) + abs(dy) > 17 else None
+        side = "left" if dx > 0 else "right" if dx < 0 else "center"
+        text = axes.annotate(
+            point[2], point[:2], (dx, dy), textcoords="offset points", fontsize=8, color=_INK, ha=side, va="center",
+            arrowprops=line,
+        )  # fmt: skip
+        return text, _text_box(text, renderer).padded(2)
+
+    def is_free(box: Any) -> bool:
+        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        return inside and not any(map(box.overlaps, taken)) and not any(box.contains(*pixel) for pixel in pixels)
+
+    for point in points:
+        for place in (*_PLACES, None):
+            # A crowd without any free place: better a covered name than none.
+            text, box = write(point, *(place or _PLACES[0]))
+            if place is None or is_free(box):
+                taken.append(box)
                 break
             text.remove()
-        if chosen is None:
-            text = axes.annotate(
-                name, (x, y), _PLACES[0], textcoords="offset points", fontsize=8, color=colour, va="center"
-            )
-            chosen = _text_box(text, renderer)
-        taken.append(chosen)
 
 
 def _text_box(annotation: Any, renderer: Any) -> Any:
+    """The box of the text alone; that of its line would reach the point itself."""
     annotation.update_positions(renderer)
     arrow, annotation.arrow_patch = annotation.arrow_patch, None
     try:
@@ -109,16 +102,16 @@ def plot_quality_latency(report: dict[str, Any], file: str | os.PathLike) -> Non
     for place, (axes, size) in enumerate(zip(panels, sizes, strict=True)):
         colour = _COLOURS[1 + place % (len(_COLOURS) - 1)]
         x = [1e3 * model["latency"][place]["p50"] for model in models]
-        order = sorted(range(len(models)), key=x.__getitem__)
-        axes.plot([x[i] for i in order], [scores[i] for i in order], color=colour, linewidth=1, alpha=0.4)
         axes.scatter(x, scores, color=colour, s=36, zorder=3)
         axes.set_xlim(0, 1.25 * max(x))
         axes.set_ylim(min(scores) - margin, max(scores) + margin)
         axes.set_xlabel("median latency [ms per batch]")
         axes.set_title(f"batch {size}", fontsize=10)
         _plain(axes)
-        labels.append((axes, [(a, b, model["name"], colour) for a, b, model in zip(x, scores, models, strict=True)]))
+        labels.append((axes, [(a, b, model["name"]) for a, b, model in zip(x, scores, models, strict=True)]))
     panels[0].set_ylabel(f"{metric.replace('_', ' ')} ({report['task']})")
+    figure.canvas.draw()
+    figure.set_layout_engine("none")
     for axes, points in labels:
         _label_points(figure, axes, points)
     figure.savefig(file, format="png")

@@ -219,7 +219,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# {report['task']}: {report['baseline']} against compressed models",
         "",
-        f"{report['num_examples']} examples; MACs for one sequence of {report['seq_len']:.1f} tokens, their mean length.",
+        f"{report['num_examples']} examples; MACs of one sequence of {report['seq_len']:.1f} tokens, their mean.",
         "",
         *_table(["model", metric, "params", "non-zero", "MACs", "MACs kept", "on disk"], quality),
         "",
@@ -246,13 +246,12 @@ def _measurement(report: dict[str, Any]) -> list[str]:
         f"- Python {place['python']}, torch {place['torch']}, transformers {place['transformers']}",
     ]
     if timed:
-        values = {
-            key: ", ".join(sorted({str(t[key]) for t in timed})) for key in ("threads", "dtype", "attention", "device")
-        }
+        keys = ("threads", "dtype", "attention", "device")
+        threads, dtype, attention, device = (", ".join(sorted({str(t[key]) for t in timed})) for key in keys)
         lines += [
-            f"- {values['threads']} threads, {values['dtype']}, {values['attention']} attention, on {values['device']}",
-            f"- Models took turns on the same length-sorted batches, {timed[0]['repeats']} rounds; milliseconds a batch; "
-            "speed-up: median (range) of the ratios of rounds",
+            f"- {threads} threads, {dtype}, {attention} attention, on {device}",
+            f"- Models took turns on the same length-sorted batches, {timed[0]['repeats']} rounds; "
+            "p50 and p95 are a batch's; speed-up: median (range) of the ratios of rounds",
             f"- Memory: {timed[0]['memory_kind']}",
         ]
     return lines

@@ -42,6 +42,10 @@ class ModelArguments:
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A fast tokenizer from a hub name or folder; `ValueError` when there is none."""
+    # Without any of these, transformers builds a tokenizer of the model's type with an empty vocabulary.
+    files = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in files):
+        raise ValueError(f"No tokenizer can be opened at {name!r}: it must hold one of {', '.join(files)}.")
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
