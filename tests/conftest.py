@@ -37,7 +37,8 @@ _BERT_LIKE = {**_WIDE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob
 
 def _distilbert(**changes):
     sizes = {"dim": 32, "n_heads": 4, "hidden_dim": 64, "n_layers": 2, "dropout": 0.0, "attention_dropout": 0.0}
-    return transformers.DistilBertConfig(**_SIZES, **sizes, pad_token_id=0, **changes)
+    heads = {"seq_classif_dropout": 0.0, "qa_dropout": 0.0}
+    return transformers.DistilBertConfig(**_SIZES, **sizes, **heads, pad_token_id=0, **changes)
 
 
 def _modernbert(**changes):

@@ -51,8 +51,8 @@ def _evaluate_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return task_metrics(np.asarray(logits), np.asarray(prediction.label_ids))
 
 
-def _splits(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments, train: bool = True) -> dict[str, Any]:
-    names = ("train", "validation") if train else ("validation",)
+def _splits(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> dict[str, Any]:
+    names = ("train", "validation")
     rows = {}
     for name in names:
         if name == "train" or name in task.splits:
@@ -60,6 +60,35 @@ def _splits(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments,
     if "train" in rows:
         rows["train"] = rows["train"].add_column("length", [len(ids) for ids in rows["train"]["input_ids"]])
     return rows
+
+
+def _prepared(
+    model_args: ModelArguments, data: DataArguments, seed: int
+) -> tuple[Task, PreTrainedTokenizerBase, PreTrainedModel, dict[str, Any]]:
+    """Task, tokenizer, model and tokenized splits that fit together."""
+    task = load_task(data)
+    task.split("train")
+    set_seed(seed)
+    tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
+    model = open_classifier(model_args.model_name_or_path, task)
+    check_vocabulary(model, tokenizer)
+    if model_args.freeze_embeddings:
+        freeze_embeddings_(model)
+    return task, tokenizer, model, _splits(task, tokenizer, data)
+
+
+def _common(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, rows: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "args": args,
+        "train_dataset": rows["train"],
+        "eval_dataset": rows.get("validation"),
+        "data_collator": DataCollatorWithPadding(tokenizer),
+        "processing_class": tokenizer,
+        "compute_metrics": _evaluate_metrics,
+    }
 
 
 def _run(
@@ -94,24 +123,8 @@ def finetune(model_args: ModelArguments, data: DataArguments, args: TrainingArgu
     Raises:
         ValueError: If model, tokenizer or data do not fit together, or the loss is not finite.
     """
-    task = load_task(data)
-    task.split("train")
-    set_seed(args.seed)
-    tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
-    model = open_classifier(model_args.model_name_or_path, task)
-    check_vocabulary(model, tokenizer)
-    if model_args.freeze_embeddings:
-        freeze_embeddings_(model)
-    rows = _splits(task, tokenizer, data)
-    trainer = CompressionTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows["train"],
-        eval_dataset=rows.get("validation"),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=_evaluate_metrics,
-    )
+    task, tokenizer, model, rows = _prepared(model_args, data, args.seed)
+    trainer = CompressionTrainer(**_common(model, tokenizer, args, rows))
     return _run(trainer, model, tokenizer, args)
 
 
@@ -132,16 +145,8 @@ def distill(
     Raises:
         ValueError: If student, teacher and data do not fit together, or the loss is not finite.
     """
-    task = load_task(data)
-    task.split("train")
-    set_seed(args.seed)
-    tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
-    student = open_classifier(model_args.model_name_or_path, task)
-    check_vocabulary(student, tokenizer)
+    task, tokenizer, student, rows = _prepared(model_args, data, args.seed)
     teacher = open_classifier(teacher_args.teacher_name_or_path, task) if args.uses_teacher else None
-    if model_args.freeze_embeddings:
-        freeze_embeddings_(student)
-    rows = _splits(task, tokenizer, data)
     collator: Any = DataCollatorWithPadding(tokenizer)
     if teacher is not None:
         teacher_tokenizer = open_tokenizer(teacher_args.teacher_name_or_path)
@@ -151,16 +156,8 @@ def distill(
             rows = {
                 name: _with_teacher_columns(name, split, task, teacher_tokenizer, data) for name, split in rows.items()
             }
-    trainer = DistillationTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=args,
-        train_dataset=rows["train"],
-        eval_dataset=rows.get("validation"),
-        data_collator=collator,
-        processing_class=tokenizer,
-        compute_metrics=_evaluate_metrics,
-    )
+    common = {**_common(student, tokenizer, args, rows), "data_collator": collator}
+    trainer = DistillationTrainer(teacher_model=teacher, **common)
     return _run(trainer, student, tokenizer, args)
 
 

@@ -1,0 +1,57 @@
+"""What the contract is tested on: one row for each method, applied to every architecture."""
+
+import copy
+
+import pytest
+import torch
+
+import hf_compress as hc
+from tests.conftest import _batches, _built
+
+
+# Method -> config, with settings under which every architecture changes and layers differ from each other.
+METHOD_CONFIGS = {
+    "structured_pruning": lambda: hc.StructuredPruningConfig(mac_ratio=0.55),
+}
+
+
+def logits_of(model, batch):
+    """Everything a model says about a batch, as one tuple of tensors."""
+    with torch.no_grad():
+        output = model.eval()(**batch)
+    return tuple(value for value in output.to_tuple() if torch.is_tensor(value))
+
+
+def assert_same_outputs(model, other, batch):
+    ours, theirs = logits_of(model, batch), logits_of(other, batch)
+    assert len(ours) == len(theirs) > 0
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.fixture(params=list(METHOD_CONFIGS))
+def method(request):
+    """Runs a test once for each method."""
+    return request.param
+
+
+_compressed = {}
+
+
+@pytest.fixture
+def compressed():
+    """`compressed(method, architecture, head="base")`: a private copy of a compressed tiny model."""
+
+    def make(method, architecture, head="base"):
+        key = method, architecture, head
+        if key not in _compressed:
+            model = copy.deepcopy(_built(architecture, head))
+            _compressed[key] = hc.compress(model, METHOD_CONFIGS[method](), data=_batches(model.config))
+        return copy.deepcopy(_compressed[key])
+
+    return make
+
+
+@pytest.fixture
+def batch():
+    """`batch(model)`: one batch of inputs that calibration has not seen."""
+    return lambda model: _batches(model.config, count=1, seed=7)[0]

@@ -1,0 +1,197 @@
+"""The law of every method on every architecture: its record alone gives the module tree back, and files keep it."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+import hf_compress as hc
+from hf_compress.core.architectures import blocks_of
+from tests.conftest import ARCHITECTURES, HEADS
+from tests.contract.conftest import METHOD_CONFIGS, assert_same_outputs, logits_of
+
+
+every_head = pytest.mark.parametrize("head", list(HEADS))
+
+
+def test_every_method_has_a_row():
+    assert set(METHOD_CONFIGS) == set(hc.METHODS)
+    for name, make in METHOD_CONFIGS.items():
+        assert hc.METHODS[name].name == name
+        assert type(make()) is hc.METHODS[name].config_class
+
+
+@every_head
+def test_state_loads_strictly_into_a_rebuilt_skeleton(compressed, batch, method, architecture, head):
+    model = compressed(method, architecture, head)
+    config = type(model.config).from_dict(json.loads(model.config.to_json_string(use_diff=False)))
+    skeleton = HEADS[head].from_config(config)
+    dense_shapes = {name: value.shape for name, value in skeleton.state_dict().items()}
+    assert dense_shapes != {name: value.shape for name, value in model.state_dict().items()}
+    hc.rebuild(skeleton).load_state_dict(model.state_dict(), strict=True)
+    assert_same_outputs(skeleton, model, batch(model))
+    with torch.device("meta"):
+        empty = hc.rebuild(HEADS[head].from_config(config))
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert all(parameter.is_meta for parameter in empty.parameters())
+
+
+@every_head
+def test_saved_and_reloaded(compressed, batch, method, architecture, head, tmp_path):
+    model = compressed(method, architecture, head)
+    model.save_pretrained(tmp_path / "first")
+    reloaded = HEADS[head].from_pretrained(tmp_path / "first")
+    assert_same_outputs(reloaded, model, batch(model))
+    assert hc.steps_of(reloaded) == hc.steps_of(model)
+    reloaded.save_pretrained(tmp_path / "second")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    records = [
+        json.loads((tmp_path / n / "config.json").read_text())["quantization_config"] for n in ("first", "second")
+    ]
+    assert records[0] == records[1]
+    assert set(records[0]) == {"quant_method", "version", "steps"}
+    base = AutoModel.from_pretrained(tmp_path / "first")
+    assert torch.equal(logits_of(base, batch(model))[0], logits_of(model.base_model, batch(model))[0])
+
+
+FRESH = """
+import json, sys
+import torch
+import hf_compress
+from pathlib import Path
+from safetensors.torch import load_file
+import transformers
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+wrong = []
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    seen = load_file(folder / "seen" / "batch.safetensors")
+    logits = seen.pop("logits")
+    with torch.no_grad():
+        if not torch.equal(model(**seen).logits, logits):
+            wrong.append(folder.name)
+print(json.dumps(wrong))
+"""
+
+WITHOUT_IMPORT = """
+import json, sys
+from pathlib import Path
+import transformers
+loaded = []
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+        loaded.append(folder.name)
+    except RuntimeError as error:
+        assert "mismatch" in str(error).lower(), error
+assert "hf_compress" not in sys.modules
+print(json.dumps(loaded))
+"""
+
+
+@pytest.mark.parametrize("program", [FRESH, WITHOUT_IMPORT], ids=["with import", "without import"])
+def test_fresh_process(compressed, batch, tmp_path, program):
+    head = "sequence_classification"
+    for method in METHOD_CONFIGS:
+        for architecture in ARCHITECTURES:
+            model, folder = compressed(method, architecture, head), tmp_path / f"{method}-{architecture}"
+            model.save_pretrained(folder)
+            (folder / "seen").mkdir()
+            seen = batch(model)
+            logits = model(**seen).logits.detach()
+            save_file({**seen, "logits": logits}, folder / "seen" / "batch.safetensors")
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # With the import: none differs. Without it: none opens, every one is refused for its shapes.
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == []
+
+
+def test_config_round_trip(compressed, method, architecture, tmp_path):
+    model = compressed(method, architecture)
+    model.config.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    steps = hc.steps_of(config)
+    assert steps == hc.steps_of(model)
+    assert [step["method"] for step in steps] == [method]
+    assert json.loads(json.dumps(steps)) == steps
+    assert config.hidden_size == 32
+    dense = AutoModel.from_config(config)
+    assert sum(p.numel() for p in dense.parameters()) > sum(p.numel() for p in model.parameters())
+
+
+def test_copies_and_casts(compressed, batch, method, architecture, tmp_path):
+    model = compressed(method, architecture)
+    seen = batch(model)
+    twin = copy.deepcopy(model)
+    assert_same_outputs(twin, model, seen)
+    next(twin.parameters()).data.add_(1)
+    assert hc.steps_of(twin) == hc.steps_of(model)
+    assert not torch.equal(logits_of(twin, seen)[0], logits_of(model, seen)[0])
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModel.from_pretrained(tmp_path)
+    assert getattr(reloaded, "hf_quantizer", None) is None
+    assert not getattr(reloaded, "is_quantized", False)
+    assert {p.dtype for p in copy.deepcopy(reloaded).half().parameters()} == {torch.float16}
+    assert {p.dtype for p in reloaded.double().parameters()} == {torch.float64}
+    halved = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in halved.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(logits_of(halved, seen)[0]).all()
+
+
+def test_padding_and_batch_mates_change_nothing(compressed, batch, method, architecture):
+    model = compressed(method, architecture).double()
+    seen = batch(model)
+    together = logits_of(model, seen)[0]
+    for row in range(len(together)):
+        length = int(seen["attention_mask"][row].sum())
+        alone = {name: value[row : row + 1, :length] for name, value in seen.items()}
+        assert torch.allclose(logits_of(model, alone)[0][0], together[row, :length], rtol=0, atol=1e-10)
+
+
+def test_cost_equals_a_hand_count(compressed, model, method, architecture):
+    s, d, dh = 20, 32, 8
+    for counted in (model(architecture), compressed(method, architecture)):
+        cost, expected = hc.count_cost(counted, seq_len=s), []
+        for block in blocks_of(counted):
+            neurons = block.num_neurons * s * d * (3 if architecture in ("llama", "modernbert") else 2)
+            # Llama: a unit is two query heads on one key and one value head.
+            per_unit = s * d * 4 * dh + 2 * s * s * 2 * dh + s * 2 * dh * d
+            if architecture != "llama":
+                per_unit = 3 * s * d * dh + 2 * s * s * dh + s * dh * d
+            expected.append(block.num_units * per_unit + neurons)
+        assert cost.macs_by_layer == expected
+        assert cost.macs == sum(expected)
+        numbers = {value.data_ptr(): value for value in counted.parameters()}.values()
+        assert cost.params == sum(value.numel() for value in numbers)
+        assert cost.nonzero_params == sum(int((value != 0).sum()) for value in numbers)
+        assert cost.bytes == 4 * cost.params
+        assert hc.count_cost(counted, seq_len=s, batch_size=3).macs == 3 * cost.macs
+    with pytest.raises(ValueError, match="must be positive, got 0 and 1"):
+        hc.count_cost(counted, seq_len=0)
+
+
+def test_two_steps_compose(compressed, batch, batches, method, architecture, tmp_path):
+    model = compressed(method, architecture, "sequence_classification")
+    hc.compress(model, hc.StructuredPruningConfig(mac_ratio=0.8), data=batches(model.config))
+    assert [step["method"] for step in hc.steps_of(model)] == [method, "structured_pruning"]
+    model.save_pretrained(tmp_path)
+    assert_same_outputs(HEADS["sequence_classification"].from_pretrained(tmp_path), model, batch(model))
+
+
+def test_two_configs_are_two_calls(model, batches, method):
+    together, apart = model("bert"), model("bert")
+    data, config = batches(together.config), METHOD_CONFIGS[method]
+    hc.compress(together, config(), config(), data=data)
+    hc.compress(hc.compress(apart, config(), data=data), config(), data=data)
+    assert hc.steps_of(together) == hc.steps_of(apart)
+    assert len(hc.steps_of(together)) == 2
+    assert all(torch.equal(a, b) for a, b in zip(together.parameters(), apart.parameters(), strict=True))
