@@ -57,7 +57,7 @@ def test_warmup_is_run_and_not_counted():
     log = []
     [timed] = measure_latency({"a": Recorder("a", log)}, [batch(0)], repeats=2, warmup=3)
     assert len(timed.totals) == timed.repeats == 2
-    assert len(log) == 3 + 2 + 1  # the last call measures memory  # fmt: skip
+    assert len(log) == 3 + 2 + 1  # the last call measures memory
 
 
 def test_calls_are_without_gradients_in_eval_mode_and_labels_stay_out():
@@ -105,12 +105,13 @@ def test_numbers_follow_from_the_totals_of_repeats():
 
 def test_attention_implementation_of_a_transformers_model(model, batches):
     bert = model("bert", "sequence_classification")
+    bert.set_attn_implementation("eager")
     [timed] = measure_latency([bert], batches(bert.config, count=1, size=2), repeats=1, warmup=0)
     assert timed.attention == "eager"
     assert timed.name == "BertForSequenceClassification-0"
 
 
-def test_a_pruned_model_is_timed_as_it_is(model, batches):
+def test_precision_and_memory_are_the_models_own(model, batches):
     bert = model("bert").to(torch.float64)
     [timed] = measure_latency({"double": bert}, batches(bert.config, count=1, size=2), repeats=1, warmup=0)
     assert timed.dtype == "float64"
@@ -158,7 +159,8 @@ def test_peak_memory_is_the_largest_set_of_live_tensors():
             self.twin = self.wide
 
         def forward(self, rows):
-            wide = self.wide(rows).relu_().view(-1, 100)  # a view and an in-place operation need nothing new  # fmt: skip
+            # A view and an in-place operation need nothing new.
+            wide = self.wide(rows).relu_().view(-1, 100)
             narrow = self.narrow(wide)
             del wide
             return narrow + 1

@@ -46,36 +46,31 @@ def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, s
     taken: list[Any] = []
 
     def write(point: tuple[float, float, str], dx: float, dy: float) -> tuple[Any, Any]:
-        line = {"arrowstyle": "-", "color": _INK, "linewidth": 0.5} if abs(dx) + abs(dy) > 17 else None
         side = "left" if dx > 0 else "right" if dx < 0 else "center"
         text = axes.annotate(
-            point[2], point[:2], (dx, dy), textcoords="offset points", fontsize=8, color=_INK, ha=side, va="center",
-            arrowprops=line,
-        )  # fmt: skip
-        return text, _text_box(text, renderer).padded(2)
+            point[2], point[:2], (dx, dy), textcoords="offset points", fontsize=8, color=_INK, ha=side, va="center"
+        )
+        return text, text.get_window_extent(renderer).padded(2)
 
     def is_free(box: Any) -> bool:
         inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-        return inside and not any(map(box.overlaps, taken)) and not any(box.contains(*pixel) for pixel in pixels)
+        if not inside or any(map(box.overlaps, taken)):
+            return False
+        around = box.padded(6)  # a marker has a radius
+        return not any(around.contains(*pixel) for pixel in pixels)
 
     for point in points:
         for place in (*_PLACES, None):
             # A crowd without any free place: better a covered name than none.
-            text, box = write(point, *(place or _PLACES[0]))
+            dx, dy = place or _PLACES[0]
+            text, box = write(point, dx, dy)
             if place is None or is_free(box):
                 taken.append(box)
+                if abs(dx) + abs(dy) > 17:
+                    line = {"arrowstyle": "-", "color": _INK, "linewidth": 0.5}
+                    axes.annotate("", point[:2], (dx, dy), textcoords="offset points", arrowprops=line)
                 break
             text.remove()
-
-
-def _text_box(annotation: Any, renderer: Any) -> Any:
-    """The box of the text alone; that of its line would reach the point itself."""
-    annotation.update_positions(renderer)
-    arrow, annotation.arrow_patch = annotation.arrow_patch, None
-    try:
-        return annotation.get_window_extent(renderer)
-    finally:
-        annotation.arrow_patch = arrow
 
 
 def plot_quality_latency(report: dict[str, Any], file: str | os.PathLike) -> None:

@@ -92,7 +92,10 @@ def verdict(batch_size: int, speedup: float, mac_ratio: float) -> str:
         >>> verdict(1, 0.98, 0.5)
         'NOT faster at batch 1: 0.98x measured, 2.00x fewer MACs'
     """
-    promised = "the same MACs" if abs(mac_ratio - 1) < 0.005 else f"{1 / mac_ratio:.2f}x fewer MACs"
+    if abs(mac_ratio - 1) < 0.005:
+        promised = "the same MACs"
+    else:
+        promised = f"{1 / mac_ratio:.2f}x fewer MACs" if mac_ratio < 1 else f"{mac_ratio:.2f}x more MACs"
     if speedup < _FASTER:
         return f"NOT faster at batch {batch_size}: {speedup:.2f}x measured, {promised}"
     return f"batch {batch_size}: {speedup:.2f}x faster measured, {promised}"
@@ -222,20 +225,14 @@ def render_markdown(report: dict[str, Any]) -> str:
         f"{report['num_examples']} examples; MACs of one sequence of {report['seq_len']:.1f} tokens, their mean.",
         "",
         *_table(["model", metric, "params", "non-zero", "MACs", "MACs kept", "on disk"], quality),
-        "",
-        *_table(
-            ["model", "batch", "p50 ms", "p95 ms", "examples/s", "memory", "fewer MACs", "measured speed-up"], speed
-        ),
-        "",
-        "## Verdict",
-        "",
-        *[f"- {m['name']}: {sentence}" for m in models for sentence in m["verdicts"]],
-        "",
-        "## How it was measured",
-        "",
-        *_measurement(report),
     ]
-    return "\n".join(lines) + "\n"
+    if speed:
+        header = ["model", "batch", "p50 ms", "p95 ms", "examples/s", "memory", "fewer MACs", "measured speed-up"]
+        lines += ["", *_table(header, speed)]
+    sentences = [f"- {m['name']}: {sentence}" for m in models for sentence in m["verdicts"]]
+    if sentences:
+        lines += ["", "## Verdict", "", *sentences]
+    return "\n".join([*lines, "", "## How it was measured", "", *_measurement(report)]) + "\n"
 
 
 def _measurement(report: dict[str, Any]) -> list[str]:

@@ -1,0 +1,128 @@
+"""Compressed models in the hands of other tools: Trainer, pipelines, PEFT, gradient checkpointing."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, pipeline
+
+import hf_compress as hc
+from hf_compress.core.architectures import blocks_of
+from tests.contract.conftest import assert_same_outputs, logits_of
+
+
+HEAD = "sequence_classification"
+
+
+@pytest.fixture
+def labelled(batches):
+    """`labelled(config, number)`: single examples of equal length with labels 0 and 1, as Trainer reads them."""
+
+    def make(config, number=16):
+        ids = batches(config, count=1, size=number, length=12, seed=5)[0]["input_ids"]
+        ids = ids.where(ids != config.pad_token_id, 3)
+        return [{"input_ids": row, "labels": index % 2} for index, row in enumerate(ids)]
+
+    return make
+
+
+def arguments(folder, **changes):
+    quiet = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    }
+    return TrainingArguments(
+        folder, **{**quiet, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_steps": 4, **changes}
+    )
+
+
+def test_trainer_checkpoint_opens_and_resumes(compressed, labelled, batch, method, architecture, tmp_path):
+    start = compressed(method, architecture, HEAD)
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainer = Trainer(copy.deepcopy(start), arguments(tmp_path / "a", **saving), train_dataset=labelled(start.config))
+    trainer.train()
+    trained = trainer.model
+    assert not torch.equal(logits_of(trained, batch(start))[0], logits_of(start, batch(start))[0])
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a" / "checkpoint-4")
+    assert_same_outputs(reloaded, trained, batch(start))
+    # Resuming from the middle ends where the unbroken run ended.
+    again = Trainer(copy.deepcopy(start), arguments(tmp_path / "b"), train_dataset=labelled(start.config))
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert_same_outputs(again.model, trained, batch(start))
+    # And a reloaded model is one that Trainer takes.
+    Trainer(reloaded, arguments(tmp_path / "c", max_steps=1), train_dataset=labelled(start.config)).train()
+
+
+def gradients(model, batch):
+    model.train()
+    model.zero_grad()
+    model(**batch, labels=torch.arange(len(batch["input_ids"])) % 2).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_gradient_checkpointing(compressed, batch, method, architecture):
+    model = compressed(method, architecture, HEAD)
+    plain = gradients(model, batch(model))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls = []
+    blocks_of(model)[0].ffn_out.register_forward_hook(lambda *_: calls.append(1))
+    again = gradients(model, batch(model))
+    assert len(calls) == 2  # Once forward, once again for the backward pass.
+    assert plain.keys() == again.keys()
+    assert len(plain) > 20
+    assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
+
+
+def test_pipeline_after_reload(compressed, tokenizer, sentences, method, tmp_path):
+    model = compressed(method, "bert", HEAD)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = [text for text, _ in sentences[:4]]
+    answers = pipeline("text-classification", model=str(tmp_path), device="cpu")(texts, top_k=None)
+    for text, answer in zip(texts, answers, strict=True):
+        expected = logits_of(model, tokenizer(text, return_tensors="pt"))[0].softmax(-1)[0]
+        scores = {entry["label"]: entry["score"] for entry in answer}
+        assert scores == pytest.approx({"LABEL_0": float(expected[0]), "LABEL_1": float(expected[1])}, abs=1e-6)
+
+
+# peft asks transformers for an attribute that is about to be renamed.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_lora_on_a_compressed_model(compressed, batches, batch, labelled, method, architecture, tmp_path):
+    model = compressed(method, architecture, HEAD)
+    model.save_pretrained(tmp_path / "base")
+    targets = [name.rpartition(".")[2] for name, module in blocks_of(model)[0].layer.named_modules()
+               if isinstance(module, nn.Linear)]  # fmt: skip
+    settings = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=sorted(set(targets)))
+    student = peft.get_peft_model(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), settings)
+    Trainer(student, arguments(tmp_path / "t", max_steps=2), train_dataset=labelled(model.config)).train()
+    assert not torch.equal(logits_of(student, batch(model))[0], logits_of(model, batch(model))[0])
+    student.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    assert_same_outputs(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), student, batch(model))
+    again, data = hc.StructuredPruningConfig(mac_ratio=0.8), batches(model.config)
+    with pytest.raises(ValueError, match="must be a plain torch.nn.Linear, got Linear. Merge adapters"):
+        hc.compress(student.get_base_model(), again, data=data)
+    merged = student.merge_and_unload()
+    hc.compress(merged, again, data=data).save_pretrained(tmp_path / "merged")
+    assert len(hc.steps_of(merged)) == 2
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert_same_outputs(reloaded, merged, batch(model))
+
+
+def test_training_learns_the_rule(compressed, tokenizer, sentences, method, tmp_path):
+    model = compressed(method, "bert", HEAD)
+    data = [{**tokenizer(text), "labels": label} for text, label in sentences]
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=60, per_device_train_batch_size=16, learning_rate=2e-3),
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    predicted = trainer.predict(data).predictions.argmax(-1)
+    assert (predicted == [label for _, label in sentences]).mean() > 0.95

@@ -1,0 +1,67 @@
+"""Importing the package is cheap, registers the loader in any order, and every exported name resolves."""
+
+import subprocess
+import sys
+
+import pytest
+
+import hf_compress
+
+
+def run(program):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+REGISTERED = """
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+assert AUTO_QUANTIZER_MAPPING["hf_compress"].__name__ == "CompressionLoader"
+assert AUTO_QUANTIZATION_CONFIG_MAPPING["hf_compress"].__name__ == "CompressionConfig"
+"""
+
+ORDERS = {
+    "package first": "import hf_compress",
+    "registry first": "import transformers.quantizers.auto\nimport hf_compress",
+    "model class first": "from transformers import BertModel\nimport hf_compress",
+    "verb first": "from hf_compress import compress",
+    "loader first": "import hf_compress.loading",
+    "twice": "import importlib, hf_compress\nimportlib.reload(hf_compress)",
+}
+
+
+@pytest.mark.parametrize("order", list(ORDERS))
+def test_registered_in_any_order(order):
+    run(ORDERS[order] + REGISTERED)
+
+
+def test_import_is_light_and_announces_itself_once():
+    program = """
+import sys
+before = set(sys.modules)
+import hf_compress
+heavy = {"torch", "transformers", "transformers.quantizers", "numpy", "scipy", "hf_compress.api", "hf_compress.loading"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+assert not any(name.startswith("hf_compress.") and name != "hf_compress._registration" for name in sys.modules)
+finders = [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_compress")]
+assert len(finders) == 1
+import transformers.quantizers.auto as auto
+assert "hf_compress.loading" in sys.modules
+assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_compress")]
+import inspect
+assert "AUTO_QUANTIZER_MAPPING" in inspect.getsource(auto)
+assert type(auto.__loader__).__module__.startswith(("importlib", "_frozen_importlib"))
+print("light")
+"""
+    assert run(program) == "light\n"
+
+
+def test_every_exported_name_resolves():
+    assert sorted(hf_compress.__all__) == sorted(set(hf_compress.__all__))
+    for name in hf_compress.__all__:
+        value = getattr(hf_compress, name)
+        assert value is getattr(hf_compress, name)
+        assert name == "METHODS" or value.__name__ == name
+    assert set(hf_compress.__all__) <= set(dir(hf_compress))
+    with pytest.raises(AttributeError, match="module 'hf_compress' has no attribute 'decompress'"):
+        hf_compress.decompress
