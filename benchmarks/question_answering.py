@@ -1,6 +1,6 @@
 """F1 of an extractive question answerer: dense, pruned without retraining, recovered, and reloaded.
 
-    python benchmarks/question_answering.py --model MODEL --data_dir DATA/squad_dev --out benchmarks/results/squad.json
+    python benchmarks/question_answering.py --model MODEL --data_dir DATA/squad_dev --out benchmarks/results/qa.json
 
 Columns: `question`, `context`, `answer_texts`, `answer_starts`. F1 is SQuAD's: lower case, no punctuation, no articles,
 bag of words, best of the given answers.

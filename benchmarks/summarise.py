@@ -1,6 +1,6 @@
 """Tables of `benchmarks/RESULTS.md` from the result files of `structured_pruning.py`.
 
-    python benchmarks/summarise.py benchmarks/results/*.json
+python benchmarks/summarise.py benchmarks/results/*.json
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def pad(features: list[dict]) -> dict:
 def build(hidden: int, layers: int, seed: int) -> BertForSequenceClassification:
     torch.manual_seed(seed)
     return BertForSequenceClassification(BertConfig(
-        vocab_size=99, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=2 * hidden,
-        max_position_embeddings=32,
+        vocab_size=99, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=2 * hidden, max_position_embeddings=32,
     ))  # fmt: skip
 
 
@@ -68,8 +68,8 @@ def train(folder: str) -> None:
         teacher_cache_dir=str(out / "cache"), dataloader_pin_memory=False, logging_steps=4,
     )  # fmt: skip
     trainer = hc.DistillationTrainer(
-        model=build(16, 2, 0), teacher_model=build(32, 4, 1).eval(), args=args, train_dataset=Rows(), data_collator=pad,
-        callbacks=[Progress(out / "progress")],
+        model=build(16, 2, 0), teacher_model=build(32, 4, 1).eval(), args=args, train_dataset=Rows(),
+        data_collator=pad, callbacks=[Progress(out / "progress")],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()

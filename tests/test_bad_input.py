@@ -111,8 +111,17 @@ def place(tmp_path_factory):
 
 
 FINETUNE = "finetune --model_name_or_path model --data_dir data --output_dir out --max_length 16 --use_cpu"
-PRUNE = "prune-structure --model_name_or_path model --data_dir data --output_dir out --max_length 16 --calibration_samples 64"
-DISTILL = "distill --model_name_or_path model --teacher_name_or_path named --data_dir data --output_dir out --max_length 16 --use_cpu"
+PRUNE = (
+    "prune-structure --model_name_or_path model --data_dir data --output_dir out --max_length 16 "
+    "--calibration_samples 64"
+)
+DISTILL = (
+    "distill --model_name_or_path model --teacher_name_or_path named --data_dir data --output_dir out --max_length 16 "
+    "--use_cpu"
+)
+SWAPPED = DISTILL.replace("path model", "path named").replace(
+    "teacher_name_or_path named", "teacher_name_or_path swapped"
+)
 
 CASES = [
     ("", "usage"),
@@ -176,12 +185,12 @@ CASES = [
     (f"{DISTILL} --teacher_cache_dir strangers", "empty or a teacher cache"),
     (f"{DISTILL} --teacher_cache_dir file", "teacher_cache_dir"),
     (DISTILL.replace("teacher_name_or_path named", "teacher_name_or_path three"), "3 labels"),
-    (DISTILL.replace("path model", "path named").replace("teacher_name_or_path named", "teacher_name_or_path swapped"), "in this order"),
+    (SWAPPED, "in this order"),
     (DISTILL.replace("--teacher_name_or_path named", ""), "teacher_name_or_path"),
     (DISTILL.replace("teacher_name_or_path named", "teacher_name_or_path nowhere"), "nowhere"),
     ("evaluate --models model --data_dir data --max_length 16 --split test", "split must be one of"),
     ("evaluate --models nowhere --data_dir data --max_length 16", "nowhere"),
-    ("evaluate --models model --data_dir data --max_length 16 --eval_batch_size 0", "eval_batch_size must be at least 1"),
+    ("evaluate --models model --data_dir data --max_length 16 --eval_batch_size 0", "eval_batch_size be at least 1"),
     ("report --models model nan --data_dir data --max_length 16 --output_dir out", "NaN or infinity"),
 ]  # fmt: skip
 

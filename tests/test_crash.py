@@ -106,10 +106,15 @@ def test_crash_while_saving_leaves_nothing_that_opens(tmp_path, monkeypatch, mom
         real(source, target)
 
     monkeypatch.setattr("hf_compress.core.saving.os.replace", dying)
-    with pytest.raises(KeyboardInterrupt), complete_or_absent(tmp_path) as staged:
-        crash_program.build(16, 1, 1).save_pretrained(staged)
-        (staged / "tokenizer.json").write_text("new")
-        (staged / "results.json").write_text("{}")
+
+    def save():
+        with complete_or_absent(tmp_path) as staged:
+            crash_program.build(16, 1, 1).save_pretrained(staged)
+            (staged / "tokenizer.json").write_text("new")
+            (staged / "results.json").write_text("{}")
+
+    with pytest.raises(KeyboardInterrupt):
+        save()
     with pytest.raises(OSError, match="no file named"):
         BertForSequenceClassification.from_pretrained(tmp_path)
 
@@ -117,9 +122,14 @@ def test_crash_while_saving_leaves_nothing_that_opens(tmp_path, monkeypatch, mom
 def test_failed_writing_keeps_the_old_model(tmp_path):
     model = crash_program.build(16, 1, 0)
     model.save_pretrained(tmp_path)
-    with pytest.raises(OSError, match="No space"), complete_or_absent(tmp_path) as staged:
-        crash_program.build(16, 1, 1).save_pretrained(staged)
-        raise OSError("No space left on device")
+
+    def save():
+        with complete_or_absent(tmp_path) as staged:
+            crash_program.build(16, 1, 1).save_pretrained(staged)
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        save()
     reopened = BertForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(reopened.classifier.weight, model.classifier.weight)
     assert not (tmp_path / ".incomplete").exists()

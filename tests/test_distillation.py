@@ -31,7 +31,8 @@ def bert(hidden=16, layers=2, seed=0, head=BertForSequenceClassification, **opti
 
 def arguments(folder, **options):
     defaults = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "report_to": "none", "disable_tqdm": True,
-                "use_cpu": True, "save_strategy": "no", "logging_steps": 1, "dataloader_pin_memory": False}  # fmt: skip
+                "use_cpu": True, "save_strategy": "no", "logging_steps": 1,
+                "dataloader_pin_memory": False}  # fmt: skip
     return hc.DistillationArguments(str(folder), **{**defaults, **options})
 
 
@@ -118,8 +119,8 @@ def test_hybrid_stops_asking_the_teacher(tmp_path):
 def test_projector_learns_is_resumed_and_stays_out_of_the_student(tmp_path):
     def run(folder, **options):
         trainer = trainer_of(
-            tmp_path / folder, student=bert(16, 2), teacher=bert(32, 4, seed=1), alpha_layer=1.0, save_strategy="steps",
-            save_steps=4, **options,
+            tmp_path / folder, student=bert(16, 2), teacher=bert(32, 4, seed=1), alpha_layer=1.0,
+            save_strategy="steps", save_steps=4, **options,
         )  # fmt: skip
         return trainer
 

@@ -63,8 +63,9 @@ def position_divergence(teacher: Tensor, student: Tensor, temperature: float, ma
         mask: [B, S], nonzero at positions that may be chosen; others are left out of both distributions.
     """
     if mask is not None:
-        lowest = torch.finfo(torch.float32).min / 4
-        teacher, student = (torch.where(mask.bool(), t.float(), lowest * temperature) for t in (teacher, student))
+        # Far below any logit at every temperature, yet finite: infinities would turn 0 * inf into NaN.
+        lowest = -1e9 * max(temperature, 1.0)
+        teacher, student = (torch.where(mask.bool(), t.float(), lowest) for t in (teacher, student))
     return output_divergence(teacher, student, temperature)
 
 

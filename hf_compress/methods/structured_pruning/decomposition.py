@@ -265,7 +265,7 @@ def interpolative_decomposition(
         ValueError: If k is not in 1..n or there are fewer than k independent columns.
 
     Example:
-        >>> torch.manual_seed(0); a = torch.randn(20, 3) @ torch.randn(3, 6)
+        >>> a = torch.randn(20, 3) @ torch.randn(3, 6)
         >>> keep, t, _ = interpolative_decomposition(a, 3)
         >>> bool(torch.allclose(a[:, keep] @ t.float(), a, atol=1e-4))
         True
