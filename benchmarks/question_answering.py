@@ -2,7 +2,7 @@
 
     python benchmarks/question_answering.py --model MODEL --data_dir DATA/squad_dev --out benchmarks/results/qa.json
 
-Columns: `question`, `context`, `answer_texts`, `answer_starts`. F1 is SQuAD's: lower case, no punctuation, no articles,
+    python benchmarks/question_answering.py --model MODEL --data_dir DATA/squad_dev --out qa.json
 bag of words, best of the given answers.
 """
 

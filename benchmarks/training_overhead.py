@@ -152,6 +152,7 @@ def measure(
         per_device_eval_batch_size=args.batch_size, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
         weight_decay=0.0, max_grad_norm=CLIP, optim="adamw_torch_fused", train_sampling_strategy="sequential",
         save_strategy="no", logging_steps=50, report_to="none", disable_tqdm=True, seed=args.seed,
+        dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = hc.DistillationTrainer(
         model=copy.deepcopy(student), teacher_model=copy.deepcopy(teacher), args=arguments, train_dataset=rows,
