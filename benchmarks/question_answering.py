@@ -1,9 +1,9 @@
 """F1 of an extractive question answerer: dense, pruned without retraining, recovered, and reloaded.
 
-    python benchmarks/question_answering.py --model MODEL --data_dir DATA/squad_dev --out benchmarks/results/qa.json
-
     python benchmarks/question_answering.py --model MODEL --data_dir DATA/squad_dev --out qa.json
-bag of words, best of the given answers.
+
+Columns: `question`, `context`, `answer_texts`, `answer_starts`. F1 is SQuAD's: lower case, no punctuation, no
+articles, bag of words, best of the given answers.
 """
 
 from __future__ import annotations

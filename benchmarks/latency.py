@@ -1,0 +1,88 @@
+"""Measured speed of dense and pruned model directories beside their arithmetic, on a validation split.
+
+    python benchmarks/latency.py --models runs/dense runs/pruned --data_dir DATA/sst2_sentences \
+        --out benchmarks/results/latency.json
+
+Batch 1 and 32, neighbours in length together, so that batch 1 has no padding and batch 32 next to none. The models
+take turns on every batch; speed-ups are medians of the ratios of rounds. The first model is the baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from hf_compress.core.cost import count_cost
+from hf_compress.core.saving import write_json
+from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
+from hf_compress.report.table import environment, verdict
+from hf_compress.stages.models import check_vocabulary, open_classifier, open_tokenizer
+from hf_compress.tasks.inputs import tokenize
+from hf_compress.tasks.sources import DataArguments, load_task
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", required=True, help="Directories; the first is the dense baseline.")
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--task_name")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--examples", type=int, default=256, help="Timed examples, evenly spread over the lengths.")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="Of torch; default: as many as torch takes.")
+    parser.add_argument("--out")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    transformers_logging.set_verbosity_error()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    place = environment()
+    task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir, max_length=args.max_length))
+    tokenizer = open_tokenizer(args.models[0])
+    rows = tokenize(task.split(args.split), task, tokenizer, args.max_length)
+    models = {}
+    for folder in args.models:
+        name = Path(folder).name if Path(folder).name not in models else folder
+        models[name] = open_classifier(folder, task)
+        check_vocabulary(models[name], tokenizer)
+    baseline = next(iter(models))
+    seq_len = sum(len(ids) for ids in rows["input_ids"]) / len(rows)
+    macs = {name: count_cost(model, seq_len).macs for name, model in models.items()}
+    results = {name: {"macs": macs[name], "mac_ratio": macs[name] / macs[baseline], "batch": {}} for name in models}
+    for size in args.batch_sizes:
+        batches = unpadded_batches(rows, tokenizer, size, args.examples)
+        latencies = measure_latency(models, batches, args.repeats, args.warmup)
+        ratios = speedups(latencies, baseline)
+        for timed in latencies:
+            found = results[timed.name]
+            found["batch"][str(size)] = {**timed.to_dict(), "speedup": asdict(ratios[timed.name])}
+            sentence = verdict(size, ratios[timed.name].median, found["mac_ratio"])
+            note = "the baseline" if timed.name == baseline else sentence
+            print(
+                f"{timed.name}: p50 {1e3 * timed.p50:.2f} ms, p95 {1e3 * timed.p95:.2f} ms a batch; {note}", flush=True
+            )
+    if args.out:
+        write_json(
+            args.out,
+            {
+                "arguments": vars(args),
+                "seq_len": seq_len,
+                "baseline": baseline,
+                "environment": place,
+                "models": results,
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
