@@ -147,9 +147,9 @@ def demo(args: DemoArguments, data: DataArguments) -> dict[str, Any]:
     out = Path(args.output_dir)
     source = args.model_name_or_path or embedded_model()
     if data.data_dir is None and data.task_name is None and data.train_file is None:
-        data.data_dir, data.max_length = str(out / "data"), min(data.max_length, 96)
-        if not (out / "data" / "test.parquet").exists():
-            write_embedded_data(out / "data")
+        data.data_dir, data.max_length = str(out / "bbc_news"), min(data.max_length, 64)
+        if not (out / "bbc_news" / "test.parquet").exists():
+            write_embedded_data(out / "bbc_news")
     dense, pruned, recovered = out / "dense", out / "pruned", out / "recovered"
     if not _done(dense):
         logger.info("1/4 Fine-tuning the teacher.")
