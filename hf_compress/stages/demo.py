@@ -111,11 +111,11 @@ def write_embedded_data(folder: Path) -> None:
         Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
 
 
-def _training(args: DemoArguments, folder: Path, epochs: float) -> dict[str, Any]:
+def _training(args: DemoArguments, folder: Path, epochs: float, rate: float) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
         "num_train_epochs": epochs,
-        "learning_rate": 3e-4,
+        "learning_rate": rate,
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 64,
         "warmup_steps": 0.1,
@@ -156,7 +156,7 @@ def demo(args: DemoArguments, data: DataArguments) -> dict[str, Any]:
         finetune(
             ModelArguments(source, freeze_embeddings=True),
             data,
-            TrainingArguments(**_training(args, dense, args.epochs)),
+            TrainingArguments(**_training(args, dense, args.epochs, 3e-4)),
         )
     if not _done(pruned):
         logger.info("2/4 Pruning to %.0f %% of the multiply-accumulates, without training.", 100 * args.mac_ratio)
@@ -166,7 +166,7 @@ def demo(args: DemoArguments, data: DataArguments) -> dict[str, Any]:
         )  # fmt: skip
     if not _done(recovered):
         logger.info("3/4 Recovering by distillation from the teacher.")
-        arguments = DistillationArguments(**_training(args, recovered, args.recovery_epochs), alpha_layer=1.0)
+        arguments = DistillationArguments(**_training(args, recovered, args.recovery_epochs, 1e-4), alpha_layer=1.0)
         distill(ModelArguments(str(pruned), freeze_embeddings=True), TeacherArguments(str(dense)), data, arguments)
     logger.info("4/4 Measuring and reloading.")
     folders = [str(dense), str(pruned), str(recovered)]
