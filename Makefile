@@ -35,13 +35,14 @@ style: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The oldest transformers that setup.cfg admits.
+# The oldest transformers that setup.cfg admits; give FLOOR_TRANSFORMERS=5.x.0 to look for an older one.
+FLOOR_TRANSFORMERS ?= 5.23.0
 FLOOR := .venv-floor
 test-floor:
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/python -m pip -q install -c constraints.txt torch
 	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(FLOOR)/constraints.txt
-	$(FLOOR)/bin/python -m pip -q install -c $(FLOOR)/constraints.txt "transformers==5.2.0" -e ".[test,report]"
+	$(FLOOR)/bin/python -m pip -q install -c $(FLOOR)/constraints.txt "transformers==$(FLOOR_TRANSFORMERS)" -e ".[test,report]"
 	$(FLOOR)/bin/python -m pytest -q
 
 clean:
