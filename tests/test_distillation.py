@@ -108,6 +108,15 @@ def test_unguided_never_runs_a_teacher(tmp_path):
     assert {k for entry in trainer.state.log_history for k in entry if k.startswith("loss/")} == {"loss/task"}
 
 
+def test_the_task_weight_holds_without_a_teacher(tmp_path):
+    batch = batch_of()
+    for options in ({"alpha_output": 0.0}, {"max_distill_steps": 0}):
+        trainer = trainer_of(tmp_path, alpha_task=0.25, **options)
+        logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        expected = 0.25 * F.cross_entropy(logits, batch["labels"])
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
+
+
 def test_hybrid_stops_asking_the_teacher(tmp_path):
     trainer = trainer_of(tmp_path, max_distill_steps=3)
     calls = []
@@ -258,6 +267,7 @@ def test_layer_map_rules():
     ({"alpha_task": 0.0, "alpha_output": 0.0}, "must not all be 0"),
     ({"temperature": 0.0}, "temperature must be positive"),
     ({"max_distill_steps": -1}, "max_distill_steps"),
+    ({"max_distill_steps": 3, "alpha_task": 0.0}, "alpha_task must be above 0"),
     ({"compat": "other"}, "compat must be one of"),
     ({"layer_reduction": "max"}, "layer_reduction must be one of"),
     ({"teacher_cache_dir": "x", "teacher_dropout": True}, "teacher_cache_dir"),

@@ -60,6 +60,8 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"temperature must be positive, got {self.temperature}.")
         if self.max_distill_steps is not None and self.max_distill_steps < 0:
             raise ValueError(f"max_distill_steps must not be negative, got {self.max_distill_steps}.")
+        if self.max_distill_steps is not None and not self.alpha_task:
+            raise ValueError("alpha_task must be above 0 with max_distill_steps: nothing would be learned afterwards.")
         for name, choices in (("layer_reduction", ("mean", "sum")), ("compat", (None, "cald"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")

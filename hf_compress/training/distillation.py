@@ -198,7 +198,8 @@ class DistillationTrainer(CompressionTrainer):
         forward = self._student_columns()
         student_only = {k: v for k, v in student_inputs.items() if k in forward}
         if not self._distills():
-            return super().loss_terms(model, student_only)
+            terms, outputs = super().loss_terms(model, student_only)
+            return {"task": self.args.alpha_task * terms["task"]}, outputs
         self._check_vocabulary(bool(teacher_inputs))
         hidden = {"output_hidden_states": True} if self.layer_pairs else {}
         if "labels" in student_only or self.args.alpha_task:
