@@ -15,6 +15,7 @@ _EXPORTS = {
     "Cost": "hf_compress.core.cost",
     "DistillationArguments": "hf_compress.training.arguments",
     "DistillationTrainer": "hf_compress.training.distillation",
+    "LinformerConfig": "hf_compress.methods.linformer",
     "Latency": "hf_compress.report.latency",
     "StructuredPruningConfig": "hf_compress.methods.structured_pruning",
     "TeacherStudentCollator": "hf_compress.training.collator",

@@ -116,7 +116,11 @@ def compress(
     if not configs:
         raise ValueError("configs must name at least one step, got none.")
     methods = [method_of(config) for config in configs]
-    steps_of(model)
+    taken = [step["method"] for step in steps_of(model)]
+    for method in methods:
+        if not method.repeatable and method.name in taken:
+            raise ValueError(f"configs must not repeat {method.name}: a model goes through it once.")
+        taken.append(method.name)
     check_finite(model)
     for method, config in zip(methods, configs, strict=True):
         if method.check is not None:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_compress.core.attention import CORE, DeferredLinear
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -193,8 +195,13 @@ class Block:
             once a group under grouped-query attention.
         """
         in_projections = (self.queries_per_unit + 2) * seq_len * self.hidden_size * self.head_size
-        scores_and_mix = 2 * seq_len**2 * self.unit_size
+        scores_and_mix = self.attention_macs(seq_len) / self.num_units
         return in_projections + scores_and_mix + seq_len * self.unit_size * self.hidden_size
+
+    def attention_macs(self, seq_len: float) -> float:
+        """Multiply-accumulates between the projections: `2 s^2` a column of the context, unless it was replaced."""
+        width, core = self.attention_out.in_features, getattr(self.attention, CORE, None)
+        return 2 * seq_len**2 * width if core is None else core.macs(seq_len, width, self.hidden_size)
 
     def macs_per_neuron(self, seq_len: float) -> float:
         """Multiply-accumulates of one feed-forward neuron: `2 s D`, or `3 s D` in a gated block."""
@@ -234,7 +241,7 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
     for block in blocks:
         for path in {row.queries, row.keys, row.values, row.attention_out, *row.ffn_in, row.ffn_out}:
             module = block.linear(path)
-            if type(module) is not nn.Linear or torch.nn.utils.parametrize.is_parametrized(module):
+            if type(module) not in (nn.Linear, DeferredLinear) or torch.nn.utils.parametrize.is_parametrized(module):
                 raise ValueError(
                     f"Layer {block.index} {path} must be a plain torch.nn.Linear, got {type(module).__name__}. "
                     "Merge adapters (merge_and_unload) or load the model unquantised first."

@@ -35,7 +35,7 @@ class Cost:
 def block_macs(block: Block, seq_len: float) -> float:
     """Multiply-accumulates of one layer for one sequence, from the shapes of its projections."""
     projections = sum(linear.in_features * linear.out_features for _, linear in named_projections(block))
-    return seq_len * projections + 2 * seq_len**2 * block.attention_out.in_features
+    return seq_len * projections + block.attention_macs(seq_len)
 
 
 def count_cost(model: PreTrainedModel, seq_len: float = 128, batch_size: int = 1) -> Cost:

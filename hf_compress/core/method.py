@@ -101,6 +101,7 @@ class Method:
             anything is changed.
         plain: `(model, completed config) -> dict`; the config fields with which stock transformers builds the same
             modules, or `ValueError` that says which layer prevents it. None: never expressible.
+        repeatable: Whether a model may go through it more than once.
     """
 
     name: str
@@ -110,3 +111,4 @@ class Method:
     paper: Paper
     check: Callable[..., None] | None = None
     plain: Callable[..., dict[str, Any]] | None = None
+    repeatable: bool = True

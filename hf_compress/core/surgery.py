@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.core.architectures import Block
+from hf_compress.core.attention import DeferredLinear, defer_
 
 
 def _set(block: Block, path: str, linear: nn.Linear) -> None:
     parent, _, name = path.rpartition(".")
-    setattr(block.layer.get_submodule(parent), name, linear)
+    holder = block.layer.get_submodule(parent)
+    old = getattr(holder, name)
+    setattr(holder, name, linear)
+    if isinstance(old, DeferredLinear):
+        defer_(linear, old.owner)
 
 
 def _like(old: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -1,0 +1,177 @@
+"""Layers that carry an attention core of their own instead of softmax over all tokens.
+
+One attention function is registered with transformers. A layer whose attention module has a child `attention_core`
+is computed by it; every other layer of the same model falls back to ordinary scaled dot products.
+
+Letters: B batch, S padded length, H heads, d head size, D hidden, W width of all heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+
+ATTENTION = "hf_compress"
+CORE = "attention_core"
+
+
+class AttentionCore(nn.Module):
+    """What replaces softmax attention inside one layer; a child of the attention module, named `attention_core`."""
+
+    head_size: int
+
+    def forward(
+        self,
+        attention: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        dropout: float,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The context of every head.
+
+        Args:
+            attention: The module that owns this core.
+            query: [B, H, S, d].
+            key: [B, H, S, d], or the layer's input cut into heads where the projection is deferred.
+            value: As `key`.
+            mask: None without padding; [B, S] bool, True on tokens, when padding is on the right; otherwise
+                [B, S] int64, the rank of each token among the tokens of its example and -1 on padding.
+            scaling: Of the scores.
+            dropout: Probability, on the attention weights.
+            output_attentions: Whether the weights are wanted.
+
+        Returns:
+            [B, S, H, d], and the attention weights or None.
+        """
+        raise NotImplementedError
+
+    def macs(self, seq_len: float, width: int, hidden: int) -> float:
+        """Multiply-accumulates beside those of the four projections, for one sequence.
+
+        Args:
+            seq_len: Tokens.
+            width: W.
+            hidden: D.
+        """
+        raise NotImplementedError
+
+    def defers(self, seq_len: int, width: int, hidden: int) -> bool:
+        """Whether keys and values are cheaper to project after the core has shortened their input."""
+        return False
+
+
+class DeferredLinear(nn.Linear):
+    """A key or value projection that lets its core apply it later, where that is cheaper.
+
+    An instance is an ordinary `nn.Linear` whose class was changed by `defer_`; `owner` is the attention module. When
+    something stands between the two (an adapter that wraps the projection), it behaves as `nn.Linear`.
+    """
+
+    owner: nn.Module
+
+    def forward(self, input: Tensor, bias_scale: Tensor | None = None) -> Tensor:
+        """The projection; the input itself when it is deferred; and from the core, the deferred projection.
+
+        Args:
+            input: [B, S, D].
+            bias_scale: [B, K] or [K], how much of the bias each shortened row carries; given by the core alone.
+        """
+        if bias_scale is not None:
+            projected = F.linear(input, self.weight)
+            return projected if self.bias is None else projected + bias_scale.unsqueeze(-1) * self.bias
+        if self.owner.config._attn_implementation != ATTENTION:
+            raise ValueError(
+                f"attn_implementation must stay {ATTENTION!r} for a model with a changed attention, "
+                f"got {self.owner.config._attn_implementation!r}: it would silently compute dense attention."
+            )
+        return input if self.is_deferred(input.shape[-2]) else super().forward(input)
+
+    def is_deferred(self, seq_len: int) -> bool:
+        """Whether `forward` hands its input through for this length."""
+        core = getattr(self.owner, CORE, None)
+        wrapped = all(child is not self for child in self.owner.children())
+        if core is None or wrapped or self.in_features % core.head_size:
+            return False
+        return core.defers(seq_len, self.out_features, self.in_features)
+
+
+def defer_(linear: nn.Linear, owner: nn.Module) -> None:
+    """Make a key or value projection a `DeferredLinear` of an attention module, keeping its parameters."""
+    linear.__class__ = DeferredLinear
+    # Past nn.Module's own setattr: a registered owner would be its child's child.
+    object.__setattr__(linear, "owner", owner)
+
+
+def token_ranks(live: Tensor) -> Tensor:
+    """[B, S] int64: the rank of each token among the tokens of its example, -1 on padding.
+
+    Example:
+        >>> token_ranks(torch.tensor([[False, True, True]]))
+        tensor([[-1,  0,  1]])
+    """
+    return torch.where(live, live.cumsum(1) - 1, -1)
+
+
+def _mask(
+    mask_function: Any = bidirectional_mask_function, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor | None:
+    """The mask that cores read; layers with windows get the ordinary one."""
+    if mask_function is not bidirectional_mask_function:
+        return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+    if attention_mask is None:
+        return None
+    live = attention_mask.bool()
+    # One look at the data a forward pass, as transformers' own masks take; a traced graph must not depend on it.
+    if is_tracing(live):
+        return live
+    if bool(live.all()):
+        return None
+    return live if bool((live[:, 1:] <= live[:, :-1]).all()) else token_ranks(live)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    core = getattr(module, CORE, None)
+    if core is None:
+        if attention_mask is not None and attention_mask.ndim == 2:
+            live = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+            attention_mask = live[:, None, None, :]
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask must be [batch, tokens] for this attention, got shape {tuple(attention_mask.shape)}."
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return core(module, query, key, value, attention_mask, scaling, dropout, bool(output_attentions))
+
+
+def use_cores_(model: PreTrainedModel) -> None:
+    """Let a model call the cores of its layers."""
+    model.set_attn_implementation(ATTENTION)
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _mask)

@@ -1,0 +1,55 @@
+"""What a model with linear attention is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_compress.core.method import MethodConfig
+
+
+@dataclass(kw_only=True)
+class LinformerConfig(MethodConfig):
+    """Keys and values are compressed along the time axis to a fixed number of slots by learned matrices E and F.
+
+    Args:
+        projected_length: k, the number of slots. Attention costs `4 n k` instead of `2 n^2` multiply-accumulates a
+            feature, so it pays from n = 2 k on.
+        share: `none`: E and F for each layer; `kv`: F is E; `layer`: one matrix for keys and values of all layers.
+        slot_mask: Leave out slots that no token reaches (those from the number of tokens on, divided by
+            `slot_stride`). Off, as published, they take part with a score of zero.
+        seed: Of the initial matrices.
+        max_length: Tokens an input may have. None: as many as the model has positions. Above that, the position
+            embeddings are continued periodically.
+        initialization: `normal`: as published, standard normal entries. `pooling`: slot j averages the
+            `slot_stride` neighbouring tokens from `j * slot_stride` on, which is close to dense attention at once.
+        length_scaling: Divide by the square root of the number of tokens, as published. `pooling` is an exact
+            average without it.
+        slot_stride: Tokens a slot under `pooling`; None: `max_length / projected_length`, rounded up.
+
+    Source:
+        Linformer (arXiv 2006.04768); CALD (arXiv 2410.06846) for the scale, the sharing modes and the random start
+        on pretrained weights. `slot_mask`, `pooling` and longer inputs are ours.
+
+    Example:
+        >>> LinformerConfig(share="head")
+        Traceback (most recent call last):
+            ...
+        ValueError: share must be one of 'none', 'kv', 'layer', got 'head'.
+    """
+
+    projected_length: int = 256
+    share: Literal["none", "kv", "layer"] = "none"
+    slot_mask: bool = False
+    seed: int = 0
+    max_length: int | None = None
+    initialization: Literal["normal", "pooling"] = "normal"
+    length_scaling: bool = True
+    slot_stride: int | None = None
+
+    def check(self) -> None:
+        for name in ("projected_length", "max_length", "slot_stride"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.slot_stride not in (None, 1) and self.initialization != "pooling":
+            raise ValueError(f"slot_stride must go with initialization='pooling', got {self.slot_stride}.")

@@ -1,0 +1,134 @@
+"""How linear attention enters a model, and the modules back again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.core.architectures import Block, architecture_of, blocks_of
+from hf_compress.core.attention import CORE, defer_, use_cores_
+from hf_compress.methods.linformer.config import LinformerConfig
+from hf_compress.methods.linformer.positions import extend_positions_, position_offset
+from hf_compress.methods.linformer.projection import LinformerCore, TimeProjection
+
+
+# Where the one projection of share="layer" lives, relative to the base model.
+_SHARED = "linformer_projection"
+
+
+def _global_blocks(model: PreTrainedModel) -> list[Block]:
+    """The layers whose attention sees every token; attention in a window is linear already."""
+    return [block for block in blocks_of(model) if getattr(block.attention, "sliding_window", None) is None]
+
+
+def check(model: PreTrainedModel, config: LinformerConfig) -> None:
+    """Refuse models that linear attention cannot serve.
+
+    Raises:
+        ValueError: Unsupported architecture, causal attention, or attention that was replaced already.
+    """
+    architecture_of(model)
+    for block in blocks_of(model):
+        if getattr(block.attention, "is_causal", False) or getattr(model.config, "is_decoder", False):
+            raise ValueError(
+                f"model must be a bidirectional encoder, got causal attention in layer {block.index} of "
+                f"{model.config.model_type}: slots would mix in later tokens."
+            )
+        if hasattr(block.attention, CORE):
+            raise ValueError(f"model must have ordinary attention, got a replaced one in layer {block.index}.")
+
+
+def compress(
+    model: PreTrainedModel, config: LinformerConfig, data: Iterable[Mapping[str, Any]] | None
+) -> LinformerConfig:
+    """Replace softmax attention by attention over learned slots; everything else keeps its weights.
+
+    Args:
+        model: A bidirectional encoder; changed in place.
+        config: What to make.
+        data: Not needed.
+
+    Returns:
+        The config with `max_length` and `slot_stride`.
+    """
+    offset = position_offset(model)
+    length = config.max_length or model.config.max_position_embeddings - offset
+    stride = config.slot_stride or (
+        math.ceil(length / config.projected_length) if config.initialization == "pooling" else 1
+    )
+    completed = dataclasses.replace(config, max_length=length, slot_stride=stride)
+    if length + offset > model.config.max_position_embeddings:
+        extend_positions_(model, length + offset)
+    rebuild(model, completed)
+    return completed
+
+
+def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
+    """Give a dense skeleton the projections of a converted model, with their initial values.
+
+    Raises:
+        ValueError: If the config was never completed.
+    """
+    if config.max_length is None or config.slot_stride is None:
+        raise ValueError("max_length and slot_stride must be recorded, got a config that was never applied.")
+    # One row a position, those of special offsets included, as published.
+    rows = config.max_length + position_offset(model)
+    generator = torch.Generator().manual_seed(config.seed)
+    shared = None
+    for block in _global_blocks(model):
+        row, attention = block.architecture, block.attention
+        projection = shared
+        if shared is None:
+            weight = block.attention_out.weight
+            projection = TimeProjection(
+                rows, config.projected_length, config.share == "none", device=weight.device, dtype=weight.dtype
+            )
+            _initialize(projection, config, generator)
+        if config.share == "layer" and shared is None:
+            shared = projection
+            model.base_model.add_module(_SHARED, projection)
+        deferrable = None if row.fused_attention else (_name(row.keys), _name(row.values))
+        core = LinformerCore(
+            projection,
+            owned=config.share != "layer",
+            head_size=block.head_size,
+            deferrable=deferrable,
+            slot_mask=config.slot_mask,
+            slot_stride=config.slot_stride,
+            length_scaling=config.length_scaling,
+        )
+        attention.add_module(CORE, core.train(attention.training))
+        for name in deferrable or ():
+            defer_(getattr(attention, name), attention)
+    use_cores_(model)
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _initialize(projection: TimeProjection, config: LinformerConfig, generator: torch.Generator) -> None:
+    for parameter in (projection.keys, projection.values):
+        if parameter is None or parameter.is_meta:
+            continue
+        start = _normal if config.initialization == "normal" else _pooling
+        parameter.data.copy_(start(parameter, config, generator))
+
+
+def _normal(parameter: nn.Parameter, config: LinformerConfig, generator: torch.Generator) -> Tensor:
+    return torch.randn(parameter.shape, generator=generator)
+
+
+def _pooling(parameter: nn.Parameter, config: LinformerConfig, generator: torch.Generator) -> Tensor:
+    rows, slots = parameter.shape
+    positions = torch.arange(rows)
+    inside = positions[:, None] // config.slot_stride == torch.arange(slots)
+    # The forward pass divides by the root of the number of tokens; the longest input is what it is undone for.
+    scale = config.max_length**0.5 if config.length_scaling else 1.0
+    return inside * (scale / config.slot_stride)

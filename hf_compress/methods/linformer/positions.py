@@ -1,0 +1,51 @@
+"""Longer inputs than a model was pretrained for."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def _position_embeddings(model: PreTrainedModel) -> nn.Embedding | None:
+    """The learned table of absolute positions; models with rotary positions have none."""
+    return getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+
+
+def position_offset(model: PreTrainedModel) -> int:
+    """Rows of the position table that no token uses: RoBERTa starts counting behind its padding row.
+
+    Example:
+        >>> from transformers import RobertaConfig, RobertaModel
+        >>> position_offset(RobertaModel(RobertaConfig(num_hidden_layers=1, hidden_size=12)))
+        2
+    """
+    table = _position_embeddings(model)
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+
+
+def extend_positions_(model: PreTrainedModel, rows: int) -> None:
+    """Continue the position table periodically, in place.
+
+    Args:
+        model: Its config's `max_position_embeddings` is raised too.
+        rows: Of the new table, unused ones included.
+
+    Source:
+        Longformer (arXiv 2004.05150), section 5: copies keep the local structure that pretraining learned.
+    """
+    table, offset = _position_embeddings(model), position_offset(model)
+    model.config.max_position_embeddings = rows
+    if table is None:
+        return
+    period = table.num_embeddings - offset
+    index = torch.arange(rows, device=table.weight.device)
+    index = torch.where(index < offset, index, offset + (index - offset) % period)
+    table.weight = nn.Parameter(table.weight.detach()[index].clone(), requires_grad=table.weight.requires_grad)
+    table.num_embeddings = rows
+    embeddings = model.base_model.embeddings
+    for name, value in (("position_ids", torch.arange(rows)), ("token_type_ids", torch.zeros(rows, dtype=torch.int64))):
+        if getattr(embeddings, name, None) is not None:
+            old = getattr(embeddings, name)
+            persistent = name not in embeddings._non_persistent_buffers_set
+            embeddings.register_buffer(name, value.to(old.device).unsqueeze(0), persistent=persistent)

@@ -1,0 +1,209 @@
+"""Attention over compressed keys and values.
+
+Letters: B batch, S padded length, L tokens of one example, K slots, H heads, d head size, D hidden, W width of all
+heads, M rows of the projections (the longest input).
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_compress.core.attention import AttentionCore, DeferredLinear
+
+
+logger = logging.getLogger(__name__)
+
+
+class TimeProjection(nn.Module):
+    """E and F: how much of each position goes into each slot.
+
+    Args:
+        rows: M.
+        slots: K.
+        separate_values: Whether F differs from E.
+
+    Attributes:
+        keys: E, [M, K].
+        values: F, [M, K], or None when it is E.
+        longest: The longest input (padding included) seen in training; rows beyond it never had a gradient.
+    """
+
+    def __init__(self, rows: int, slots: int, separate_values: bool, **place: object) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(torch.zeros(rows, slots, **place))
+        self.values = nn.Parameter(torch.zeros(rows, slots, **place)) if separate_values else None
+        self.register_buffer("longest", torch.zeros((), dtype=torch.int64, device=self.keys.device))
+        self._trained = self._checked = 0
+
+    @torch.no_grad()
+    def note_length(self, length: int) -> None:
+        """In training remember the longest input, afterwards warn once about longer ones."""
+        if self.training and length > self._trained:
+            self._trained = length
+            self.longest.clamp_(min=length)
+        elif not self.training and length > self._checked:
+            # Reading the buffer waits for the device, so it happens only when a length is seen for the first time.
+            self._checked = length
+            longest = int(self.longest)
+            if 0 < longest < length:
+                logger.warning(
+                    "An input has %d tokens, the longest in training had %d: the projections of later positions "
+                    "were never trained.", length, longest,
+                )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"rows={self.keys.shape[0]}, slots={self.keys.shape[1]}, separate_values={self.values is not None}"
+
+
+def read_rows(matrix: Tensor, seq_len: int, mask: Tensor | None) -> Tensor:
+    """The rows of E or F that belong to the tokens of a batch, zero on padding.
+
+    Args:
+        matrix: [M, K].
+        seq_len: S.
+        mask: None, [B, S] bool for padding on the right, or [B, S] int64 ranks (see `AttentionCore`).
+
+    Returns:
+        [S, K] without a mask, else [B, S, K].
+    """
+    if mask is None:
+        return matrix[:seq_len]
+    if mask.dtype == torch.bool:
+        return matrix[:seq_len] * mask.unsqueeze(-1)
+    return matrix[mask.clamp(min=0)] * (mask >= 0).unsqueeze(-1)
+
+
+def _shorten(states: Tensor, rows: Tensor) -> Tensor:
+    """[B, K, H d] from [B, H, S, d] and [S, K] or [B, S, K]."""
+    merged = states.transpose(1, 2).flatten(2)
+    return rows.transpose(-1, -2).to(merged.dtype) @ merged
+
+
+class LinformerCore(AttentionCore):
+    """`softmax(Q (E^T K / sqrt(L))^T scaling) (F^T V / sqrt(L))`, vectorised over examples of different length.
+
+    Args:
+        projection: E and F.
+        owned: Whether this core registers them; a shared projection is registered elsewhere, once.
+        head_size: d.
+        deferrable: Names of the key and value projections in the attention module when they may be applied after E
+            and F: exact, since both act on different axes, as long as nothing (rotary positions) stands between.
+        slot_mask: Leave out slots that no token reaches.
+        slot_stride: Tokens a slot, for `slot_mask`.
+        length_scaling: Divide by sqrt(L).
+
+    Source:
+        CALD's code (arXiv 2410.06846): the 1/sqrt(L), one E for all heads, no mask over the slots.
+    """
+
+    def __init__(
+        self,
+        projection: TimeProjection,
+        owned: bool,
+        head_size: int,
+        deferrable: tuple[str, str] | None,
+        slot_mask: bool,
+        slot_stride: int,
+        length_scaling: bool,
+    ) -> None:
+        super().__init__()
+        if owned:
+            self.projection = projection
+        else:
+            # A parameter reachable by two names is refused by save_pretrained: only its owner registers it.
+            object.__setattr__(self, "projection", projection)
+        self.head_size = head_size
+        self.deferrable = deferrable
+        self.slot_mask = slot_mask
+        self.slot_stride = slot_stride
+        self.length_scaling = length_scaling
+
+    @property
+    def num_slots(self) -> int:
+        return self.projection.keys.shape[1]
+
+    def forward(
+        self,
+        attention: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        dropout: float,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        seq_len, projection = key.shape[2], self.projection
+        if seq_len > projection.keys.shape[0]:
+            raise ValueError(
+                f"An input must have at most {projection.keys.shape[0]} tokens, got {seq_len}. "
+                "Convert with a larger max_length."
+            )
+        projection.note_length(seq_len)
+        lengths = None if mask is None else (mask if mask.dtype == torch.bool else mask >= 0).sum(1).clamp(min=1)
+        key_linear, value_linear = self._deferred(attention, seq_len)
+        rows = read_rows(projection.keys, seq_len, mask)
+        short_key = _shorten(key, rows)
+        keys = self._finish(short_key, rows, lengths, seq_len, key_linear)
+        if projection.values is None and key_linear is not None and value_linear is not None:
+            short_value = short_key  # one matrix, and both still hold the same input of the layer
+        else:
+            rows = rows if projection.values is None else read_rows(projection.values, seq_len, mask)
+            short_value = _shorten(value, rows)
+        values = self._finish(short_value, rows, lengths, seq_len, value_linear)
+        slots = self._live_slots(lengths, seq_len, query.device) if self.slot_mask else None
+        if output_attentions:
+            scores = query @ keys.transpose(-1, -2) * scaling
+            if slots is not None:
+                scores = scores.masked_fill(~slots, torch.finfo(scores.dtype).min)
+            weights = F.dropout(scores.softmax(-1), dropout)
+            return (weights @ values).transpose(1, 2).contiguous(), weights
+        context = F.scaled_dot_product_attention(query, keys, values, slots, dropout, scale=scaling)
+        return context.transpose(1, 2).contiguous(), None
+
+    def _deferred(self, attention: nn.Module, seq_len: int) -> list[DeferredLinear | None]:
+        """The key and the value projection, where they are still to be applied."""
+        linears = [getattr(attention, name) for name in self.deferrable or ()]
+        found = [x if isinstance(x, DeferredLinear) and x.is_deferred(seq_len) else None for x in linears]
+        return found or [None, None]
+
+    def _finish(
+        self, short: Tensor, rows: Tensor, lengths: Tensor | None, seq_len: int, deferred: DeferredLinear | None
+    ) -> Tensor:
+        """[B, H, K, d] from shortened keys, values, or input of their deferred projection [B, K, W or D]."""
+        if deferred is not None:
+            short = deferred(short, bias_scale=rows.sum(-2).to(short.dtype))
+        if self.length_scaling:
+            short = short * (seq_len**-0.5 if lengths is None else lengths.to(short.dtype).rsqrt()[:, None, None])
+        return short.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+    def _live_slots(self, lengths: Tensor | None, seq_len: int, device: torch.device) -> Tensor:
+        """[B or 1, 1, 1, K] bool: slots that at least one token of the example reaches."""
+        first = torch.arange(self.num_slots, device=device) * self.slot_stride
+        if lengths is None:
+            return (first < seq_len)[None, None, None]
+        return (first < lengths[:, None])[:, None, None]
+
+    def macs(self, seq_len: float, width: int, hidden: int) -> float:
+        return min(self._macs_plain(seq_len, width), self._macs_deferred(seq_len, width, hidden))
+
+    def defers(self, seq_len: int, width: int, hidden: int) -> bool:
+        return self._macs_deferred(seq_len, width, hidden) < self._macs_plain(seq_len, width)
+
+    def _macs_plain(self, seq_len: float, width: int) -> float:
+        return 4 * seq_len * self.num_slots * width
+
+    def _macs_deferred(self, seq_len: float, width: int, hidden: int) -> float:
+        if self.deferrable is None:
+            return float("inf")
+        # Projecting K slots instead of all tokens is a saving on what the projections are counted with elsewhere.
+        passes = 1 if self.projection.values is None else 2
+        projected = 2 * (self.num_slots - seq_len) * hidden * width
+        return (passes * hidden + 2 * width) * seq_len * self.num_slots + projected
+
+    def extra_repr(self) -> str:
+        return f"slot_mask={self.slot_mask}, slot_stride={self.slot_stride}, length_scaling={self.length_scaling}"
