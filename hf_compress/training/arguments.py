@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from transformers import TrainingArguments
@@ -81,3 +84,89 @@ class DistillationArguments(TrainingArguments):
     def uses_teacher(self) -> bool:
         """Whether any term needs the teacher."""
         return self.alpha_output > 0 or self.alpha_layer > 0
+
+
+@dataclass
+class JointTeacherArguments(DistillationArguments):
+    """Arguments of `JointTeacherTrainer`.
+
+    Args:
+        teacher_learning_rate: Peak learning rate of the teacher; 0 never changes it.
+        teacher_update_cycle: The teacher learns from every so manieth update's batch only.
+        teacher_schedule: `own`: its warm-up and decay end with the training; `stretched`: the student's schedule,
+            advanced only when the teacher learns, so that it stops early (the published behaviour).
+        save_teacher: Save the trained teacher to `<output_dir>/teacher`.
+        teacher_dropout: As everywhere, but on by default: a learning teacher runs once a batch, for its own loss and
+            for the targets, and without dropout it would not be trained as fine-tuning trains it.
+
+    Raises:
+        ValueError: Names the field, the rule and the value.
+    """
+
+    teacher_learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of the teacher."})
+    teacher_update_cycle: int = field(default=1, metadata={"help": "Student updates for each teacher update."})
+    teacher_schedule: Literal["own", "stretched"] = field(default="own", metadata={"help": "Of its learning rate."})
+    save_teacher: bool = field(default=True, metadata={"help": "Save the teacher to output_dir/teacher."})
+    teacher_dropout: bool = field(default=True, metadata={"help": "Run the teacher in train mode."})
+
+    def __post_init__(self) -> None:
+        if self.teacher_cache_dir:
+            raise ValueError("teacher_cache_dir must be unset: a learning teacher's outputs change all the time.")
+        super().__post_init__()
+        if not 0 <= self.teacher_learning_rate < float("inf"):
+            raise ValueError(f"teacher_learning_rate must be zero or positive, got {self.teacher_learning_rate}.")
+        if self.teacher_update_cycle < 1:
+            raise ValueError(f"teacher_update_cycle must be at least 1, got {self.teacher_update_cycle}.")
+        if self.teacher_schedule not in ("own", "stretched"):
+            raise ValueError(f"teacher_schedule must be 'own' or 'stretched', got {self.teacher_schedule!r}.")
+
+
+@dataclass
+class SnapshotTeacherArguments(DistillationArguments):
+    """Arguments of `SnapshotTeacherTrainer`.
+
+    Args:
+        teacher_snapshots: One pattern such as `runs/dense/checkpoint-*`, or folders. When all names end in a number
+            they are sorted by it; otherwise they stay in the given order.
+
+    Raises:
+        ValueError: If nothing is found, some names end in a number and others do not, or a folder holds no model.
+    """
+
+    teacher_snapshots: list[str] | None = field(
+        default=None, metadata={"help": "Pattern or folders of saved teachers, the youngest training state first."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.teacher_cache_dir:
+            raise ValueError("teacher_cache_dir must be unset: it holds the outputs of one teacher only.")
+        super().__post_init__()
+        given = [self.teacher_snapshots] if isinstance(self.teacher_snapshots, str) else self.teacher_snapshots or []
+        self.teacher_snapshots = sort_snapshots([found for name in given for found in _expand(name)])
+        if not self.teacher_snapshots and self.uses_teacher:
+            raise ValueError(f"teacher_snapshots must match at least one saved model, got {given or 'nothing'}.")
+        for folder in self.teacher_snapshots:
+            if not Path(folder, "config.json").is_file():
+                raise ValueError(f"teacher_snapshots must be saved models, got {folder!r} without a config.json.")
+
+
+def _expand(name: str) -> list[str]:
+    return sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+
+
+def sort_snapshots(folders: list[str]) -> list[str]:
+    """Folders by the number at the end of their names; in the given order when none has one.
+
+    Raises:
+        ValueError: If only some have a number: no order would be right.
+
+    Example:
+        >>> sort_snapshots(["run/epoch_10", "run/epoch_2"])
+        ['run/epoch_2', 'run/epoch_10']
+    """
+    numbers = [re.search(r"(\d+)$", Path(folder).name) for folder in folders]
+    if all(numbers):
+        return [folder for _, folder in sorted(zip(numbers, folders, strict=True), key=lambda x: int(x[0][1]))]
+    if any(numbers):
+        raise ValueError(f"teacher_snapshots must all end in a number or none of them, got {folders}.")
+    return folders

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import has_length
 
 from hf_compress.core.calibration import forward_names
 from hf_compress.training.arguments import DistillationArguments
@@ -23,13 +25,15 @@ from hf_compress.training.losses import (
     position_divergence,
     regression_distance,
 )
-from hf_compress.training.teachers import FixedTeacher, Signals, logits_of
+from hf_compress.training.teachers import FixedTeacher, MicroBatch, Signals, Teacher, logits_of
 from hf_compress.training.trainer import CompressionTrainer
 
 
 logger = logging.getLogger(__name__)
 
 _PROJECTORS = "projectors.safetensors"
+# A folder whose name holds "optimizer" or "pytorch_model" would change how transformers reads the checkpoint.
+_TEACHER = "teacher"
 
 
 def _label_names(config: Any) -> list[str] | None:
@@ -120,7 +124,8 @@ class DistillationTrainer(CompressionTrainer):
         super().__init__(model=model, args=args, **kwargs)
         self.projectors: nn.Module | None = None
         self.layer_pairs: list[tuple[int, int]] = []
-        self._teacher: FixedTeacher | None = None
+        self._teacher: Teacher | None = None
+        self._window = (0, 1)
         if args.uses_teacher:
             self._set_teacher(teacher_model)
 
@@ -132,14 +137,14 @@ class DistillationTrainer(CompressionTrainer):
             self.layer_pairs = self._matched_states(student_config, teacher_config)
             self._make_projectors(student_config.hidden_size, teacher_config.hidden_size)
         states = tuple(dict.fromkeys(teacher_state for _, teacher_state in self.layer_pairs))
-        cache = None
-        if self.args.teacher_cache_dir:
-            layout = {"states": list(states), "logits": self.args.alpha_output > 0}
-            cache = TeacherCache(
-                self.args.teacher_cache_dir, teacher_fingerprint(teacher), layout, self.args.process_index
-            )
-        teacher = teacher.to(self.args.device)
-        self._teacher = FixedTeacher(teacher, states, self.args.alpha_output > 0, self.args.teacher_dropout, cache)
+        self._teacher = self._make_teacher(teacher, states)
+
+    def _make_teacher(self, teacher: PreTrainedModel, states: tuple[int, ...]) -> Teacher:
+        cache, args = None, self.args
+        if args.teacher_cache_dir:
+            layout = {"states": list(states), "logits": args.alpha_output > 0}
+            cache = TeacherCache(args.teacher_cache_dir, teacher_fingerprint(teacher), layout, args.process_index)
+        return FixedTeacher(teacher.to(args.device), states, args.alpha_output > 0, args.teacher_dropout, cache)
 
     def _check_labels(self, student: Any, teacher: Any) -> None:
         if student.num_labels != teacher.num_labels:
@@ -173,7 +178,7 @@ class DistillationTrainer(CompressionTrainer):
 
     @property
     def teacher_model(self) -> PreTrainedModel | None:
-        """The frozen teacher, or None."""
+        """The teacher at this moment, or None."""
         return None if self._teacher is None else self._teacher.model
 
     @property
@@ -193,6 +198,38 @@ class DistillationTrainer(CompressionTrainer):
         shared = list(forward_names(self._teacher.model)) if self._teacher is not None else []
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *extra, *shared]))
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples, number = super().get_batch_samples(*args, **kwargs)
+        self._window = (0, len(samples))
+        return samples, number
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self.args.compat == "cald":
+            # That code divides by the ordinary number of micro-batches, also in a last, shorter group.
+            self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
+        if not self._distills():
+            return super().training_step(model, inputs, *args, **kwargs)
+        index, length = self._window
+        accumulation, step = self.args.gradient_accumulation_steps, self.state.global_step
+        loader = self.callback_handler.train_dataloader
+        updates_per_epoch = -(-len(loader) // accumulation) if has_length(loader) else self.state.max_steps
+        place = MicroBatch(step, index, length, accumulation, updates_per_epoch)
+        self._teacher.begin(place)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._teacher.end(place)
+        self._window = (index + 1, length)
+        return loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        # The first moment at which the number of updates is known; checkpoints are read later.
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self._teacher is not None and optimizer is None:
+            self._prepare_teacher(num_training_steps)
+        return scheduler
+
+    def _prepare_teacher(self, num_updates: int) -> None:
+        """For teachers that depend on the length of the training."""
+
     def loss_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
         student_inputs, teacher_inputs = split_inputs(inputs)
         forward = self._student_columns()
@@ -207,7 +244,8 @@ class DistillationTrainer(CompressionTrainer):
             terms = {"task": self.args.alpha_task * terms["task"]} if self.args.alpha_task else {}
         else:
             terms, outputs = {}, model(**student_only, **hidden)
-        targets = self._teacher.signals(teacher_inputs or student_inputs)
+        labels = {"labels": student_inputs["labels"]} if "labels" in student_inputs else {}
+        targets = self._teacher.signals({**teacher_inputs, **labels} if teacher_inputs else student_inputs)
         if self.args.alpha_output:
             terms["output"] = self.args.alpha_output * self._output_term(targets, outputs, student_inputs)
         if self.layer_pairs:
@@ -284,9 +322,13 @@ class DistillationTrainer(CompressionTrainer):
             save_file(
                 self.accelerator.unwrap_model(self.projectors).state_dict(), os.path.join(output_dir, _PROJECTORS)
             )
+        if self._teacher is not None and self.args.should_save:
+            self._teacher.save(Path(output_dir, _TEACHER))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if self._teacher is not None and checkpoint is not None:
+            self._teacher.load(Path(checkpoint, _TEACHER))
         if self.projectors is None or checkpoint is None:
             return
         file = os.path.join(checkpoint, _PROJECTORS)

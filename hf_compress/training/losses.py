@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _precise(values: Tensor) -> Tensor:
+    """At least single precision: half precision would overflow at low temperatures."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def _mean_over_examples(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over examples of the mean over live positions: gradients do not depend on how examples are batched.
 
@@ -47,8 +52,8 @@ def output_divergence(teacher: Tensor, student: Tensor, temperature: float, mask
         >>> float(output_divergence(logits, logits, 2.0))
         0.0
     """
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
+    log_teacher = F.log_softmax(_precise(teacher) / temperature, dim=-1)
+    log_student = F.log_softmax(_precise(student) / temperature, dim=-1)
     divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
     return temperature**2 * _mean_over_examples(divergence, mask)
 
@@ -65,7 +70,7 @@ def position_divergence(teacher: Tensor, student: Tensor, temperature: float, ma
     if mask is not None:
         # Far below any logit at every temperature, yet finite: infinities would turn 0 * inf into NaN.
         lowest = -1e9 * max(temperature, 1.0)
-        teacher, student = (torch.where(mask.bool(), t.float(), lowest) for t in (teacher, student))
+        teacher, student = (torch.where(mask.bool(), _precise(t), lowest) for t in (teacher, student))
     return output_divergence(teacher, student, temperature)
 
 
@@ -77,7 +82,7 @@ def multilabel_divergence(teacher: Tensor, student: Tensor, temperature: float) 
         student: [B, C] logits.
         temperature: T > 0.
     """
-    teacher, student = teacher.float() / temperature, student.float() / temperature
+    teacher, student = _precise(teacher) / temperature, _precise(student) / temperature
     yes = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
     no = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
     return temperature**2 * (yes + no).sum(-1).mean()
@@ -85,7 +90,7 @@ def multilabel_divergence(teacher: Tensor, student: Tensor, temperature: float) 
 
 def regression_distance(teacher: Tensor, student: Tensor) -> Tensor:
     """Mean squared difference of predictions [B, C]."""
-    return F.mse_loss(student.float(), teacher.float())
+    return F.mse_loss(_precise(student), _precise(teacher))
 
 
 def hidden_distance(teacher: Tensor, student: Tensor, mask: Tensor | None = None, normalize: bool = False) -> Tensor:
@@ -100,7 +105,7 @@ def hidden_distance(teacher: Tensor, student: Tensor, mask: Tensor | None = None
     Returns:
         Scalar float32: mean over D, live positions and examples.
     """
-    teacher, student = teacher.float(), student.float()
+    teacher, student = _precise(teacher), _precise(student)
     if normalize:
         teacher, student = (F.layer_norm(t, t.shape[-1:]) for t in (teacher, student))
     return _mean_over_examples((student - teacher).square().mean(-1), mask)

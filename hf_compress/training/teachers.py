@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_compress.core.calibration import accepted_arguments
 from hf_compress.training.cache import TeacherCache, example_keys
@@ -46,7 +49,77 @@ def logits_of(outputs: Any) -> tuple[Tensor, ...]:
     raise ValueError(f"The model must return logits, got {type(outputs).__name__} with {', '.join(outputs.keys())}.")
 
 
-class FixedTeacher:
+def signals_of(outputs: Any, states: tuple[int, ...], needs_logits: bool) -> Signals:
+    """What of a model's outputs is compared, cut from its graph.
+
+    The copies also turn inference tensors, which cannot be saved for a backward pass, into ordinary ones.
+    """
+    logits = tuple(t.detach().clone() for t in logits_of(outputs)) if needs_logits else ()
+    return Signals(logits, tuple(outputs.hidden_states[index].detach().clone() for index in states))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Where in the training a micro-batch stands.
+
+    Args:
+        step: Finished updates of the student.
+        index: Of the micro-batch in its update.
+        length: Micro-batches in this update; the last one of an epoch may have fewer.
+        accumulation: Micro-batches in an ordinary update.
+        updates_per_epoch: Updates of the student in an epoch.
+    """
+
+    step: int
+    index: int
+    length: int
+    accumulation: int
+    updates_per_epoch: int
+
+
+class Teacher:
+    """Where targets come from. What it needs to go on after a crash is written by `save` and read by `load`.
+
+    Args:
+        model: The network that computes the targets at this moment.
+        states: Indices into `hidden_states` (0 is the embeddings) that students compare with.
+        needs_logits: Whether the outputs are compared.
+    """
+
+    cache: TeacherCache | None = None
+
+    def __init__(self, model: PreTrainedModel, states: tuple[int, ...] = (), needs_logits: bool = True) -> None:
+        self.model = model
+        self.states = states
+        self.needs_logits = needs_logits
+
+    def begin(self, place: MicroBatch) -> None:
+        """Called before each training micro-batch; without it, `signals` is asked by an evaluation."""
+
+    def signals(self, inputs: Mapping[str, Any]) -> Signals:
+        """The targets for a batch, outside of any graph.
+
+        Args:
+            inputs: A batch as the teacher's tokenizer made it, with labels where there are any; entries its forward
+                does not name are dropped.
+        """
+        raise NotImplementedError
+
+    def end(self, place: MicroBatch) -> None:
+        """Called after the student's backward pass of that micro-batch."""
+
+    def save(self, folder: Path) -> None:
+        """Write whatever changes during training into an existing checkpoint."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: If it is not there.
+        """
+
+
+class FixedTeacher(Teacher):
     """A frozen model, run without gradients, optionally remembered on disk.
 
     Args:
@@ -65,17 +138,10 @@ class FixedTeacher:
         dropout: bool = False,
         cache: TeacherCache | None = None,
     ) -> None:
-        self.model = model.requires_grad_(False).train(dropout)
-        self.states = states
-        self.needs_logits = needs_logits
+        super().__init__(model.requires_grad_(False).train(dropout), states, needs_logits)
         self.cache = cache
 
     def signals(self, inputs: Mapping[str, Any]) -> Signals:
-        """The teacher's outputs for a batch, outside of any graph.
-
-        Args:
-            inputs: A batch as the teacher's tokenizer made it; entries its forward does not name are dropped.
-        """
         arguments = accepted_arguments(self.model, inputs)
         arguments.pop("labels", None)
         if self.cache is None:
@@ -93,7 +159,72 @@ class FixedTeacher:
             self.model.to(arguments["input_ids"].device)
         with torch.inference_mode():
             outputs = self.model(**arguments, output_hidden_states=bool(self.states), return_dict=True)
-        # Inference tensors cannot be saved for backward; a copy of what is compared can.
-        logits = tuple(t.clone() for t in logits_of(outputs)) if self.needs_logits else ()
-        hidden = tuple(outputs.hidden_states[index].clone() for index in self.states)
-        return Signals(logits, hidden)
+        return signals_of(outputs, self.states, self.needs_logits)
+
+
+class SnapshotTeacher(FixedTeacher):
+    """A ladder of saved models, used one after the other for equal shares of the training.
+
+    Args:
+        folders: In order of age.
+        model: The first of them, opened, on the device where all shall run.
+        states, needs_logits, dropout: As for `FixedTeacher`.
+
+    Source:
+        CALD specification 3.3: with n snapshots and T updates, update s is guided by number
+        `min(s // (T // n), n - 1)`.
+    """
+
+    def __init__(
+        self,
+        folders: list[str],
+        model: PreTrainedModel,
+        states: tuple[int, ...] = (),
+        needs_logits: bool = True,
+        dropout: bool = False,
+    ) -> None:
+        super().__init__(model, states, needs_logits, dropout)
+        self.folders = folders
+        self.device = model.device
+        self.dropout = dropout
+        self.index = 0
+        self.share: int | None = None
+
+    def set_length(self, num_updates: int) -> None:
+        """Divide the training among the snapshots.
+
+        Raises:
+            ValueError: If there are more snapshots than updates.
+        """
+        if len(self.folders) > num_updates:
+            raise ValueError(
+                f"teacher_snapshots must be at most the {num_updates} updates of the training, "
+                f"got {len(self.folders)}."
+            )
+        self.share = num_updates // len(self.folders)
+
+    def begin(self, place: MicroBatch) -> None:
+        index = min(place.step // self.share, len(self.folders) - 1)
+        if index != self.index:
+            # The old one goes before the new one comes: there is never room needed for two.
+            self.model = None
+            self.model = open_snapshot(self.folders[index]).to(self.device).requires_grad_(False).train(self.dropout)
+            self.index = index
+            logger.info("Update %d: the teacher is now %s.", place.step, self.folders[index])
+
+
+def open_snapshot(folder: str) -> PreTrainedModel:
+    """The model of a saved directory or Trainer checkpoint, in the class it was saved from.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        kind = getattr(transformers, (config.architectures or ["none"])[0], None)
+        if kind is None:
+            raise ValueError(f"its config.json names no class of transformers: {config.architectures}")
+        return kind.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"teacher_snapshots must be saved models, got {folder!r}: {first}") from error

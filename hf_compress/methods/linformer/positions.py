@@ -44,7 +44,10 @@ def extend_positions_(model: PreTrainedModel, rows: int) -> None:
     table.weight = nn.Parameter(table.weight.detach()[index].clone(), requires_grad=table.weight.requires_grad)
     table.num_embeddings = rows
     embeddings = model.base_model.embeddings
-    for name, value in (("position_ids", torch.arange(rows)), ("token_type_ids", torch.zeros(rows, dtype=torch.int64))):
+    for name, value in (
+        ("position_ids", torch.arange(rows)),
+        ("token_type_ids", torch.zeros(rows, dtype=torch.int64)),
+    ):
         if getattr(embeddings, name, None) is not None:
             old = getattr(embeddings, name)
             persistent = name not in embeddings._non_persistent_buffers_set

@@ -1,0 +1,135 @@
+"""Distillation from a teacher that changes: trained beside the student, or a ladder of its saved states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.core.saving import complete_or_absent
+from hf_compress.training.arguments import JointTeacherArguments, SnapshotTeacherArguments
+from hf_compress.training.distillation import DistillationTrainer
+from hf_compress.training.learning_teacher import LearningTeacher
+from hf_compress.training.teachers import SnapshotTeacher, open_snapshot
+
+
+class JointTeacherTrainer(DistillationTrainer):
+    """Trains teacher and student in lock-step on the same batches: the student follows the teacher's trajectory.
+
+    The teacher learns from its own loss on the labels alone. Whatever the student does, it ends with the weights
+    that fine-tuning it alone would give (with `teacher_update_cycle=1`).
+
+    Args:
+        model: The student.
+        teacher_model: The teacher before its training; changed in place.
+        args: `JointTeacherArguments`.
+        kwargs: As for `DistillationTrainer`.
+
+    Source:
+        "Trajectory guided" in CALD (arXiv 2410.06846); specification 3.2. Unlike there, the turn of the teacher is
+        decided once an update, from the count of all updates; `compat="cald"` restores the published arithmetic.
+
+    Example:
+        >>> trainer = JointTeacherTrainer(model=student, teacher_model=pretrained, train_dataset=rows,
+        ...                               args=JointTeacherArguments("out", alpha_layer=1.0))   # doctest: +SKIP
+    """
+
+    args: JointTeacherArguments
+    _teacher: LearningTeacher | None
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        teacher_model: PreTrainedModel | None = None,
+        args: JointTeacherArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = JointTeacherArguments("tmp_trainer") if args is None else args
+        super().__init__(model, teacher_model, args, **kwargs)
+
+    def _make_teacher(self, teacher: PreTrainedModel, states: tuple[int, ...]) -> LearningTeacher:
+        args = self.args
+        return LearningTeacher(
+            teacher.to(args.device),
+            states,
+            args.alpha_output > 0,
+            learning_rate=args.teacher_learning_rate,
+            cycle=args.teacher_update_cycle,
+            stretched=args.teacher_schedule == "stretched",
+            dropout=args.teacher_dropout,
+            restart_each_epoch=args.compat == "cald",
+            seed=args.seed,
+        )
+
+    def _prepare_teacher(self, num_updates: int) -> None:
+        self._teacher.prepare(self, num_updates)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self._teacher is not None and (seen := self._teacher.take_loss()) is not None:
+            self._terms["train"]["teacher"].append(seen)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._teacher is not None and "learning_rate" in logs:
+            logs["teacher_learning_rate"] = self._teacher.current_learning_rate
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train both; with `save_teacher`, save the teacher to `<output_dir>/teacher` at the end."""
+        outcome = super().train(*args, **kwargs)
+        if self._teacher is not None and self.args.save_teacher and self.args.should_save:
+            with complete_or_absent(Path(self.args.output_dir, "teacher")) as staged:
+                self._teacher.model.save_pretrained(staged)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(staged)
+        return outcome
+
+
+class SnapshotTeacherTrainer(DistillationTrainer):
+    """Trains a student on a ladder of saved teachers, from the youngest training state to the finished model.
+
+    Args:
+        model: The student.
+        args: `SnapshotTeacherArguments`; `teacher_snapshots` names the ladder.
+        kwargs: As for `DistillationTrainer`, without `teacher_model`.
+
+    Raises:
+        ValueError: If a snapshot cannot be opened or there are more of them than updates.
+
+    Source:
+        "Waypoint guided" in CALD (arXiv 2410.06846); specification 3.3.
+
+    Example:
+        >>> args = SnapshotTeacherArguments("out", alpha_layer=1.0,
+        ...                                 teacher_snapshots=["dense/checkpoint-*"])               # doctest: +SKIP
+        >>> SnapshotTeacherTrainer(model=student, args=args, train_dataset=rows).train()            # doctest: +SKIP
+    """
+
+    args: SnapshotTeacherArguments
+    _teacher: SnapshotTeacher | None
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: SnapshotTeacherArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("teacher_model") is not None:
+            raise ValueError("teacher_model must not be given: args.teacher_snapshots names the teachers.")
+        kwargs.pop("teacher_model", None)
+        if args is None:
+            raise ValueError("args must be SnapshotTeacherArguments with teacher_snapshots, got None.")
+        first = open_snapshot(args.teacher_snapshots[0]) if args.uses_teacher else None
+        super().__init__(model, first, args, **kwargs)
+
+    def _make_teacher(self, teacher: PreTrainedModel, states: tuple[int, ...]) -> SnapshotTeacher:
+        args = self.args
+        return SnapshotTeacher(
+            args.teacher_snapshots, teacher.to(args.device), states, args.alpha_output > 0, args.teacher_dropout
+        )
+
+    def _prepare_teacher(self, num_updates: int) -> None:
+        self._teacher.set_length(num_updates)
