@@ -54,7 +54,7 @@ def main() -> None:
     for folder in args.models:
         name = Path(folder).name if Path(folder).name not in models else folder
         models[name] = open_classifier(folder, task)
-        check_vocabulary(models[name], tokenizer)
+        check_vocabulary(models[name].config, tokenizer)
     baseline = next(iter(models))
     seq_len = sum(len(ids) for ids in rows["input_ids"]) / len(rows)
     macs = {name: count_cost(model, seq_len).macs for name, model in models.items()}

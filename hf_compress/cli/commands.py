@@ -10,14 +10,16 @@ import torch
 from transformers import TrainingArguments
 
 from hf_compress.cli.parsing import parse
+from hf_compress.methods.linformer import LinformerConfig
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
 from hf_compress.stages import demo as demo_stage
 from hf_compress.stages import evaluate as evaluate_stage
 from hf_compress.stages import finetune as finetune_stage
+from hf_compress.stages import linearize as linearize_stage
 from hf_compress.stages import prune_structure as prune_stage
 from hf_compress.stages.models import ModelArguments
 from hf_compress.tasks.sources import DataArguments
-from hf_compress.training.arguments import DistillationArguments
+from hf_compress.training.arguments import DistillationArguments, JointTeacherArguments, SnapshotTeacherArguments
 
 
 # What suits fine-tuning of an encoder better than the defaults of TrainingArguments.
@@ -71,6 +73,31 @@ def prune_structure(arguments: Sequence[str]) -> None:
         f"{results['mac_ratio']:.4f} of the arithmetic kept, {results['seconds']:.1f} s; "
         f"saved to {calibration.output_dir}"
     )
+
+
+def linearize(arguments: Sequence[str]) -> None:
+    kinds = (ModelArguments, DataArguments, linearize_stage.OutputArguments, LinformerConfig)
+    model, data, output, config = parse(kinds, arguments, "hf-compress linearize", {})
+    results = linearize_stage.linearize(model, data, output, config)
+    print(f"parameters {results['params']['before']:,d} -> {results['params']['after']:,d}")
+    for length, ratio in results["mac_ratio_by_length"].items():
+        verdict = "" if ratio < 1 else " (more than dense: too short for this projected_length)"
+        print(f"{length:6d} tokens: {ratio:.3f} of the dense arithmetic{verdict}")
+    print(f"saved to {output.output_dir}; train it with distill, joint-distill or snapshot-distill")
+
+
+def joint_distill(arguments: Sequence[str]) -> None:
+    kinds = (ModelArguments, finetune_stage.TeacherArguments, DataArguments, JointTeacherArguments)
+    model, teacher, data, training = parse(kinds, arguments, "hf-compress joint-distill", _TRAINING)
+    _print_metrics(linearize_stage.joint_distill(model, teacher, data, training))
+    print(f"saved to {training.output_dir}")
+
+
+def snapshot_distill(arguments: Sequence[str]) -> None:
+    kinds = (ModelArguments, DataArguments, SnapshotTeacherArguments)
+    model, data, training = parse(kinds, arguments, "hf-compress snapshot-distill", _TRAINING)
+    _print_metrics(linearize_stage.snapshot_distill(model, data, training))
+    print(f"saved to {training.output_dir}")
 
 
 def evaluate(arguments: Sequence[str]) -> None:

@@ -17,6 +17,9 @@ COMMANDS = {
     "finetune": commands.finetune,
     "prune-structure": commands.prune_structure,
     "distill": commands.distill,
+    "joint-distill": commands.joint_distill,
+    "linearize": commands.linearize,
+    "snapshot-distill": commands.snapshot_distill,
     "evaluate": commands.evaluate,
     "report": commands.report,
 }
@@ -27,7 +30,10 @@ commands:
   demo             fine-tune, prune to half the arithmetic, recover, report, reload: offline, on real text
   finetune         train a classifier or regressor on a task
   prune-structure  remove attention heads and neurons without retraining
+  linearize        replace softmax attention by linear attention (Linformer)
   distill          teach a (compressed) student what a fine-tuned teacher knows
+  joint-distill    the same from a teacher that is fine-tuned at the same time
+  snapshot-distill the same from the saved states of a teacher's fine-tuning
   evaluate         metrics of saved models on a task
   report           dense against compressed: quality, size, arithmetic, measured latency
 

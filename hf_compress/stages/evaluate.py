@@ -87,7 +87,7 @@ def evaluate_models(args: EvaluateArguments, data: DataArguments) -> dict[str, d
     for name in args.models:
         tokenizer = open_tokenizer(name)
         model = open_classifier(name, task)
-        check_vocabulary(model, tokenizer)
+        check_vocabulary(model.config, tokenizer)
         rows = tokenize(split, task, tokenizer, data.max_length)
         if args.extra_metrics:
             logits, labels = (
@@ -114,7 +114,7 @@ def report(args: ReportArguments, data: DataArguments) -> dict[str, Any]:
     opened = {}
     for name in args.models:
         model = open_classifier(name, task)
-        check_vocabulary(model, tokenizer)
+        check_vocabulary(model.config, tokenizer)
         label = Path(name).name if Path(name).name not in opened else name
         opened[label] = (model, name)
     return compare_models(

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from hf_compress.stages.models import (
@@ -62,24 +69,29 @@ def _splits(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments)
     return rows
 
 
-def _prepared(
+def prepare(
     model_args: ModelArguments, data: DataArguments, seed: int
 ) -> tuple[Task, PreTrainedTokenizerBase, PreTrainedModel, dict[str, Any]]:
-    """Task, tokenizer, model and tokenized splits that fit together."""
+    """Task, tokenizer, model and tokenized splits that fit together.
+
+    Raises:
+        ValueError: If they do not.
+    """
     task = load_task(data)
     task.split("train")
     set_seed(seed)
     tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
     model = open_classifier(model_args.model_name_or_path, task)
-    check_vocabulary(model, tokenizer)
+    check_vocabulary(model.config, tokenizer)
     if model_args.freeze_embeddings:
         freeze_embeddings_(model)
     return task, tokenizer, model, _splits(task, tokenizer, data)
 
 
-def _common(
+def trainer_arguments(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, rows: dict[str, Any]
 ) -> dict[str, Any]:
+    """What every trainer of a classification task takes."""
     return {
         "model": model,
         "args": args,
@@ -91,7 +103,7 @@ def _common(
     }
 
 
-def _run(
+def run(
     trainer: CompressionTrainer, model: PreTrainedModel, tokenizer: Any, args: TrainingArguments
 ) -> dict[str, Any]:
     """Train (or go on training), evaluate, save; returns the results that were written."""
@@ -123,9 +135,9 @@ def finetune(model_args: ModelArguments, data: DataArguments, args: TrainingArgu
     Raises:
         ValueError: If model, tokenizer or data do not fit together, or the loss is not finite.
     """
-    task, tokenizer, model, rows = _prepared(model_args, data, args.seed)
-    trainer = CompressionTrainer(**_common(model, tokenizer, args, rows))
-    return _run(trainer, model, tokenizer, args)
+    task, tokenizer, model, rows = prepare(model_args, data, args.seed)
+    trainer = CompressionTrainer(**trainer_arguments(model, tokenizer, args, rows))
+    return run(trainer, model, tokenizer, args)
 
 
 def distill(
@@ -145,20 +157,35 @@ def distill(
     Raises:
         ValueError: If student, teacher and data do not fit together, or the loss is not finite.
     """
-    task, tokenizer, student, rows = _prepared(model_args, data, args.seed)
-    teacher = open_classifier(teacher_args.teacher_name_or_path, task) if args.uses_teacher else None
-    collator: Any = DataCollatorWithPadding(tokenizer)
-    if teacher is not None:
-        teacher_tokenizer = open_tokenizer(teacher_args.teacher_name_or_path)
-        check_vocabulary(teacher, teacher_tokenizer)
-        if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
-            collator = TeacherStudentCollator(collator, DataCollatorWithPadding(teacher_tokenizer))
-            rows = {
-                name: _with_teacher_columns(name, split, task, teacher_tokenizer, data) for name, split in rows.items()
-            }
-    common = {**_common(student, tokenizer, args, rows), "data_collator": collator}
+    task, tokenizer, student, rows = prepare(model_args, data, args.seed)
+    common = trainer_arguments(student, tokenizer, args, rows)
+    teacher = None
+    if args.uses_teacher:
+        teacher = open_classifier(teacher_args.teacher_name_or_path, task)
+        add_teacher_columns(common, task, data, teacher_args.teacher_name_or_path)
     trainer = DistillationTrainer(teacher_model=teacher, **common)
-    return _run(trainer, student, tokenizer, args)
+    return run(trainer, student, tokenizer, args)
+
+
+def add_teacher_columns(common: dict[str, Any], task: Task, data: DataArguments, teacher_name: str) -> None:
+    """Encode every example a second time for a teacher that has another tokenizer; otherwise change nothing.
+
+    Args:
+        common: What `trainer_arguments` made; datasets and collator are replaced in it.
+        task, data: Where the texts are.
+        teacher_name: Hub name or folder of the teacher and its tokenizer.
+
+    Raises:
+        ValueError: If that tokenizer belongs to another model.
+    """
+    tokenizer = open_tokenizer(teacher_name)
+    check_vocabulary(AutoConfig.from_pretrained(teacher_name), tokenizer)
+    if tokenizer.get_vocab() == common["processing_class"].get_vocab():
+        return
+    common["data_collator"] = TeacherStudentCollator(common["data_collator"], DataCollatorWithPadding(tokenizer))
+    for name, column in (("train", "train_dataset"), ("validation", "eval_dataset")):
+        if common[column] is not None:
+            common[column] = _with_teacher_columns(name, common[column], task, tokenizer, data)
 
 
 def _with_teacher_columns(

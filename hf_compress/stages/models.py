@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -89,11 +90,11 @@ def freeze_embeddings_(model: PreTrainedModel) -> None:
             parameter.requires_grad_(False)
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` when a tokenizer can produce ids that the model has no embedding for."""
-    if len(tokenizer) > model.config.vocab_size:
+    if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"The tokenizer must have at most the model's {model.config.vocab_size} tokens, got {len(tokenizer)}: "
+            f"The tokenizer must have at most the model's {config.vocab_size} tokens, got {len(tokenizer)}: "
             "it belongs to another model."
         )
 

@@ -43,7 +43,7 @@ def prune_structure(
     task = load_task(data)
     tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
     model = open_classifier(model_args.model_name_or_path, task)
-    check_vocabulary(model, tokenizer)
+    check_vocabulary(model.config, tokenizer)
     rows = tokenize(task.split("train"), task, tokenizer, data.max_length)
     batches = calibration_batches(rows, tokenizer, calibration.calibration_samples, calibration.calibration_seed)
     seq_len = config.seq_len or _mean_length(batches)

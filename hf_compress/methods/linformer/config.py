@@ -19,13 +19,13 @@ class LinformerConfig(MethodConfig):
         slot_mask: Leave out slots that no token reaches (those from the number of tokens on, divided by
             `slot_stride`). Off, as published, they take part with a score of zero.
         seed: Of the initial matrices.
-        max_length: Tokens an input may have. None: as many as the model has positions. Above that, the position
+        max_tokens: Tokens an input may have. None: as many as the model has positions. Above that, the position
             embeddings are continued periodically.
         initialization: `normal`: as published, standard normal entries. `pooling`: slot j averages the
             `slot_stride` neighbouring tokens from `j * slot_stride` on, which is close to dense attention at once.
         length_scaling: Divide by the square root of the number of tokens, as published. `pooling` is an exact
             average without it.
-        slot_stride: Tokens a slot under `pooling`; None: `max_length / projected_length`, rounded up.
+        slot_stride: Tokens a slot under `pooling`; None: `max_tokens / projected_length`, rounded up.
 
     Source:
         Linformer (arXiv 2006.04768); CALD (arXiv 2410.06846) for the scale, the sharing modes and the random start
@@ -42,13 +42,13 @@ class LinformerConfig(MethodConfig):
     share: Literal["none", "kv", "layer"] = "none"
     slot_mask: bool = False
     seed: int = 0
-    max_length: int | None = None
+    max_tokens: int | None = None
     initialization: Literal["normal", "pooling"] = "normal"
     length_scaling: bool = True
     slot_stride: int | None = None
 
     def check(self) -> None:
-        for name in ("projected_length", "max_length", "slot_stride"):
+        for name in ("projected_length", "max_tokens", "slot_stride"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.slot_stride not in (None, 1) and self.initialization != "pooling":

@@ -55,14 +55,14 @@ def compress(
         data: Not needed.
 
     Returns:
-        The config with `max_length` and `slot_stride`.
+        The config with `max_tokens` and `slot_stride`.
     """
     offset = position_offset(model)
-    length = config.max_length or model.config.max_position_embeddings - offset
+    length = config.max_tokens or model.config.max_position_embeddings - offset
     stride = config.slot_stride or (
         math.ceil(length / config.projected_length) if config.initialization == "pooling" else 1
     )
-    completed = dataclasses.replace(config, max_length=length, slot_stride=stride)
+    completed = dataclasses.replace(config, max_tokens=length, slot_stride=stride)
     if length + offset > model.config.max_position_embeddings:
         extend_positions_(model, length + offset)
     rebuild(model, completed)
@@ -75,10 +75,10 @@ def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
     Raises:
         ValueError: If the config was never completed.
     """
-    if config.max_length is None or config.slot_stride is None:
-        raise ValueError("max_length and slot_stride must be recorded, got a config that was never applied.")
+    if config.max_tokens is None or config.slot_stride is None:
+        raise ValueError("max_tokens and slot_stride must be recorded, got a config that was never applied.")
     # One row a position, those of special offsets included, as published.
-    rows = config.max_length + position_offset(model)
+    rows = config.max_tokens + position_offset(model)
     generator = torch.Generator().manual_seed(config.seed)
     shared = None
     for block in _global_blocks(model):
@@ -130,5 +130,5 @@ def _pooling(parameter: nn.Parameter, config: LinformerConfig, generator: torch.
     positions = torch.arange(rows)
     inside = positions[:, None] // config.slot_stride == torch.arange(slots)
     # The forward pass divides by the root of the number of tokens; the longest input is what it is undone for.
-    scale = config.max_length**0.5 if config.length_scaling else 1.0
+    scale = config.max_tokens**0.5 if config.length_scaling else 1.0
     return inside * (scale / config.slot_stride)

@@ -141,7 +141,7 @@ class LinformerCore(AttentionCore):
         if seq_len > projection.keys.shape[0]:
             raise ValueError(
                 f"An input must have at most {projection.keys.shape[0]} tokens, got {seq_len}. "
-                "Convert with a larger max_length."
+                "Convert with a larger max_tokens."
             )
         projection.note_length(seq_len)
         lengths = None if mask is None else (mask if mask.dtype == torch.bool else mask >= 0).sum(1).clamp(min=1)

@@ -1,0 +1,137 @@
+"""Turn a model's softmax attention into linear attention, and train the result under a changing teacher."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_compress.api import compress, steps_of
+from hf_compress.core.cost import count_cost
+from hf_compress.methods.linformer import LinformerConfig
+from hf_compress.stages.finetune import TeacherArguments, add_teacher_columns, prepare, run, trainer_arguments
+from hf_compress.stages.models import ModelArguments, check_vocabulary, open_classifier, open_tokenizer, save_stage
+from hf_compress.tasks.sources import DataArguments, load_task
+from hf_compress.training.arguments import JointTeacherArguments, SnapshotTeacherArguments
+from hf_compress.training.guided import JointTeacherTrainer, SnapshotTeacherTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class OutputArguments:
+    """Where a converted model goes.
+
+    Args:
+        output_dir: Receives model, tokenizer and `results.json`.
+    """
+
+    output_dir: str = field(metadata={"help": "Where the converted model goes."})
+
+
+def linearize(
+    model_args: ModelArguments, data: DataArguments, output: OutputArguments, config: LinformerConfig
+) -> dict[str, Any]:
+    """Convert a model to linear attention and save it, untrained.
+
+    Args:
+        model_args: A fine-tuned classifier (the start of target-guided and hybrid training) or a pretrained encoder
+            (of unguided, trajectory- and waypoint-guided training), which gets a new head for the task.
+        data: The task; only needed when the model has no head yet.
+        output: Where it goes.
+        config: What to make.
+
+    Returns:
+        The recorded step and the cost of the longest input before and after.
+
+    Raises:
+        ValueError: If the model cannot be opened or converted.
+    """
+    named = data.task_name or data.data_dir or data.train_file
+    torch.manual_seed(config.seed)
+    model = open_classifier(model_args.model_name_or_path, load_task(data) if named else None)
+    tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
+    check_vocabulary(model.config, tokenizer)
+    before = count_cost(model, 1)
+    dense_macs = {length: count_cost(model, length).macs for length in (128, 512, 2048)}
+    compress(model, config)
+    step = steps_of(model)[-1]
+    tokenizer.model_max_length = step["max_tokens"]
+    macs = {length: count_cost(model, length).macs for length in dense_macs}
+    results = {
+        "step": step,
+        "params": {"before": before.params, "after": count_cost(model, 1).params},
+        "mac_ratio_by_length": {length: macs[length] / dense_macs[length] for length in macs},
+    }
+    save_stage(output.output_dir, model, tokenizer, results)
+    return results
+
+
+def joint_distill(
+    model_args: ModelArguments, teacher_args: TeacherArguments, data: DataArguments, args: JointTeacherArguments
+) -> dict[str, Any]:
+    """Train a student beside a teacher that is fine-tuned on the same batches (trajectory guided).
+
+    Args:
+        model_args: The student, e.g. a linearized pretrained encoder.
+        teacher_args: The teacher before fine-tuning; when it has no head yet, it starts with the student's.
+        data: The task.
+        args: Losses, the teacher's learning rate and schedule, everything else about training.
+
+    Returns:
+        Metrics of the validation split and the training time in seconds.
+
+    Raises:
+        ValueError: If student, teacher and data do not fit together, or a loss is not finite.
+    """
+    task, tokenizer, student, rows = prepare(model_args, data, args.seed)
+    common = trainer_arguments(student, tokenizer, args, rows)
+    teacher = None
+    if args.uses_teacher:
+        teacher = open_classifier(teacher_args.teacher_name_or_path, task)
+        _share_new_head_(teacher, student, teacher_args.teacher_name_or_path)
+        add_teacher_columns(common, task, data, teacher_args.teacher_name_or_path)
+    return run(JointTeacherTrainer(teacher_model=teacher, **common), student, tokenizer, args)
+
+
+def _share_new_head_(teacher: PreTrainedModel, student: PreTrainedModel, teacher_name: str) -> None:
+    """Give a teacher whose head is new the student's, so that both set out from one point."""
+    kinds = AutoConfig.from_pretrained(teacher_name).architectures or []
+    if any("ForSequenceClassification" in kind for kind in kinds):
+        return
+    theirs = student.state_dict()
+    head = {name for name in teacher.state_dict() if not name.startswith(f"{teacher.base_model_prefix}.")}
+    values = {
+        name: theirs[name]
+        for name in head
+        if name in theirs and theirs[name].shape == teacher.state_dict()[name].shape
+    }
+    teacher.load_state_dict(values, strict=False)
+    logger.info("The teacher starts with the student's head (%d tensors).", len(values))
+
+
+def snapshot_distill(
+    model_args: ModelArguments, data: DataArguments, args: SnapshotTeacherArguments
+) -> dict[str, Any]:
+    """Train a student on the saved states of a teacher's fine-tuning, one after the other (waypoint guided).
+
+    Args:
+        model_args: The student, e.g. a linearized pretrained encoder.
+        data: The task.
+        args: Losses, the ladder of teachers, everything else about training.
+
+    Returns:
+        Metrics of the validation split and the training time in seconds.
+
+    Raises:
+        ValueError: If student, teachers and data do not fit together, or the loss is not finite.
+    """
+    task, tokenizer, student, rows = prepare(model_args, data, args.seed)
+    common = trainer_arguments(student, tokenizer, args, rows)
+    if args.uses_teacher:
+        add_teacher_columns(common, task, data, args.teacher_snapshots[0])
+    return run(SnapshotTeacherTrainer(**common), student, tokenizer, args)
