@@ -225,7 +225,7 @@ def test_refuses_broken_weights_and_foreign_objects(model, batches):
     with pytest.raises(ValueError, match="readable 2 times.*one-shot"):
         hc.compress(untouched, config, config, data=iter(data))
     assert hc.steps_of(untouched) == []
-    with pytest.raises(ValueError, match="configs must be one of StructuredPruningConfig"):
+    with pytest.raises(ValueError, match="configs must be one of .*StructuredPruningConfig"):
         hc.compress(model("bert"), {"mac_ratio": 0.5})
 
 

@@ -1,0 +1,148 @@
+"""Time and memory of linear attention against dense sdpa attention, by input length.
+
+    python benchmarks/linear_attention.py --out benchmarks/results/linear_attention.json
+
+Two things are timed, everything interleaved in one run: the attention core alone (dense: one call of
+`scaled_dot_product_attention`; linear: two projections along time and the same call on k slots), and a whole encoder.
+Inputs have no padding. Weights are random: values do not matter for the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import subprocess
+import time
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModel
+from transformers.utils import logging as transformers_logging
+
+import hf_compress as hc
+from hf_compress.core.architectures import blocks_of
+from hf_compress.core.saving import write_json
+from hf_compress.report.latency import measure_latency, speedups
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=384, help="MiniLM's width.")
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--slots", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out")
+    parser.add_argument("--plot", help="PNG file.")
+    return parser.parse_args()
+
+
+def core_seconds(
+    model, dense_heads: int, length: int, batch: int, repeats: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of the dense core and of each linear one, in turns."""
+    width = blocks_of(next(iter(model.values())))[0].attention_out.in_features
+    query, key, value = (
+        torch.randn(batch, length, dense_heads, width // dense_heads, device=device).transpose(1, 2) for _ in range(3)
+    )
+    scaling = query.shape[-1] ** -0.5
+
+    def dense() -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2).contiguous()
+
+    def linear(core, attention):
+        # Projected keys and values come in, so that the same work as in the dense core is timed.
+        core = copy.copy(core)
+        core.deferrable = None
+        return lambda: core(attention, query, key, value, None, scaling, 0.0)[0]
+
+    calls = {"dense": dense}
+    for name, linear_model in model.items():
+        attention = blocks_of(linear_model)[0].attention
+        calls[name] = linear(attention.attention_core, attention)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for repeat in range(repeats + 1):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                if repeat:
+                    seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    args = parse()
+    transformers_logging.set_verbosity_error()
+    longest = max(args.lengths)
+    config = AutoConfig.for_model(
+        "bert", hidden_size=args.hidden, num_attention_heads=args.heads, num_hidden_layers=args.layers,
+        intermediate_size=4 * args.hidden, vocab_size=1000, max_position_embeddings=longest,
+    )  # fmt: skip
+    dense = AutoModel.from_config(config).to(args.device).eval()
+    models = {
+        f"k={slots}": hc.compress(copy.deepcopy(dense), hc.LinformerConfig(projected_length=slots))
+        for slots in args.slots
+    }
+    rows = []
+    for batch in args.batch_sizes:
+        for length in args.lengths:
+            cores = core_seconds(models, args.heads, length, batch, 4 * args.repeats, args.device)
+            ids = torch.randint(5, 1000, (batch, length), device=args.device)
+            timed = measure_latency({"dense": dense, **models}, [{"input_ids": ids}], args.repeats, warmup=1)
+            ratios = speedups(timed, "dense")
+            for entry, name in zip(timed, cores, strict=True):
+                slots = None if name == "dense" else int(name.partition("=")[2])
+                model = dense if slots is None else models[name]
+                core_ratio = statistics.median(a / b for a, b in zip(cores["dense"], cores[name], strict=True))
+                row = {
+                    "model": name, "batch": batch, "length": length,
+                    "core_ms": 1e3 * statistics.median(cores[name]), "core_speedup": core_ratio,
+                    "core_arithmetic": 1.0 if slots is None else length / (2 * slots),
+                    "model_ms": 1e3 * entry.p50, "model_speedup": ratios[name].median,
+                    "model_arithmetic": hc.count_cost(dense, length).macs / hc.count_cost(model, length).macs,
+                    "memory_mb": entry.peak_memory / 2**20,
+                }  # fmt: skip
+                rows.append(row)
+                print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    header = {
+        "arguments": vars(args), "commit": commit, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "memory": timed[0].memory_kind,
+    }  # fmt: skip
+    if args.out:
+        write_json(args.out, {"header": header, "rows": rows})
+    if args.plot:
+        plot(rows, args.plot)
+
+
+def plot(rows: list[dict], file: str) -> None:
+    """Core time against length, one panel a batch size, and the slope of linear growth."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    batches = sorted({row["batch"] for row in rows})
+    figure = Figure(figsize=(5 * len(batches), 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+        for name, colour in zip(dict.fromkeys(row["model"] for row in rows), ("#000000", "#0072B2", "#D55E00")):
+            mine = [row for row in rows if row["model"] == name and row["batch"] == batch]
+            lengths = [row["length"] for row in mine]
+            axes.plot(lengths, [row["core_ms"] for row in mine], "o-", color=colour, label=f"{name}, attention core")
+            axes.plot(lengths, [row["model_ms"] for row in mine], "s--", color=colour, label=f"{name}, whole encoder")
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=f"batch {batch}")
+        axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.minorticks_off()
+        axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.legend(fontsize=8)
+    figure.savefig(file)
+
+
+if __name__ == "__main__":
+    main()

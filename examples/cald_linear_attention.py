@@ -1,0 +1,70 @@
+"""Turn an encoder's attention into linear attention while fine-tuning it, guided by a teacher.
+
+    python examples/cald_linear_attention.py --mode trajectory --model roberta-base --task_name imdb --max_length 512
+
+Modes: `unguided`, `target` and `hybrid` (need `--teacher`, a fine-tuned dense model), `trajectory` (the teacher is
+fine-tuned at the same time), `waypoint` (needs `--snapshots`, saved states of a dense fine-tuning, in quotes).
+Prints the accuracy on the validation split.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+import hf_compress as hc
+from hf_compress.report.quality import evaluate_model
+from hf_compress.tasks.inputs import tokenize
+from hf_compress.tasks.sources import DataArguments, load_task
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", default="trajectory")
+    parser.add_argument("--model", required=True, help="Pretrained encoder.")
+    parser.add_argument("--teacher", help="Fine-tuned dense model, for target and hybrid.")
+    parser.add_argument("--snapshots", help="Pattern of saved dense models, for waypoint.")
+    parser.add_argument("--task_name")
+    parser.add_argument("--data_dir")
+    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--slots", type=int, default=256)
+    parser.add_argument("--share", default="none")
+    parser.add_argument("--alpha_layer", type=float, default=1.0)
+    parser.add_argument("--hybrid_steps", type=int, default=1000)
+    parser.add_argument("--max_steps", type=int, default=-1)
+    parser.add_argument("--out", default="linear")
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir))
+    train, valid = (tokenize(task.split(name), task, tokenizer, args.max_length) for name in ("train", "validation"))
+    origin = args.teacher if args.mode in ("target", "hybrid") else args.model
+    student = AutoModelForSequenceClassification.from_pretrained(origin, num_labels=task.num_labels)
+    head = {name: value for name, value in student.state_dict().items() if name.startswith("classifier")}
+    hc.compress(student, hc.LinformerConfig(projected_length=args.slots, share=args.share))
+
+    guided = {"alpha_layer": 0.0 if args.mode == "unguided" else args.alpha_layer, "alpha_output": 0.0}
+    common = {"output_dir": args.out, "learning_rate": 3e-5, "max_steps": args.max_steps, **guided}
+    rest = {"train_dataset": train, "data_collator": DataCollatorWithPadding(tokenizer), "processing_class": tokenizer}
+    if args.mode == "trajectory":
+        teacher = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=task.num_labels)
+        teacher.load_state_dict(head, strict=False)  # both set out from one point
+        joint = hc.JointTeacherArguments(**common, teacher_learning_rate=3e-5)
+        trainer = hc.JointTeacherTrainer(model=student, teacher_model=teacher, args=joint, **rest)
+    elif args.mode == "waypoint":
+        ladder = hc.SnapshotTeacherArguments(**common, teacher_snapshots=[args.snapshots])
+        trainer = hc.SnapshotTeacherTrainer(model=student, args=ladder, **rest)
+    else:
+        fixed = hc.DistillationArguments(
+            **common, max_distill_steps=args.hybrid_steps if args.mode == "hybrid" else None
+        )
+        teacher = AutoModelForSequenceClassification.from_pretrained(args.teacher) if args.mode != "unguided" else None
+        trainer = hc.DistillationTrainer(model=student, teacher_model=teacher, args=fixed, **rest)
+    trainer.train()
+    trainer.save_model()
+    print(args.mode, evaluate_model(student, valid, tokenizer))
+
+
+if __name__ == "__main__":
+    main()
