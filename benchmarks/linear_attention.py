@@ -128,10 +128,12 @@ def plot(rows: list[dict], file: str) -> None:
     from matplotlib.figure import Figure
 
     batches = sorted({row["batch"] for row in rows})
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    colours = dict(zip(names, ("#000000", "#0072B2", "#D55E00", "#009E73"), strict=False))
     figure = Figure(figsize=(5 * len(batches), 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
-        for name, colour in zip(dict.fromkeys(row["model"] for row in rows), ("#000000", "#0072B2", "#D55E00")):
+        for name, colour in colours.items():
             mine = [row for row in rows if row["model"] == name and row["batch"] == batch]
             lengths = [row["length"] for row in mine]
             axes.plot(lengths, [row["core_ms"] for row in mine], "o-", color=colour, label=f"{name}, attention core")

@@ -41,7 +41,8 @@ def main() -> None:
     train, valid = (tokenize(task.split(name), task, tokenizer, args.max_length) for name in ("train", "validation"))
     origin = args.teacher if args.mode in ("target", "hybrid") else args.model
     student = AutoModelForSequenceClassification.from_pretrained(origin, num_labels=task.num_labels)
-    head = {name: value for name, value in student.state_dict().items() if name.startswith("classifier")}
+    prefix = student.base_model_prefix
+    head = {name: value for name, value in student.state_dict().items() if not name.startswith(prefix)}
     hc.compress(student, hc.LinformerConfig(projected_length=args.slots, share=args.share))
 
     guided = {"alpha_layer": 0.0 if args.mode == "unguided" else args.alpha_layer, "alpha_output": 0.0}
