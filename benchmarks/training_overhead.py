@@ -2,9 +2,10 @@
 
     python benchmarks/training_overhead.py --model MODEL --data_dir DATA/sst2_sentences --out benchmarks/results/x.json
 
-The student is the model pruned to half its multiply-accumulates, the teacher the model itself. Four ratios:
+The student is the model pruned to half its multiply-accumulates, the teacher the model itself. Five ratios:
 `output` and `layer`: trainer step / (student step + teacher forward by hand); `output_cached` and `layer_cached`:
-trainer step with all of the teacher's outputs on disk / student step alone by hand. Hand and trainer alternate in
+trainer step with all of the teacher's outputs on disk / student step alone by hand; `joint`: step of
+`JointTeacherTrainer` with hidden states / (student step + teacher step by hand). Hand and trainer alternate in
 blocks of steps on the same batches, in one run; a ratio is the median over the blocks.
 """
 
@@ -34,7 +35,7 @@ from hf_compress.tasks.sources import DataArguments, load_task
 
 
 TEMPERATURE, LEARNING_RATE, CLIP = 2.0, 5e-5, 1.0
-MODES = ("output", "layer", "output_cached", "layer_cached")
+MODES = ("output", "layer", "output_cached", "layer_cached", "joint")
 
 
 def parse() -> argparse.Namespace:
@@ -68,7 +69,10 @@ class HandLoop:
     """The same training as the trainer's, as directly as it can be written."""
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, mode: str) -> None:
-        self.student, self.teacher, self.with_layers = student.train(), teacher, mode == "layer"
+        self.student, self.teacher, self.with_layers = student.train(), teacher, mode in ("layer", "joint")
+        self.learner = None
+        if mode == "joint":
+            self.learner = torch.optim.AdamW(teacher.train().parameters(), lr=LEARNING_RATE, fused=True)
         trained = [p for p in student.parameters() if p.requires_grad]
         self.parameters = trained
         self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -78,11 +82,10 @@ class HandLoop:
         outputs = self.student(**batch, output_hidden_states=self.with_layers)
         loss = outputs.loss
         if self.teacher is not None:
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            with torch.no_grad():
-                targets = self.teacher(**inputs, output_hidden_states=self.with_layers)
+            targets = self.ask_teacher(batch)
             if self.with_layers:
-                loss = loss + layer_loss(targets.hidden_states, outputs.hidden_states, batch["attention_mask"])
+                hidden = tuple(state.detach() for state in targets.hidden_states)
+                loss = loss + layer_loss(hidden, outputs.hidden_states, batch["attention_mask"])
             else:
                 log_p = F.log_softmax(targets.logits / TEMPERATURE, -1)
                 log_q = F.log_softmax(outputs.logits / TEMPERATURE, -1)
@@ -92,6 +95,18 @@ class HandLoop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.losses.append(float(loss.detach()))
+
+    def ask_teacher(self, batch: dict[str, Tensor]):
+        if self.learner is not None:
+            targets = self.teacher(**batch, output_hidden_states=True)
+            targets.loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.teacher.parameters(), CLIP)
+            self.learner.step()
+            self.learner.zero_grad()
+            return targets
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with torch.no_grad():
+            return self.teacher(**inputs, output_hidden_states=self.with_layers)
 
 
 class Alternate(TrainerCallback):
@@ -143,10 +158,12 @@ def measure(
         for chunk in order
     ]
     torch.manual_seed(args.seed)
-    hand = HandLoop(copy.deepcopy(student), None if cached else teacher.eval(), kind)
+    guide = None if cached else copy.deepcopy(teacher).requires_grad_(kind == "joint").eval()
+    hand = HandLoop(copy.deepcopy(student), guide, kind)
     alternate = Alternate(lambda step: hand.step(batches[step % len(batches)]), args.block)
-    arguments = hc.DistillationArguments(
-        folder, alpha_task=1.0, alpha_output=float(kind == "output"), alpha_layer=float(kind == "layer"),
+    joint = {"teacher_learning_rate": LEARNING_RATE, "save_teacher": False} if kind == "joint" else {}
+    arguments = (hc.JointTeacherArguments if joint else hc.DistillationArguments)(
+        folder, alpha_task=1.0, alpha_output=float(kind == "output"), alpha_layer=float(kind != "output"), **joint,
         temperature=TEMPERATURE, teacher_cache_dir=f"{folder}/cache-{kind}" if cached else None,
         max_steps=args.block * args.blocks, per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
@@ -154,7 +171,7 @@ def measure(
         save_strategy="no", logging_steps=50, report_to="none", disable_tqdm=True, seed=args.seed,
         dataloader_pin_memory=False,
     )  # fmt: skip
-    trainer = hc.DistillationTrainer(
+    trainer = (hc.JointTeacherTrainer if joint else hc.DistillationTrainer)(
         model=copy.deepcopy(student), teacher_model=copy.deepcopy(teacher), args=arguments, train_dataset=rows,
         eval_dataset=rows, data_collator=collator, callbacks=[alternate],
     )  # fmt: skip
@@ -197,6 +214,7 @@ def main() -> None:
             results[mode] = measure(mode, args, student, teacher, rows, DataCollatorWithPadding(tokenizer), folder)
             found = results[mode]
             against = "student step alone" if mode.endswith("_cached") else "student step + teacher forward"
+            against = "student step + teacher step" if mode == "joint" else against
             print(
                 f"{mode:14s} {found['ratio']:.3f} x {against} "
                 f"(quartiles {found['ratio_quartiles'][0]:.3f} to {found['ratio_quartiles'][1]:.3f}; trainer "
