@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from scipy.linalg.interpolative import interp_decomp
 
-from hf_compress.core.calibration import SecondMoments
+from hf_compress.core.calibration import SecondMoments, add_gram_, add_gram_by_blocks_
 from hf_compress.methods.structured_pruning.decomposition import (
     CountSketch,
     interpolation_matrix,
@@ -125,19 +125,40 @@ def test_what_changes_the_selection_and_what_does_not():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_moments_do_not_depend_on_the_batches(dtype):
-    # 450 columns: more than one block of the symmetric product.
-    a = (gaussian(700, 450) + 0.5).to(dtype)
+    # More rows than one chunk.
+    a = (gaussian(1100, 450) + 0.5).to(dtype)
     whole, parts = SecondMoments(450), SecondMoments(450)
     whole.update(a)
     for part in a.split(37):
         parts.update(part)
     wide = a.double()
-    covariance = torch.from_numpy(np.cov(wide.numpy(), rowvar=False, bias=True)) * 700
+    covariance = torch.from_numpy(np.cov(wide.numpy(), rowvar=False, bias=True)) * 1100
     for moments in (whole, parts):
         assert relative(moments.gram - wide.T @ wide, wide.T @ wide) < 1e-13
         assert torch.allclose(moments.mean, wide.mean(0), atol=1e-6)
         assert torch.allclose(moments.centred_gram(), covariance, atol=2e-4)
-        assert moments.num_rows == 700
+        assert moments.num_rows == 1100
+
+
+def test_symmetric_product_is_that_of_general_ones():
+    # 450 columns: more than one block of the general product.
+    a, half = gaussian(300, 450), torch.ones(450, 450, dtype=torch.float64)
+    blocks = half.clone()
+    add_gram_(half, a)
+    add_gram_by_blocks_(blocks, a)
+    for gram in (half, blocks):
+        assert relative((gram - 1 - a.T @ a).triu(), a.T @ a) < 1e-14
+
+
+def test_moments_leave_the_rows_alone():
+    a = gaussian(30, 5).requires_grad_()
+    before = a.detach().clone()
+    moments = SecondMoments(5)
+    moments.update(a)
+    moments.update(a[:0])
+    assert torch.equal(a, before)
+    assert not moments.gram.requires_grad
+    assert moments.num_rows == 30
 
 
 def test_single_precision_input():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
+from scipy.linalg.blas import dsyrk
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -20,6 +21,8 @@ from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
+# Rows in double precision at a time: enough for matrix products near the machine's peak, few enough for its caches.
+_ROWS = 1024
 # Columns a block of the symmetric product; smaller blocks waste less, larger ones run nearer to the machine's peak.
 _BLOCK = 384
 
@@ -42,14 +45,34 @@ class Statistic(Protocol):
     def update(self, rows: Tensor) -> None: ...
 
 
+def _in_double(rows: Tensor) -> Iterator[Tensor]:
+    """The rows in double precision, a bounded chunk at a time; each chunk overwrites the one before it.
+
+    A copy of everything would be the largest tensor of the whole run, and fresh memory for every chunk costs as much
+    time as the conversion.
+    """
+    buffer = torch.empty(min(_ROWS, len(rows)), rows.shape[1], dtype=torch.float64, device=rows.device)
+    for chunk in rows.split(_ROWS):
+        yield buffer[: len(chunk)].copy_(chunk)
+
+
 def add_gram_(gram: Tensor, rows: Tensor) -> None:
-    """Add `rows.T @ rows` to the upper triangle of blocks of `gram`, in double precision.
+    """Add `rows.T @ rows` to the upper triangle of `gram`; what is below it afterwards means nothing.
 
     Args:
-        gram: [F, F] float64; only blocks on and above the diagonal are written.
-        rows: [N, F] any float dtype.
+        gram: [F, F] float64, contiguous.
+        rows: [N, F] float64, on the same device.
     """
-    rows = rows.to(gram.dtype)
+    if gram.device.type == "cpu":
+        # The symmetric product of BLAS, which torch does not offer, does only the half that is needed. BLAS stores by
+        # columns: to it, both arrays are the transposes of what they are here, and upper is lower.
+        dsyrk(1.0, rows.numpy().T, beta=1.0, c=gram.numpy().T, lower=1, overwrite_c=1)
+    else:
+        add_gram_by_blocks_(gram, rows)
+
+
+def add_gram_by_blocks_(gram: Tensor, rows: Tensor) -> None:
+    """`add_gram_` in general matrix products, for devices that BLAS does not reach."""
     for start in range(0, gram.shape[0], _BLOCK):
         block = slice(start, start + _BLOCK)
         gram[block, start:].addmm_(rows[:, block].T, rows[:, start:])
@@ -76,10 +99,9 @@ class SecondMoments:
         self.num_rows = 0
 
     def update(self, rows: Tensor) -> None:
-        # Bounded chunks: the double-precision copy of a large batch would be the largest tensor of the whole run.
-        for chunk in rows.to(self._upper.device).split(8192):
+        for chunk in _in_double(rows.detach().to(self._upper.device)):
             add_gram_(self._upper, chunk)
-            self.total += chunk.sum(0, dtype=torch.float64)
+            self.total += chunk.sum(0)
             self.num_rows += len(chunk)
 
     @property
