@@ -12,9 +12,14 @@ from hf_compress.methods.structured_pruning.decomposition import (
     interpolation_matrix,
     interpolative_decomposition,
     pivoted_blocks,
+    pivoted_by_panels,
     pivoted_cholesky,
     residual_along,
 )
+
+
+# LAPACK, which the CPU takes, and what an accelerator takes.
+ROUTES = [pivoted_cholesky, pivoted_by_panels]
 
 
 def gaussian(rows, columns, seed=0):
@@ -59,7 +64,8 @@ def unexplained(a, columns):
 def test_pivots_and_coefficients_of_pivoted_qr(rows, columns, k):
     a = gaussian(rows, columns)
     _, by_qr = pivoted_qr(a)
-    assert pivoted_cholesky(a.T @ a).order.tolist() == by_qr.tolist()
+    for route in ROUTES:
+        assert route(a.T @ a).order.tolist() == by_qr.tolist()
     index, projection = interp_decomp(a.numpy(), k, rand=False)
     keep, t, _ = interpolative_decomposition(a, k)
     assert keep.tolist() == by_qr[:k].tolist() == index[:k].tolist()
@@ -72,7 +78,6 @@ def test_pivots_and_coefficients_of_pivoted_qr(rows, columns, k):
 def test_error_is_what_pivoted_qr_leaves(columns):
     a = gaussian(400, columns)
     r, _ = pivoted_qr(a)
-    pivoted = pivoted_cholesky(a.T @ a)
     for k in (1, columns // 3, columns - 1):
         keep, t, _ = interpolative_decomposition(a, k)
         error, left = a - a[:, keep] @ t, r[k:, k:]
@@ -80,27 +85,51 @@ def test_error_is_what_pivoted_qr_leaves(columns):
             gap = abs(torch.linalg.matrix_norm(error, order) - torch.linalg.matrix_norm(left, order))
             assert gap <= 1e-10 * torch.linalg.matrix_norm(a, order)
     profile = torch.stack([r[k:, k:].square().sum() for k in range(columns + 1)])
-    assert torch.allclose(pivoted.residual, profile, rtol=1e-9, atol=1e-9 * float(profile[0]))
-    assert torch.allclose(pivoted.pivots, r.diagonal().abs(), rtol=1e-9)
-    assert (pivoted.residual.diff() <= 0).all()
+    for route in ROUTES:
+        pivoted = route(a.T @ a)
+        assert torch.allclose(pivoted.residual, profile, rtol=1e-9, atol=1e-9 * float(profile[0]))
+        assert torch.allclose(pivoted.pivots, r.diagonal().abs(), rtol=1e-9)
+        assert (pivoted.residual.diff() <= 0).all()
 
 
-def test_stopping_early_changes_nothing_before_the_stop():
+@pytest.mark.parametrize("route", ROUTES)
+def test_stopping_early_changes_nothing_before_the_stop(route):
     gram = gaussian(300, 90).T @ gaussian(300, 90)
-    full, short = pivoted_cholesky(gram), pivoted_cholesky(gram, 70)
+    full, short = route(gram), route(gram, 70)
     assert short.order[:70].tolist() == full.order[:70].tolist()
     assert sorted(short.order.tolist()) == list(range(90))
     assert torch.allclose(short.residual[:71], full.residual[:71], rtol=1e-12)
 
 
+def test_factor_gives_the_coefficients_of_the_least_squares():
+    for condition in (1e2, 1e4):
+        a = graded(500, 60, condition)
+        keep, t, _ = interpolative_decomposition(a, 58)
+        assert relative(t - interpolation_matrix(a.T @ a, keep), t) < 1e-9
+
+
 def test_rank_deficient():
     a = gaussian(600, 40) @ gaussian(40, 120, 1)
-    assert pivoted_cholesky(a.T @ a).rank == 40
+    for route in ROUTES:
+        pivoted = route(a.T @ a)
+        assert pivoted.rank == 40
+        assert not pivoted.residual[40:].any()
+        assert not pivoted.pivots[40:].any()
     keep, t, columns = interpolative_decomposition(a, 40)
     assert relative(a - a[:, keep] @ t, a) < 1e-12
     assert sorted(columns.order.tolist()) == list(range(120))
     with pytest.raises(ValueError, match=r"independent columns \(40\), got 41"):
         interpolative_decomposition(a, 41)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_columns_beyond_the_rank_are_those_that_rounding_made(route):
+    a = graded(500, 60, 1e10)
+    gram = a.T @ a
+    pivoted = route(gram)
+    floor = 60 * torch.finfo(torch.float64).eps * float(gram.diagonal().max())
+    assert 40 < pivoted.rank < 60
+    assert (pivoted.pivots[: pivoted.rank].square() > floor).all()
 
 
 def test_what_changes_the_selection_and_what_does_not():
@@ -211,17 +240,19 @@ def test_dead_and_repeated_columns():
     a = gaussian(200, 12)
     a[:, 4] = 0
     a[:, 9] = a[:, 2]
-    pivoted = pivoted_cholesky(a.T @ a)
-    assert pivoted.rank == 10
-    assert 4 in pivoted.order[10:].tolist()
+    for route in ROUTES:
+        pivoted = route(a.T @ a)
+        assert pivoted.rank == 10
+        assert 4 in pivoted.order[10:].tolist()
     keep = torch.tensor([i for i in range(12) if i not in (4, 5, 6)])
     t = interpolation_matrix(a.T @ a, keep)
     assert (t[:, 4] == 0).all()
     # Columns 2 and 9 are one direction: coefficients exist all the same, and fit as well as any.
     refit = np.linalg.lstsq(a[:, keep].numpy(), a[:, 5].numpy(), rcond=None)[0]
     assert torch.allclose(a[:, keep] @ t[:, 5], a[:, keep] @ torch.from_numpy(refit), atol=1e-9)
-    zero = pivoted_cholesky(torch.zeros(3, 3, dtype=torch.float64))
-    assert (zero.rank, zero.order.tolist(), zero.residual.tolist()) == (0, [0, 1, 2], [0.0] * 4)
+    for route in ROUTES:
+        zero = route(torch.zeros(3, 3, dtype=torch.float64))
+        assert (zero.rank, zero.order.tolist(), zero.residual.tolist()) == (0, [0, 1, 2], [0.0] * 4)
 
 
 def test_sketched_pivots_with_exact_coefficients():

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
 from hf_compress.core.calibration import SecondMoments
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 # Below this ratio to the first pivot, rounding of a double-precision Gram matrix decides the pivots (measured:
 # first disagreement with pivoted QR at 3e-7 to 5e-7).
 _PIVOT_FLOOR = 1e-6
+# Below this ratio of the smallest to the largest pivot, coefficients need a step of refinement.
+_REFINE = 1e-3
 _PANEL = 64
 
 
@@ -47,12 +50,10 @@ class PivotedColumns:
 def pivoted_cholesky(gram: Tensor, max_rank: int | None = None) -> PivotedColumns:
     """Order the columns of A by diagonal pivoting on its Gram matrix.
 
-    Right-looking and blocked: within a panel of columns only matrix-vector products with the panel are needed, then
-    one matrix product updates what is left, which shrinks with every panel.
-
     Args:
         gram: [n, n] float64, symmetric positive semi-definite. Not changed.
-        max_rank: Stop after this many pivots; the rest of the order is by remaining norm. None: all.
+        max_rank: So many pivots are enough. The CPU finds all of them anyway; an accelerator stops, and the rest of
+            its order is by remaining norm. None: all.
 
     Raises:
         ValueError: If the matrix is not square or not finite.
@@ -65,16 +66,58 @@ def pivoted_cholesky(gram: Tensor, max_rank: int | None = None) -> PivotedColumn
         >>> pivoted_cholesky(a.T @ a).order.tolist()
         [2, 1, 0]
     """
+    return _pivoted(gram, max_rank)[0]
+
+
+def _pivoted(gram: Tensor, max_rank: int | None = None) -> tuple[PivotedColumns, Tensor | None]:
+    """The columns in order and, on the CPU, the factor R [rank, n] of the pivoted QR of A (up to signs)."""
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"gram must be a square matrix, got shape {tuple(gram.shape)}.")
-    if not torch.isfinite(gram).all():
+    _require_finite(gram)
+    if gram.device.type == "cpu":
+        return _pivoted_by_lapack(gram)
+    return pivoted_by_panels(gram, max_rank), None
+
+
+def _require_finite(gram: Tensor) -> None:
+    # NaN and infinity survive a sum, and a sum needs no second matrix.
+    if not torch.isfinite(gram.sum()):
         raise ValueError("gram must be finite: the layer inputs hold NaN or infinity.")
+
+
+def _smallest_pivot(gram: Tensor) -> float:
+    """What is left of a squared column norm counts as independent above this."""
+    largest = float(gram.diagonal().max().clamp(min=0)) if len(gram) else 0.0
+    return len(gram) * torch.finfo(torch.float64).eps * largest
+
+
+def _pivoted_by_lapack(gram: Tensor) -> tuple[PivotedColumns, Tensor]:
+    # LAPACK stores by columns. The transposed view is the same symmetric matrix in that order without a copy, and the
+    # lower factor of it, transposed back, is R by rows. LAPACK's own tolerance is half of the one here.
+    by_columns = gram.detach().double().numpy().T
+    factor, order, rank, _ = dpstrf(by_columns, tol=_smallest_pivot(gram), lower=1)
+    r = torch.from_numpy(factor.T)[:rank].triu_()
+    # Row j of R is what column j explains of every column: after k of them, the rows from k on are unexplained.
+    explained = r.new_zeros(len(gram) + 1)
+    explained[:rank] = torch.linalg.vector_norm(r, dim=1).square()
+    residual = explained.flip(0).cumsum(0).flip(0)
+    pivots = r.new_zeros(len(gram))
+    pivots[:rank] = r.diagonal()
+    return PivotedColumns(torch.from_numpy(order).long() - 1, residual, pivots, rank), r
+
+
+def pivoted_by_panels(gram: Tensor, max_rank: int | None = None) -> PivotedColumns:
+    """`pivoted_cholesky` in torch, for devices that LAPACK does not reach.
+
+    Right-looking and blocked: within a panel of columns only matrix-vector products with the panel are needed, then
+    one matrix product updates what is left, which shrinks with every panel.
+    """
     n = gram.shape[0]
     max_rank = n if max_rank is None else min(max_rank, n)
     rest = gram.to(torch.float64).clone()
+    floor = _smallest_pivot(gram)
     ids = torch.arange(n, device=gram.device)
     diagonal = rest.diagonal().clone()
-    floor = n * torch.finfo(torch.float64).eps * float(diagonal.max().clamp(min=0)) if n else 0.0
     taken = torch.zeros(n, dtype=torch.bool, device=gram.device)
     order: list[int] = []
     pivots: list[float] = []
@@ -169,8 +212,7 @@ def pivoted_blocks(gram: Tensor, size: int) -> tuple[list[int], Tensor]:
     Source:
         STAT specification 3 (block-pivoted Cholesky; the paper's own rule is not known).
     """
-    if not torch.isfinite(gram).all():
-        raise ValueError("gram must be finite: the layer inputs hold NaN or infinity.")
+    _require_finite(gram)
     rest = gram.to(torch.float64).clone()
     num_blocks = rest.shape[0] // size
     floor = 1e-10 * float(gram.diagonal().max())
@@ -222,17 +264,30 @@ def interpolation_matrix(gram: Tensor, keep: Tensor, ridge: float = 0.0, cross: 
         result = torch.linalg.pinv(inner + ridge * scale * eye, rtol=1e-12, hermitian=True) @ cross
     else:
         result = torch.cholesky_solve(cross, lower)
-        if float(lower.diagonal().min()) < 1e-3 * float(lower.diagonal().max()):
+        if float(lower.diagonal().min()) < _REFINE * float(lower.diagonal().max()):
             # One step of refinement: the Gram matrix squared the condition number.
             result += torch.cholesky_solve(cross - (inner @ result + ridge * scale * result), lower)
     if ridge == 0:
         result[:, keep] = eye
-    largest = float(result.abs().max()) if result.numel() else 0.0
+    _check_size(result)
+    return result
+
+
+def _interpolation_from_factor(r: Tensor, order: Tensor, k: int) -> Tensor:
+    """`interpolation_matrix` of the first k columns in pivot order; most of its work is already in the factor."""
+    rest = torch.linalg.solve_triangular(r[:k, :k], r[:k, k:], upper=True)
+    _check_size(rest)
+    result = r.new_empty(k, len(order))
+    result[:, order] = torch.cat([torch.eye(k, dtype=r.dtype), rest], 1)
+    return result
+
+
+def _check_size(coefficients: Tensor) -> None:
+    largest = float(coefficients.abs().max()) if coefficients.numel() else 0.0
     if largest > 10:
         logger.warning(
             "Interpolation coefficients reach %.1f (healthy: up to 2); the kept columns are nearly dependent.", largest
         )
-    return result
 
 
 def check_conditioning(columns: PivotedColumns, keep: int) -> None:
@@ -275,15 +330,17 @@ def interpolative_decomposition(
         raise ValueError(f"k must be in 1..{n}, got {k}.")
     gram = gram_of(matrix)
     if sketch_rows is None or sketch_rows >= len(matrix):
-        columns = pivoted_cholesky(gram, k)
+        columns, factor = _pivoted(gram, k)
     else:
         sketch = CountSketch(n, sketch_rows, seed, matrix.device)
         sketch.update(matrix)
-        columns = pivoted_cholesky(gram_of(sketch.rows), k)
+        columns, factor = pivoted_cholesky(gram_of(sketch.rows), k), None
     if columns.rank < k:
         raise ValueError(f"k must be at most the number of independent columns ({columns.rank}), got {k}.")
     check_conditioning(columns, k)
     keep = columns.order[:k]
+    if factor is not None and float(columns.pivots[k - 1]) >= _REFINE * float(columns.pivots[0]):
+        return keep, _interpolation_from_factor(factor, columns.order, k), columns
     return keep, interpolation_matrix(gram, keep), columns
 
 
