@@ -37,6 +37,17 @@ class CompressionLoader(HfQuantizer):
         return hf_compress.rebuild(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # transformers knows how to start its own modules where weights are missing; ours would keep whatever the
+        # memory held.
+        missing = [
+            f"{path}.{name}"
+            for path, module in model.named_modules()
+            if type(module).__module__.startswith("hf_compress.methods.")
+            for name, tensor in {**module._parameters, **module._buffers}.items()
+            if tensor is not None and not getattr(tensor, "_is_hf_initialized", False)
+        ]
+        if missing:
+            raise ValueError(f"The saved weights must hold what the record names, got no {', '.join(missing)}.")
         # Without this, .half() and .float() raise and Trainer and PEFT treat plain weights as quantised ones.
         model.__dict__.pop("hf_quantizer", None)
         model.__dict__.pop("quantization_method", None)
