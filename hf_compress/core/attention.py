@@ -91,11 +91,6 @@ class DeferredLinear(nn.Linear):
         if bias_scale is not None:
             projected = F.linear(input, self.weight)
             return projected if self.bias is None else projected + bias_scale.unsqueeze(-1) * self.bias
-        if self.owner.config._attn_implementation != ATTENTION:
-            raise ValueError(
-                f"attn_implementation must stay {ATTENTION!r} for a model with a changed attention, "
-                f"got {self.owner.config._attn_implementation!r}: it would silently compute dense attention."
-            )
         return input if self.is_deferred(input.shape[-2]) else super().forward(input)
 
     def is_deferred(self, seq_len: int) -> bool:
@@ -166,6 +161,20 @@ def _attention(
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return core(module, query, key, value, attention_mask, scaling, dropout, bool(output_attentions))
+
+
+def _require_attention(attention: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if attention.config._attn_implementation != ATTENTION:
+        raise ValueError(
+            f"attn_implementation must stay {ATTENTION!r} for a model with a changed attention, "
+            f"got {attention.config._attn_implementation!r}: it would silently compute dense attention."
+        )
+
+
+def attach_core_(attention: nn.Module, core: AttentionCore) -> None:
+    """Give an attention module its core; from then on it refuses to run under another implementation."""
+    attention.add_module(CORE, core.train(attention.training))
+    attention.register_forward_pre_hook(_require_attention)
 
 
 def use_cores_(model: PreTrainedModel) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block, architecture_of, blocks_of
-from hf_compress.core.attention import CORE, defer_, use_cores_
+from hf_compress.core.attention import CORE, attach_core_, defer_, use_cores_
 from hf_compress.methods.linformer.config import LinformerConfig
 from hf_compress.methods.linformer.positions import extend_positions_, position_offset
 from hf_compress.methods.linformer.projection import LinformerCore, TimeProjection
@@ -103,7 +103,7 @@ def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
             slot_stride=config.slot_stride,
             length_scaling=config.length_scaling,
         )
-        attention.add_module(CORE, core.train(attention.training))
+        attach_core_(attention, core)
         for name in deferrable or ():
             defer_(getattr(attention, name), attention)
     use_cores_(model)
