@@ -97,6 +97,7 @@ def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
         core = LinformerCore(
             projection,
             owned=config.share != "layer",
+            max_length=config.max_length,
             head_size=block.head_size,
             deferrable=deferrable,
             slot_mask=config.slot_mask,
