@@ -44,6 +44,7 @@ class TimeProjection(nn.Module):
         """In training remember the longest input, afterwards warn once about longer ones."""
         if self.training and length > self._trained:
             self._trained = length
+            self._checked = 0
             self.longest.clamp_(min=length)
         elif not self.training and length > self._checked:
             # Reading the buffer waits for the device, so it happens only when a length is seen for the first time.
