@@ -66,6 +66,7 @@ class LearningTeacher(Teacher):
         self._optimizer: Any = None
         self._scheduler: Any = None
         self._place: MicroBatch | None = None
+        self._seed = seed
         self._rng = torch.Generator().manual_seed(seed).get_state()
         self._device_rng: Tensor | None = None
 
@@ -163,7 +164,7 @@ class LearningTeacher(Teacher):
         torch.set_rng_state(self._rng)
         if on_cuda:
             if self._device_rng is None:
-                self._device_rng = torch.Generator(self.model.device).manual_seed(0).get_state()
+                self._device_rng = torch.Generator(self.model.device).manual_seed(self._seed).get_state()
             torch.cuda.set_rng_state(self._device_rng, self.model.device)
         try:
             yield
