@@ -148,6 +148,8 @@ class SnapshotTeacherArguments(DistillationArguments):
         for folder in self.teacher_snapshots:
             if not Path(folder, "config.json").is_file():
                 raise ValueError(f"teacher_snapshots must be saved models, got {folder!r} without a config.json.")
+            if not any(path.suffix in (".safetensors", ".bin") for path in Path(folder).iterdir()):
+                raise ValueError(f"teacher_snapshots must be saved models, got {folder!r} without weights.")
 
 
 def _expand(name: str) -> list[str]:

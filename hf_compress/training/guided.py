@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_compress.core.saving import complete_or_absent
 from hf_compress.training.arguments import JointTeacherArguments, SnapshotTeacherArguments
 from hf_compress.training.distillation import DistillationTrainer
 from hf_compress.training.learning_teacher import LearningTeacher
 from hf_compress.training.teachers import SnapshotTeacher, open_snapshot
+
+
+_SHAPE = ("architectures", "num_labels", "vocab_size", "hidden_size", "num_hidden_layers")
 
 
 class JointTeacherTrainer(DistillationTrainer):
@@ -123,6 +126,14 @@ class SnapshotTeacherTrainer(DistillationTrainer):
         if args is None:
             raise ValueError("args must be SnapshotTeacherArguments with teacher_snapshots, got None.")
         first = open_snapshot(args.teacher_snapshots[0]) if args.uses_teacher else None
+        for folder in args.teacher_snapshots[1:] if args.uses_teacher else ():
+            # Said now, not when its turn comes. The weights of all are of one shape when these agree.
+            one, other = ({name: getattr(c, name, None) for name in _SHAPE}
+                          for c in (first.config, AutoConfig.from_pretrained(folder)))  # fmt: skip
+            if one != other:
+                raise ValueError(
+                    f"teacher_snapshots must be states of one model, got {one} and, in {folder!r}, {other}."
+                )
         super().__init__(model, first, args, **kwargs)
 
     def _make_teacher(self, teacher: PreTrainedModel, states: tuple[int, ...]) -> SnapshotTeacher:
