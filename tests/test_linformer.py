@@ -297,7 +297,7 @@ def test_parameter_counts_at_full_size(share, added):
     with torch.device("meta"):
         base = AutoModel.from_config(RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1))
         before = sum(p.numel() for p in base.parameters())
-        rebuild(base, hc.LinformerConfig(share=share, max_length=512, slot_stride=1))
+        rebuild(base, hc.LinformerConfig(share=share, max_tokens=512, slot_stride=1))
     assert sum(p.numel() for p in base.parameters()) - before == added
 
 
@@ -343,7 +343,7 @@ def test_initial_matrices():
 def test_longer_inputs(model, architecture, tmp_path):
     reference, offset = model(architecture, "sequence_classification"), 2 if architecture == "roberta" else 0
     old = 66 - offset
-    config = hc.LinformerConfig(projected_length=8, max_length=3 * old + 5)
+    config = hc.LinformerConfig(projected_length=8, max_tokens=3 * old + 5)
     linear = hc.compress(model(architecture, "sequence_classification"), config).eval()
     rows = blocks_of(linear)[0].attention.attention_core.projection.keys.shape[0]
     assert linear.config.max_position_embeddings == rows == 3 * old + 5 + offset
@@ -365,7 +365,7 @@ def test_longer_inputs(model, architecture, tmp_path):
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta"])
 def test_too_long_inputs_are_refused(model, architecture):
-    linear = hc.compress(model(architecture), hc.LinformerConfig(projected_length=4, max_length=16)).eval()
+    linear = hc.compress(model(architecture), hc.LinformerConfig(projected_length=4, max_tokens=16)).eval()
     linear(torch.full((1, 16), 5))
     with pytest.raises(ValueError, match="at most 16 tokens, got 17"):
         linear(torch.full((1, 17), 5))
@@ -496,3 +496,9 @@ def test_weights_without_projections_do_not_load(model, tmp_path, architecture, 
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"attention_core.projection.{lost}"):
         AutoModel.from_pretrained(tmp_path)
+
+
+def test_pooling_reaches_every_token(model):
+    with pytest.raises(ValueError, match="slot_stride must be at least 4 for 16 tokens and 4 slots, got 2"):
+        config = hc.LinformerConfig(projected_length=4, initialization="pooling", slot_stride=2, max_tokens=16)
+        hc.compress(model("bert"), config)

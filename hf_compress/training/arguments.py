@@ -95,7 +95,8 @@ class JointTeacherArguments(DistillationArguments):
         teacher_update_cycle: The teacher learns from every so manieth update's batch only.
         teacher_schedule: `own`: its warm-up and decay end with the training; `stretched`: the student's schedule,
             advanced only when the teacher learns, so that it stops early (the published behaviour).
-        save_teacher: Save the trained teacher to `<output_dir>/teacher`.
+        save_teacher: Save the trained teacher to `<output_dir>/teacher`. With `max_distill_steps` it stops learning
+            there too, and what is saved has not finished.
         teacher_dropout: As everywhere, but on by default: a learning teacher runs once a batch, for its own loss and
             for the targets, and without dropout it would not be trained as fine-tuning trains it.
 
@@ -117,6 +118,15 @@ class JointTeacherArguments(DistillationArguments):
             raise ValueError(f"teacher_learning_rate must be zero or positive, got {self.teacher_learning_rate}.")
         if self.teacher_update_cycle < 1:
             raise ValueError(f"teacher_update_cycle must be at least 1, got {self.teacher_update_cycle}.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor must be 0: the teacher learns from its own loss, which is not smoothed, "
+                f"got {self.label_smoothing_factor}."
+            )
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"lr_scheduler_type must not depend on a metric: the teacher has none, got {self.lr_scheduler_type}."
+            )
         if self.teacher_schedule not in ("own", "stretched"):
             raise ValueError(f"teacher_schedule must be 'own' or 'stretched', got {self.teacher_schedule!r}.")
 

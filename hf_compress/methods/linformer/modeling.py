@@ -62,6 +62,11 @@ def compress(
     stride = config.slot_stride or (
         math.ceil(length / config.projected_length) if config.initialization == "pooling" else 1
     )
+    if config.initialization == "pooling" and stride * config.projected_length < length:
+        raise ValueError(
+            f"slot_stride must be at least {math.ceil(length / config.projected_length)} for {length} tokens and "
+            f"{config.projected_length} slots, got {stride}: the last tokens would reach no slot."
+        )
     completed = dataclasses.replace(config, max_tokens=length, slot_stride=stride)
     if length + offset > model.config.max_position_embeddings:
         extend_positions_(model, length + offset)
@@ -97,7 +102,7 @@ def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
         core = LinformerCore(
             projection,
             owned=config.share != "layer",
-            max_length=config.max_length,
+            max_tokens=config.max_tokens,
             head_size=block.head_size,
             deferrable=deferrable,
             slot_mask=config.slot_mask,

@@ -90,7 +90,7 @@ class LinformerCore(AttentionCore):
     Args:
         projection: E and F.
         owned: Whether this core registers them; a shared projection is registered elsewhere, once.
-        max_length: Tokens an input may have; the rows of special offsets (RoBERTa) are beyond it.
+        max_tokens: Tokens an input may have; the rows of special offsets (RoBERTa) are beyond it.
         head_size: d.
         deferrable: Names of the key and value projections in the attention module when they may be applied after E
             and F: exact, since both act on different axes, as long as nothing (rotary positions) stands between.
@@ -106,7 +106,7 @@ class LinformerCore(AttentionCore):
         self,
         projection: TimeProjection,
         owned: bool,
-        max_length: int,
+        max_tokens: int,
         head_size: int,
         deferrable: tuple[str, str] | None,
         slot_mask: bool,
@@ -119,7 +119,7 @@ class LinformerCore(AttentionCore):
         else:
             # A parameter reachable by two names is refused by save_pretrained: only its owner registers it.
             object.__setattr__(self, "projection", projection)
-        self.max_length = max_length
+        self.max_tokens = max_tokens
         self.head_size = head_size
         self.deferrable = deferrable
         self.slot_mask = slot_mask
@@ -142,10 +142,10 @@ class LinformerCore(AttentionCore):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         seq_len, projection = key.shape[2], self.projection
-        if seq_len > self.max_length:
+        if seq_len > self.max_tokens:
             raise ValueError(
-                f"An input must have at most {self.max_length} tokens, got {seq_len}. "
-                "Convert with a larger max_length."
+                f"An input must have at most {self.max_tokens} tokens, got {seq_len}. "
+                "Convert with a larger max_tokens."
             )
         projection.note_length(seq_len)
         lengths = None if mask is None else (mask if mask.dtype == torch.bool else mask >= 0).sum(1).clamp(min=1)
