@@ -499,6 +499,6 @@ def test_weights_without_projections_do_not_load(model, tmp_path, architecture, 
 
 
 def test_pooling_reaches_every_token(model):
+    config = hc.LinformerConfig(projected_length=4, initialization="pooling", slot_stride=2, max_tokens=16)
     with pytest.raises(ValueError, match="slot_stride must be at least 4 for 16 tokens and 4 slots, got 2"):
-        config = hc.LinformerConfig(projected_length=4, initialization="pooling", slot_stride=2, max_tokens=16)
         hc.compress(model("bert"), config)

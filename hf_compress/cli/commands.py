@@ -17,6 +17,7 @@ from hf_compress.stages import evaluate as evaluate_stage
 from hf_compress.stages import finetune as finetune_stage
 from hf_compress.stages import linearize as linearize_stage
 from hf_compress.stages import prune_structure as prune_stage
+from hf_compress.stages import prune_tokens as tokens_stage
 from hf_compress.stages.models import ModelArguments
 from hf_compress.tasks.sources import DataArguments
 from hf_compress.training.arguments import DistillationArguments, JointTeacherArguments, SnapshotTeacherArguments
@@ -97,6 +98,13 @@ def snapshot_distill(arguments: Sequence[str]) -> None:
     kinds = (ModelArguments, DataArguments, SnapshotTeacherArguments)
     model, data, training = parse(kinds, arguments, "hf-compress snapshot-distill", _TRAINING)
     _print_metrics(linearize_stage.snapshot_distill(model, data, training))
+    print(f"saved to {training.output_dir}")
+
+
+def prune_tokens(arguments: Sequence[str]) -> None:
+    kinds = (ModelArguments, tokens_stage.TokenPruningArguments, DataArguments, TrainingArguments)
+    model, pruning, data, training = parse(kinds, arguments, "hf-compress prune-tokens", _TRAINING)
+    _print_metrics(tokens_stage.prune_tokens(model, pruning, data, training))
     print(f"saved to {training.output_dir}")
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": commands.demo,
     "finetune": commands.finetune,
     "prune-structure": commands.prune_structure,
+    "prune-tokens": commands.prune_tokens,
     "distill": commands.distill,
     "joint-distill": commands.joint_distill,
     "linearize": commands.linearize,
@@ -30,6 +31,7 @@ commands:
   demo             fine-tune, prune to half the arithmetic, recover, report, reload: offline, on real text
   finetune         train a classifier or regressor on a task
   prune-structure  remove attention heads and neurons without retraining
+  prune-tokens     learn which tokens can be dropped on the way through the layers
   linearize        replace softmax attention by linear attention (Linformer)
   distill          teach a (compressed) student what a fine-tuned teacher knows
   joint-distill    the same from a teacher that is fine-tuned at the same time

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_compress.core.layers import STATE, LiveTokens, carries_state
+
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +184,9 @@ def collect_inputs(
 
     def observer(key: Hashable) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].reshape(-1, inputs[0].shape[-1])[live["tokens"]]
+            # Layers that drop tokens hand on rows of live tokens only, without the axis of examples.
+            packed = inputs[0].ndim == 2
+            rows = inputs[0] if packed else inputs[0].reshape(-1, inputs[0].shape[-1])[live["tokens"]]
             if not bool(torch.isfinite(rows).all()):
                 raise ValueError(
                     f"Activations must be finite, got NaN or infinity at {key} in {rows.dtype}. Check the weights, or "
@@ -210,7 +214,7 @@ def collect_inputs(
             if on_batch is not None:
                 on_batch(moved)
             try:
-                base(**moved)
+                base(**moved, **({STATE: LiveTokens(whole=True)} if carries_state(model) else {}))
             except _Stop:
                 continue
     finally:

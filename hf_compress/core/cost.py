@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block, blocks_of, named_projections
+from hf_compress.core.layers import LiveTokens
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,33 @@ def block_macs(block: Block, seq_len: float) -> float:
     """Multiply-accumulates of one layer for one sequence, from the shapes of its projections."""
     projections = sum(linear.in_features * linear.out_features for _, linear in named_projections(block))
     return seq_len * projections + block.attention_macs(seq_len)
+
+
+def live_macs(blocks: list[Block], state: LiveTokens) -> tuple[Tensor, Tensor]:
+    """Multiply-accumulates of a batch whose tokens were dropped on the way, and those without dropping.
+
+    Args:
+        blocks: Of the model.
+        state: Of its forward pass.
+
+    Returns:
+        Two scalars, float64, summed over the batch.
+
+    Source:
+        LTP specification 7.3: `4 D^2 a + 2 D a^2 + 8 D^2 f` a layer and example, with a tokens in attention and f in
+        the feed-forward block, here with the real module shapes.
+    """
+    initial = state.attended[0].double()
+    macs = dense = torch.zeros((), dtype=torch.float64, device=initial.device)
+    for block in blocks:
+        attended, fed = (of[block.index].double() for of in (state.attended, state.fed))
+        row, width = block.architecture, block.attention_out.in_features
+        outside = (row.ffn_out, *row.ffn_in)
+        feeding = sum(x.in_features * x.out_features for path, x in named_projections(block) if path in outside)
+        attending = sum(x.in_features * x.out_features for path, x in named_projections(block) if path not in outside)
+        macs = macs + (attending * attended + 2 * width * attended**2 + feeding * fed).sum()
+        dense = dense + ((attending + feeding) * initial + 2 * width * initial**2).sum()
+    return macs, dense
 
 
 def count_cost(model: PreTrainedModel, seq_len: float = 128, batch_size: int = 1) -> Cost:

@@ -8,6 +8,8 @@ import types
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+from torch import Tensor
+
 
 @dataclasses.dataclass(frozen=True)
 class Paper:
@@ -102,6 +104,14 @@ class Method:
         plain: `(model, completed config) -> dict`; the config fields with which stock transformers builds the same
             modules, or `ValueError` that says which layer prevents it. None: never expressible.
         repeatable: Whether a model may go through it more than once.
+        implied: `(model config) -> config or None`; the method config that flat fields written by hand ask for, for
+            models that have no such step yet.
+        start_training: `(model) -> None`; called before training.
+        check_resume: `(model config, config of the checkpoint) -> None`; raises `ValueError` when the checkpoint is
+            of another kind of training.
+        loss_terms: `(model, live tokens of the forward pass) -> weighted terms` added to the loss in training.
+        measures: `(model, live tokens) -> name: (sum, sum it is relative to)`, averaged and logged.
+        parameter_groups: `(model) -> optimizer groups` for parameters that are trained differently and clipped apart.
     """
 
     name: str
@@ -112,3 +122,9 @@ class Method:
     check: Callable[..., None] | None = None
     plain: Callable[..., dict[str, Any]] | None = None
     repeatable: bool = True
+    implied: Callable[..., MethodConfig | None] | None = None
+    start_training: Callable[..., None] | None = None
+    check_resume: Callable[..., None] | None = None
+    loss_terms: Callable[..., dict[str, Tensor]] | None = None
+    measures: Callable[..., dict[str, tuple[Tensor, Tensor]]] | None = None
+    parameter_groups: Callable[..., list[dict[str, Any]]] | None = None

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import has_length
 
 from hf_compress.core.calibration import forward_names
+from hf_compress.core.layers import STATE
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.cache import TeacherCache, teacher_fingerprint
 from hf_compress.training.collator import TEACHER_PREFIX, split_inputs
@@ -259,7 +260,7 @@ class DistillationTrainer(CompressionTrainer):
         if hasattr(model, "get_base_model"):
             # An adapter's forward hides the arguments of the model it wraps behind **kwargs.
             model = model.get_base_model()
-        return {*forward_names(model), "labels", *(self.label_names or [])}
+        return {*forward_names(model), "labels", STATE, *(self.label_names or [])}
 
     def _check_vocabulary(self, separate: bool) -> None:
         student, teacher = self.model.config, self._teacher.model.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections import defaultdict
@@ -12,12 +13,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from hf_compress.api import compress, steps_of
+from hf_compress.core.layers import STATE, LiveTokens
+from hf_compress.core.method import Method
 from hf_compress.core.saving import complete_or_absent
+from hf_compress.methods import METHODS
 
+
+logger = logging.getLogger(__name__)
 
 _STAGING = ".incomplete"
 
@@ -53,11 +60,27 @@ class CompressionTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._methods = self._methods_of(self.model)
         # The same for releases before that attribute, which ask the model's signature only.
         self.model_accepts_loss_kwargs = False
         self._terms: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._measures: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._checkpoint_root: str | None = None
         self.add_callback(_ExtraGradients(self))
+
+    def _methods_of(self, model: Any) -> list[Method]:
+        """The methods that made the model; flat fields written into its config by hand are applied first."""
+        if not isinstance(model, PreTrainedModel):
+            return []
+        names = [step["method"] for step in steps_of(model)]
+        for method in METHODS.values():
+            wanted = method.implied(model.config) if method.implied and method.name not in names else None
+            if wanted is not None:
+                logger.info("The model's config asks for %s: applied.", method.name)
+                names.append(method.name)
+                device = model.device
+                compress(model, wanted).to(device)
+        return [METHODS[name] for name in dict.fromkeys(names)]
 
     def loss_terms(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """The weighted terms of the loss and the student's outputs.
@@ -83,7 +106,15 @@ class CompressionTrainer(Trainer):
         Raises:
             ValueError: If the loss is NaN or infinite.
         """
-        terms, outputs = self.loss_terms(model, inputs)
+        state = LiveTokens()
+        watched = [method for method in self._methods if method.loss_terms or method.measures]
+        terms, outputs = self.loss_terms(model, {**inputs, STATE: state} if watched else inputs)
+        core = self.accelerator.unwrap_model(model)
+        for method in watched:
+            if method.loss_terms is not None and model.training:
+                terms = {**terms, **method.loss_terms(core, state)}
+            for name, parts in (method.measures(core, state) if method.measures else {}).items():
+                self._measures["train" if model.training else "eval"][name].append(torch.stack(parts).detach())
         loss = torch.stack(list(terms.values())).sum()
         # On an accelerator this would wait for the device at every step; there `log` checks the averages.
         if loss.device.type == "cpu" and not torch.isfinite(loss):
@@ -113,6 +144,10 @@ class CompressionTrainer(Trainer):
                 else value
             )
             logs[f"{'eval_' if mode == 'eval' else ''}loss/{name}"] = round(float(mean), 6)
+        for name, pairs in self._measures[mode].items():
+            amount, reference = torch.stack(pairs).double().sum(0).tolist()
+            logs[f"eval_{name}" if mode == "eval" else f"prune/{name}"] = round(amount / max(reference, 1e-12), 6)
+        self._measures[mode].clear()
         terms = {key.rpartition("/")[2]: value for key, value in logs.items() if "loss/" in key}
         if any(not torch.isfinite(torch.tensor(value)) for value in terms.values()):
             self._not_finite(terms)
@@ -126,9 +161,29 @@ class CompressionTrainer(Trainer):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if fresh:
+            for group in self._separate_groups():
+                apart = {id(parameter) for parameter in group["params"]}
+                for existing in optimizer.param_groups:
+                    existing["params"] = [p for p in existing["params"] if id(p) not in apart]
+                optimizer.add_param_group(group)
             for group in self.extra_parameter_groups():
                 optimizer.add_param_group(group)
         return optimizer
+
+    def _separate_groups(self) -> list[dict[str, Any]]:
+        core = self.accelerator.unwrap_model(self.model)
+        return [g for method in self._methods if method.parameter_groups for g in method.parameter_groups(core)]
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        # One norm over weights and thresholds would shrink the gradients of both by the larger kind.
+        groups = self._separate_groups()
+        if not groups or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        apart = [parameter for group in groups for parameter in group["params"]]
+        others = {id(parameter) for parameter in apart}
+        self.accelerator.clip_grad_norm_(apart, self.args.max_grad_norm)
+        weights = [parameter for parameter in model.parameters() if id(parameter) not in others]
+        return self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model and tokenizer; the directory is complete or does not load."""
@@ -145,6 +200,12 @@ class CompressionTrainer(Trainer):
         folder = self.args.output_dir
         if resume_from_checkpoint is True and not (os.path.isdir(folder) and get_last_checkpoint(folder)):
             resume_from_checkpoint = None
+        checkpoint = get_last_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
+        for method in self._methods:
+            if method.start_training is not None:
+                method.start_training(self.accelerator.unwrap_model(self.model))
+            if method.check_resume is not None and checkpoint:
+                method.check_resume(self.model.config, AutoConfig.from_pretrained(checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -12,12 +12,19 @@ from tests.conftest import _batches, _built
 # Method -> config, with settings under which every architecture changes and layers differ from each other.
 METHOD_CONFIGS = {
     "linformer": lambda: hc.LinformerConfig(projected_length=8, seed=3),
+    "token_pruning": lambda: hc.TokenPruningConfig(final_token_threshold=0.012),
     "structured_pruning": lambda: hc.StructuredPruningConfig(mac_ratio=0.55),
 }
 # Causal models cannot use slots; `test_refused_combinations` expects the refusal.
 REFUSED = {("linformer", "llama"): "bidirectional encoder", ("linformer", "opt"): "bidirectional encoder"}
+REFUSED |= {("token_pruning", name): "must be an encoder of type" for name in ("llama", "opt", "modernbert")}
 # Methods that add to the dense shapes instead of changing them: without the import such a model opens as a dense one.
-KEEPS_DENSE_SHAPES = {"linformer"}
+KEEPS_DENSE_SHAPES = {"linformer", "token_pruning"}
+
+
+def precise(name):
+    """Whether a parameter stays in single precision whatever dtype a model is opened in."""
+    return "token_thresholds" in name
 
 
 def logits_of(model, batch):

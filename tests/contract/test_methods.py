@@ -13,7 +13,14 @@ from transformers import AutoConfig, AutoModel
 import hf_compress as hc
 from hf_compress.core.architectures import blocks_of
 from tests.conftest import ARCHITECTURES, HEADS
-from tests.contract.conftest import KEEPS_DENSE_SHAPES, METHOD_CONFIGS, REFUSED, assert_same_outputs, logits_of
+from tests.contract.conftest import (
+    KEEPS_DENSE_SHAPES,
+    METHOD_CONFIGS,
+    REFUSED,
+    assert_same_outputs,
+    logits_of,
+    precise,
+)
 
 
 every_head = pytest.mark.parametrize("head", list(HEADS))
@@ -72,7 +79,12 @@ def test_saved_and_reloaded(compressed, batch, method, architecture, head, tmp_p
     base = AutoModel.from_pretrained(tmp_path / "first")
     if base.base_model_prefix != model.base_model_prefix:
         return  # Llama for question answering: AutoModel does not find its weights, dense ones neither.
-    assert torch.equal(logits_of(base, batch(model))[0], logits_of(model.base_model, batch(model))[0])
+    ours, theirs = (logits_of(part, batch(model))[0] for part in (base, model.base_model))
+    if method == "token_pruning" and head == "sequence_classification":
+        # The last layer computes what the head reads and nothing else, in products of other shapes.
+        torch.testing.assert_close(ours[:, 0], theirs[:, 0], rtol=0, atol=1e-5)
+        return
+    assert torch.equal(ours, theirs)
 
 
 FRESH = """
@@ -163,7 +175,8 @@ def test_copies_and_casts(compressed, batch, method, architecture, tmp_path):
     assert {p.dtype for p in copy.deepcopy(reloaded).half().parameters()} == {torch.float16}
     assert {p.dtype for p in reloaded.double().parameters()} == {torch.float64}
     halved = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in halved.parameters()} == {torch.bfloat16}
+    assert {p.dtype for name, p in halved.named_parameters() if not precise(name)} == {torch.bfloat16}
+    assert {p.dtype for name, p in halved.named_parameters() if precise(name)} <= {torch.float32}
     assert torch.isfinite(logits_of(halved, seen)[0]).all()
 
 

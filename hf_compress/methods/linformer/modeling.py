@@ -40,6 +40,8 @@ def check(model: PreTrainedModel, config: LinformerConfig) -> None:
                 f"model must be a bidirectional encoder, got causal attention in layer {block.index} of "
                 f"{model.config.model_type}: slots would mix in later tokens."
             )
+        if getattr(block.layer, "is_specialised", False):
+            raise ValueError(f"model must have ordinary layers, got one with another forward in layer {block.index}.")
         if hasattr(block.attention, CORE):
             raise ValueError(f"model must have ordinary attention, got a replaced one in layer {block.index}.")
 

@@ -1,0 +1,193 @@
+"""How time drives token pruning: temperature, regulariser, stages."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_compress.core.calibration import accepted_arguments
+from hf_compress.core.layers import STATE, LiveTokens
+from hf_compress.methods.token_pruning.modeling import TokenThresholds, thresholds_of
+from hf_compress.methods.token_pruning.training import measures
+
+
+logger = logging.getLogger(__name__)
+
+
+def _require_thresholds(model: PreTrainedModel, who: str) -> TokenThresholds:
+    thresholds = thresholds_of(model)
+    if thresholds is None:
+        raise ValueError(
+            f"{who} must train a model with token thresholds, got {type(model).__name__} without. Apply "
+            "compress(model, TokenPruningConfig(masking_mode='soft')) first."
+        )
+    return thresholds
+
+
+@torch.no_grad()
+def relative_macs(model: PreTrainedModel, batch: dict[str, Any]) -> float:
+    """The fraction of the multiply-accumulates that really dropping tokens leaves on a batch.
+
+    Args:
+        model: With token pruning; is left in the mode it had.
+        batch: Model inputs; labels are ignored.
+    """
+    training, core = model.training, model.base_model
+    model.eval()
+    state = LiveTokens()
+    inputs = {k: v.to(core.device) for k, v in accepted_arguments(core, batch).items() if torch.is_tensor(v)}
+    core(**inputs, **{STATE: state})
+    model.train(training)
+    macs, dense = measures(model, state)["relative_macs"]
+    return float(macs / dense)
+
+
+class ThresholdAnnealingCallback(TrainerCallback):
+    """Anneals the temperature, warms lambda up, and steers it to a wanted amount of arithmetic.
+
+    Works with any `Trainer` on a model with `TokenPruningConfig(masking_mode="soft")`. The regulariser itself is added
+    to the loss by the trainers of this package; a plain `Trainer` learns thresholds from the task alone.
+
+    Args:
+        temperature_start, temperature_end: Ends of a geometric schedule over the training; None leaves the config's.
+        lambda_threshold: Weight of the regulariser.
+        lambda_warmup: Fraction of the training over which it rises from 0.
+        target_relative_macs: When given, lambda is what a proportional-integral controller makes of the distance to
+            it, on top of `lambda_threshold`; it may become negative.
+        gain: Of the controller: lambda for a distance of 1.
+        integral_gain: Added to the integral of the distance at every measurement.
+        measure_every: Updates between measurements.
+        measure_examples: Training examples that are measured on, always the same.
+        learning_rate: Of the thresholds; None: that of the weights.
+
+    Raises:
+        ValueError: Names the field, the rule and the value.
+
+    Example:
+        >>> ThresholdAnnealingCallback(target_relative_macs=2.0)
+        Traceback (most recent call last):
+            ...
+        ValueError: target_relative_macs must be in (0, 1], got 2.0.
+    """
+
+    def __init__(
+        self,
+        temperature_start: float | None = None,
+        temperature_end: float | None = None,
+        lambda_threshold: float = 0.1,
+        lambda_warmup: float = 0.0,
+        target_relative_macs: float | None = None,
+        gain: float = 2.0,
+        integral_gain: float = 0.05,
+        measure_every: int = 10,
+        measure_examples: int = 64,
+        learning_rate: float | None = None,
+    ) -> None:
+        for name, value in (("temperature_start", temperature_start), ("temperature_end", temperature_end)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}.")
+        if (temperature_start is None) != (temperature_end is None):
+            raise ValueError(
+                "temperature_start and temperature_end must be given together, "
+                f"got {temperature_start} and {temperature_end}."
+            )
+        if lambda_threshold < 0:
+            raise ValueError(f"lambda_threshold must not be negative, got {lambda_threshold}.")
+        if not 0 <= lambda_warmup < 1:
+            raise ValueError(f"lambda_warmup must be in [0, 1), got {lambda_warmup}.")
+        if target_relative_macs is not None and not 0 < target_relative_macs <= 1:
+            raise ValueError(f"target_relative_macs must be in (0, 1], got {target_relative_macs}.")
+        for name, value in (("measure_every", measure_every), ("measure_examples", measure_examples)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        self.temperatures = (temperature_start, temperature_end)
+        self.lambda_threshold = lambda_threshold
+        self.lambda_warmup = lambda_warmup
+        self.target_relative_macs = target_relative_macs
+        self.gain = gain
+        self.integral_gain = integral_gain
+        self.measure_every = measure_every
+        self.measure_examples = measure_examples
+        self.learning_rate = learning_rate
+        self._probe: dict[str, Any] | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if model is not None:
+            _require_thresholds(model, "ThresholdAnnealingCallback").learning_rate = self.learning_rate
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _require_thresholds(kwargs["model"], "ThresholdAnnealingCallback").learning_rate = self.learning_rate
+        if self.target_relative_macs is not None:
+            loader = kwargs["train_dataloader"]
+            rows = [loader.dataset[i] for i in range(min(self.measure_examples, len(loader.dataset)))]
+            self._probe = dict(loader.collate_fn(rows))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, done = kwargs["model"], state.global_step / max(1, state.max_steps)
+        thresholds = _require_thresholds(model, "ThresholdAnnealingCallback")
+        start, end = self.temperatures
+        if start is not None:
+            thresholds.temperature = start * (end / start) ** done
+        warm = min(1.0, done / self.lambda_warmup) if self.lambda_warmup else 1.0
+        if self.target_relative_macs is None:
+            thresholds.weight.fill_(warm * self.lambda_threshold)
+            return
+        if model.config.masking_mode == "soft" and state.global_step % self.measure_every == 0:
+            distance = relative_macs(model, self._probe) - self.target_relative_macs
+            # Both live in buffers, so that a resumed run steers on from where it was.
+            thresholds.integral += self.integral_gain * distance
+            steered = self.lambda_threshold + self.gain * distance + float(thresholds.integral)
+            thresholds.weight.fill_(warm * steered)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs, thresholds = kwargs.get("logs"), thresholds_of(kwargs["model"])
+        if logs is not None and thresholds is not None and "loss" in logs:
+            logs["prune/lambda"] = float(thresholds.weight)
+
+
+class StageSwitchCallback(TrainerCallback):
+    """Switches from the soft to the hard stage inside one training: thresholds freeze, tokens really disappear.
+
+    Args:
+        fraction: Of the updates that belong to the soft stage.
+
+    Source:
+        The "mixed" mode that LTP's code names but does not have.
+    """
+
+    def __init__(self, fraction: float = 0.5) -> None:
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
+        self.fraction = fraction
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _require_thresholds(kwargs["model"], "StageSwitchCallback").values.requires_grad_(True)
+        kwargs["model"].config.token_prune_stage = "switching"
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        config = kwargs["model"].config
+        mode = "soft" if state.global_step < self.fraction * state.max_steps else "hard"
+        if config.masking_mode == "soft" and mode == "hard":
+            logger.info("Update %d: the hard stage begins.", state.global_step)
+            # Models of the soft stage were not measured under the thresholds that are kept now.
+            state.best_metric = state.best_model_checkpoint = None
+        config.masking_mode = mode
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["model"].config.token_prune_stage = "hard"

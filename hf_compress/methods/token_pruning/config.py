@@ -1,0 +1,80 @@
+"""What a model that drops tokens is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from hf_compress.core.method import MethodConfig
+
+
+@dataclass(kw_only=True)
+class TokenPruningConfig(MethodConfig):
+    """Tokens that receive little attention are dropped on the way through the layers.
+
+    All fields but `temperature` are flat.
+
+    Args:
+        prune_mode: `absolute_threshold`: a score below the layer's threshold drops a token; thresholds start on a
+            linear ramp and can be learned. `topk`: a fixed fraction of the highest scores stays.
+        final_token_threshold: Top of the ramp. Once thresholds exist as weights, editing it changes nothing.
+        token_keep_rate: Of the last layer, for `topk`; at most 1, negative values reach the floor earlier.
+        scoring_mode: `mean`; `mean_norm` is an older name for `score_norm="live"`.
+        threshold_ramp: `zero_based` (released code: layer 0 never prunes) or `one_based` (published text).
+        score_norm: What scores are divided by, see `token_importance`.
+        score_reference_length: For `score_norm="reference"`; a live token has 1 / this on average.
+        masking_mode: In training, `soft` multiplies by a sigmoid that thresholds learn from, `hard` really drops.
+            Evaluation always drops.
+        temperature: Width of that sigmoid, in units of scores. It stands in the record: transformers takes a flat
+            field of this name for a setting of text generation and refuses to save it.
+        token_prune_stage: Which training the weights have been through; resuming another one is refused.
+
+    Source:
+        LTP (arXiv 2107.00910). Unlike the released code, the first token always stays and padding never counts.
+
+    Example:
+        >>> TokenPruningConfig(token_keep_rate=1.5)
+        Traceback (most recent call last):
+            ...
+        ValueError: token_keep_rate must be at most 1, got 1.5.
+    """
+
+    flat: ClassVar[tuple[str, ...]] = (
+        "prune_mode",
+        "final_token_threshold",
+        "token_keep_rate",
+        "scoring_mode",
+        "threshold_ramp",
+        "score_norm",
+        "score_reference_length",
+        "masking_mode",
+        "token_prune_stage",
+    )
+
+    prune_mode: Literal["absolute_threshold", "topk"] = "absolute_threshold"
+    final_token_threshold: float = 0.01
+    token_keep_rate: float = 1.0
+    scoring_mode: Literal["mean", "mean_norm"] = "mean"
+    threshold_ramp: Literal["zero_based", "one_based"] = "zero_based"
+    score_norm: Literal["reference", "live", "initial"] = "reference"
+    score_reference_length: int = 128
+    masking_mode: Literal["hard", "soft"] = "hard"
+    temperature: float = 1e-3
+    token_prune_stage: Literal["soft", "hard", "switching"] | None = None
+
+    def check(self) -> None:
+        if self.token_keep_rate > 1:
+            raise ValueError(f"token_keep_rate must be at most 1, got {self.token_keep_rate}.")
+        if self.final_token_threshold < 0:
+            raise ValueError(f"final_token_threshold must not be negative, got {self.final_token_threshold}.")
+        if self.score_reference_length < 1:
+            raise ValueError(f"score_reference_length must be at least 1, got {self.score_reference_length}.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+        if self.masking_mode == "soft" and self.prune_mode != "absolute_threshold":
+            raise ValueError(f"masking_mode must be 'hard' for prune_mode={self.prune_mode!r}, got 'soft'.")
+
+    @property
+    def norm(self) -> Literal["reference", "live", "initial"]:
+        """`score_norm`, or what the older `scoring_mode` says."""
+        return "live" if self.scoring_mode == "mean_norm" else self.score_norm

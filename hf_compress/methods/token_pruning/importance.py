@@ -1,0 +1,154 @@
+"""How important tokens are, and which of them stay.
+
+Letters: B batch, H heads, S padded length, L layers, n live tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+# Scores at or below this are those of dead tokens; a threshold of zero must still expel them.
+SMALLEST_SCORE = 1e-5
+
+
+def token_importance(
+    probs: Tensor,
+    live: Tensor,
+    norm: Literal["reference", "live", "initial"] = "reference",
+    reference_length: int = 128,
+    initial: Tensor | None = None,
+) -> Tensor:
+    """How much attention each token receives, averaged over heads.
+
+    Args:
+        probs: [B, H, S, S] softmax weights, query before key. Not changed.
+        live: [B, S] bool, True for tokens that are neither padding nor dropped.
+        norm: What the sum over live queries is divided by: `reference_length`, so that thresholds mean the same for
+            every length and batch; the number of live tokens; or the number of tokens before any pruning.
+        reference_length: Tokens.
+        initial: [B], for `initial`.
+
+    Returns:
+        [B, S] float32 (float64 for such input), 0 for tokens that are not live. Sums to 1 over live tokens when
+        `norm="live"`.
+
+    Source:
+        LTP (arXiv 2107.00910), section 3. The released code divides by the padded length, always 128.
+
+    Example:
+        >>> probs = torch.tensor([[[[0.75, 0.25], [0.25, 0.75]]]])
+        >>> token_importance(probs, torch.ones(1, 2, dtype=torch.bool), "live")
+        tensor([[0.5000, 0.5000]])
+    """
+    precise = probs if probs.dtype == torch.float64 else probs.float()
+    received = torch.einsum("bhqk,bq->bk", precise, live.to(precise.dtype)) / probs.shape[1]
+    if norm == "reference":
+        return received * live / reference_length
+    count = live.sum(1) if norm == "live" else initial
+    return received * live / count.clamp(min=1)[:, None]
+
+
+def threshold_ramp(
+    final: float, num_layers: int, kind: Literal["zero_based", "one_based"] = "zero_based"
+) -> list[float]:
+    """Initial thresholds that rise linearly with depth.
+
+    Args:
+        final: The largest one.
+        num_layers: L.
+        kind: `zero_based` is `final * l / L`, so that layer 0 never prunes (every released version); `one_based` is
+            `final * (l + 1) / L` (the published text).
+
+    Example:
+        >>> threshold_ramp(0.01, 4)
+        [0.0, 0.0025, 0.005, 0.0075]
+    """
+    return [final * (layer + (kind == "one_based")) / num_layers for layer in range(num_layers)]
+
+
+def keep_rate_ramp(rate: float, num_layers: int) -> list[float]:
+    """The fraction of tokens that top-k pruning keeps in each layer.
+
+    Args:
+        rate: Of the last layer; may be negative, the ramp then reaches its floor of 0.01 earlier.
+        num_layers: L. The first 15 %, at least three, keep everything.
+
+    Source:
+        LTP specification 4.2.
+
+    Example:
+        >>> [round(r, 3) for r in keep_rate_ramp(0.4, 6)]
+        [1.0, 1.0, 1.0, 0.8, 0.6, 0.4]
+    """
+    untouched = max(3, math.ceil(0.15 * num_layers))
+    rates = []
+    for layer in range(num_layers):
+        if layer < untouched:
+            rates.append(1.0)
+        elif layer == num_layers - 1:
+            rates.append(max(0.01, rate))
+        else:
+            rates.append(max(0.01, 1 + (rate - 1) * (layer - untouched + 1) / (num_layers - untouched)))
+    return rates
+
+
+def kept_counts(initial: Tensor, rate: float) -> Tensor:
+    """How many tokens top-k keeps of each example: half-even rounding of the single-precision product, at least one.
+
+    Args:
+        initial: [B] tokens before any pruning.
+        rate: Of this layer.
+
+    Example:
+        >>> kept_counts(torch.tensor([5, 40]), 0.5).tolist()
+        [2, 20]
+    """
+    product = initial.to(torch.float32) * float(np.float32(rate))
+    return product.round().to(torch.int64).clamp(min=1)
+
+
+def keep_above(scores: Tensor, live: Tensor, threshold: Tensor | float) -> Tensor:
+    """[B, S] bool: live tokens whose score reaches the threshold; the first one always stays.
+
+    Args:
+        scores: [B, S].
+        live: [B, S] bool.
+        threshold: Scalar; equality keeps.
+    """
+    bound = torch.as_tensor(threshold, device=scores.device, dtype=scores.dtype).clamp(min=SMALLEST_SCORE)
+    keep = live & (scores >= bound)
+    keep[:, 0] = live[:, 0]
+    return keep
+
+
+def keep_top(scores: Tensor, live: Tensor, counts: Tensor) -> Tensor:
+    """[B, S] bool: the live tokens with the highest scores; the first one always stays, ties go to the lower index.
+
+    Args:
+        scores: [B, S].
+        live: [B, S] bool.
+        counts: [B] how many of each example, the first token included.
+    """
+    ranked = scores.masked_fill(~live, -torch.inf)
+    ranked[:, 0] = torch.inf
+    order = ranked.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    )
+    return live & (rank < counts[:, None])
+
+
+def soft_mask(scores: Tensor, threshold: Tensor, temperature: float) -> Tensor:
+    """[B, S] in (0, 1): a sigmoid instead of the step of `keep_above`, so that the threshold has a gradient.
+
+    Example:
+        >>> round(float(soft_mask(torch.tensor([[0.012]]), torch.tensor(0.01), 1e-3)), 6)
+        0.880797
+    """
+    return torch.sigmoid((scores - threshold) / temperature)

@@ -1,0 +1,98 @@
+"""What training adds: the regulariser, the thresholds' optimizer group, measured arithmetic, stages.
+
+Letters: B batch, S padded length, L layers, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_compress.core.architectures import blocks_of
+from hf_compress.core.cost import live_macs
+from hf_compress.core.layers import LiveTokens
+from hf_compress.methods.token_pruning.config import TokenPruningConfig
+from hf_compress.methods.token_pruning.modeling import thresholds_of
+
+
+def implied(config: PretrainedConfig) -> TokenPruningConfig | None:
+    """The settings that somebody wrote into `config.json` by hand, as the published workflow does."""
+    if getattr(config, "prune_mode", None) is None:
+        return None
+    values = {name: getattr(config, name) for name in TokenPruningConfig.flat if hasattr(config, name)}
+    # transformers takes this name for a setting of text generation and refuses to save a config that has it.
+    if "temperature" in config.__dict__:
+        values["temperature"] = config.__dict__.pop("temperature")
+    return TokenPruningConfig(**values)
+
+
+def start_training(model: PreTrainedModel) -> None:
+    """Freeze the thresholds in the hard stage and mark the stage in the config."""
+    thresholds = thresholds_of(model)
+    if thresholds is not None:
+        thresholds.values.requires_grad_(model.config.masking_mode == "soft")
+    if model.config.token_prune_stage != "switching":
+        model.config.token_prune_stage = model.config.masking_mode
+
+
+def check_resume(config: PretrainedConfig, checkpoint: PretrainedConfig) -> None:
+    """Refuse to go on with the other stage's optimizer and step count.
+
+    Raises:
+        ValueError: If the checkpoint is of another stage.
+    """
+    stage = getattr(checkpoint, "token_prune_stage", None)
+    # A run that switches by itself is in both stages: its callback knows which.
+    if stage not in (None, "switching", config.masking_mode):
+        raise ValueError(
+            f"resume_from_checkpoint must be of the {config.masking_mode} stage, got one of the {stage} stage. "
+            "Open it with from_pretrained and call train() without resume_from_checkpoint, into another output_dir."
+        )
+
+
+def regularizer(state: LiveTokens) -> Tensor:
+    """Sum over layers of the mean soft mask of live tokens.
+
+    Returns:
+        Scalar: mean over examples of the mean over their tokens, summed over pruning layers.
+
+    Source:
+        LTP specification 5. The released code also averages over padding, which pushes early thresholds up.
+    """
+    means = []
+    for mask, inside in state.soft.values():
+        live = inside.to(mask.dtype)
+        means.append(((mask * live).sum(1) / live.sum(1).clamp(min=1)).mean())
+    return torch.stack(means).sum()
+
+
+def loss_terms(model: PreTrainedModel, state: LiveTokens) -> dict[str, Tensor]:
+    thresholds = thresholds_of(model)
+    if thresholds is None or not state.soft:
+        return {}
+    return {"threshold": thresholds.weight * regularizer(state)}
+
+
+def measures(model: PreTrainedModel, state: LiveTokens) -> dict[str, tuple[Tensor, Tensor]]:
+    """Multiply-accumulates and kept tokens against those of the unpruned model on the same real lengths."""
+    if not state.attended or state.soft:
+        return {}
+    blocks = blocks_of(model)
+    macs, dense = live_macs(blocks, state)
+    initial = state.attended[0].sum()
+    kept = torch.stack([state.fed[block.index].sum() for block in blocks]).sum()
+    return {"relative_macs": (macs, dense), "keep_rate": (kept, initial * len(blocks))}
+
+
+def parameter_groups(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The thresholds: no weight decay, a learning rate of their own where one is set."""
+    thresholds = thresholds_of(model)
+    if thresholds is None or not thresholds.values.requires_grad:
+        return []
+    group: dict[str, Any] = {"params": [thresholds.values], "weight_decay": 0.0}
+    if thresholds.learning_rate is not None:
+        group["lr"] = thresholds.learning_rate
+    return [group]

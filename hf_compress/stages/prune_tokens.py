@@ -1,0 +1,110 @@
+"""Teach a classifier which tokens it can do without."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_compress.api import compress, steps_of
+from hf_compress.methods.token_pruning import TokenPruningConfig
+from hf_compress.methods.token_pruning.callbacks import StageSwitchCallback, ThresholdAnnealingCallback
+from hf_compress.stages.finetune import add_teacher_columns, prepare, run, trainer_arguments
+from hf_compress.stages.models import ModelArguments, open_classifier
+from hf_compress.tasks.sources import DataArguments
+from hf_compress.training.arguments import DistillationArguments
+from hf_compress.training.distillation import DistillationTrainer
+
+
+@dataclass
+class TokenPruningArguments:
+    """How tokens are pruned and how the thresholds are found.
+
+    Args:
+        prune_mode, final_token_threshold, token_keep_rate, threshold_ramp, score_norm, score_reference_length: Of
+            `TokenPruningConfig`; ignored for a model that prunes tokens already.
+        soft_fraction: Part of the updates that learns thresholds; the rest trains under real pruning. 0: thresholds
+            stay as they are (`topk` has none).
+        temperature_start, temperature_end: Of the soft stage.
+        lambda_threshold, lambda_warmup, target_relative_macs, threshold_learning_rate: Of
+            `ThresholdAnnealingCallback`.
+        teacher_name_or_path: When given, the dense model's outputs are distilled in both stages.
+        alpha_output: Weight of that distillation.
+    """
+
+    prune_mode: str = field(default="absolute_threshold", metadata={"help": "absolute_threshold or topk."})
+    final_token_threshold: float = field(default=0.01, metadata={"help": "Top of the initial ramp."})
+    token_keep_rate: float = field(default=1.0, metadata={"help": "Of the last layer, for topk."})
+    threshold_ramp: str = field(default="zero_based", metadata={"help": "zero_based or one_based."})
+    score_norm: str = field(default="reference", metadata={"help": "reference, live or initial."})
+    score_reference_length: int = field(default=128, metadata={"help": "Tokens, for score_norm=reference."})
+    soft_fraction: float = field(default=0.5, metadata={"help": "Part of the updates that learns thresholds."})
+    temperature_start: float = field(default=2e-3, metadata={"help": "Of the soft stage."})
+    temperature_end: float = field(default=1e-4, metadata={"help": "Of the soft stage."})
+    lambda_threshold: float = field(default=0.1, metadata={"help": "Weight of the regulariser."})
+    lambda_warmup: float = field(default=0.1, metadata={"help": "Part of the training over which it rises."})
+    target_relative_macs: float | None = field(default=None, metadata={"help": "Steer to this amount of arithmetic."})
+    threshold_learning_rate: float | None = field(default=None, metadata={"help": "None: learning_rate."})
+    teacher_name_or_path: str | None = field(default=None, metadata={"help": "Dense model to distil from."})
+    alpha_output: float = field(default=1.0, metadata={"help": "Weight of that distillation."})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.soft_fraction < 1:
+            raise ValueError(f"soft_fraction must be in [0, 1), got {self.soft_fraction}.")
+
+    def config(self) -> TokenPruningConfig:
+        """What the model shall be."""
+        names = [f.name for f in dataclasses.fields(TokenPruningConfig) if hasattr(self, f.name)]
+        learns = self.soft_fraction > 0 and self.prune_mode == "absolute_threshold"
+        return TokenPruningConfig(
+            **{name: getattr(self, name) for name in names},
+            masking_mode="soft" if learns else "hard",
+            temperature=self.temperature_start,
+        )
+
+
+def prune_tokens(
+    model_args: ModelArguments, pruning: TokenPruningArguments, data: DataArguments, args: TrainingArguments
+) -> dict[str, Any]:
+    """Let a fine-tuned classifier drop tokens, learn the thresholds, train on under real pruning, and save it.
+
+    Args:
+        model_args: The fine-tuned dense model, or one that prunes tokens already.
+        pruning: What to prune and how to learn it.
+        data: The task.
+        args: As for `transformers.Trainer`.
+
+    Returns:
+        Metrics of the validation split, `eval_relative_macs` among them, and the training time in seconds.
+
+    Raises:
+        ValueError: If the model cannot drop tokens or does not fit the data.
+    """
+    task, tokenizer, model, rows = prepare(model_args, data, args.seed)
+    config = pruning.config()
+    if "token_pruning" not in [step["method"] for step in steps_of(model)]:
+        compress(model, config)
+    shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
+    uses_teacher = pruning.teacher_name_or_path is not None
+    arguments = DistillationArguments(**shared, alpha_output=pruning.alpha_output if uses_teacher else 0.0)
+    common = trainer_arguments(model, tokenizer, arguments, rows)
+    teacher = None
+    if uses_teacher:
+        teacher = open_classifier(pruning.teacher_name_or_path, task)
+        add_teacher_columns(common, task, data, pruning.teacher_name_or_path)
+    trainer = DistillationTrainer(teacher_model=teacher, **common)
+    if model.config.masking_mode == "soft":
+        trainer.add_callback(
+            ThresholdAnnealingCallback(
+                temperature_start=pruning.temperature_start,
+                temperature_end=pruning.temperature_end,
+                lambda_threshold=pruning.lambda_threshold,
+                lambda_warmup=pruning.lambda_warmup,
+                target_relative_macs=pruning.target_relative_macs,
+                learning_rate=pruning.threshold_learning_rate,
+            )
+        )
+        trainer.add_callback(StageSwitchCallback(pruning.soft_fraction))
+    return run(trainer, model, tokenizer, arguments)

@@ -1,0 +1,359 @@
+"""Token pruning: removal equals masking, what is kept, training of thresholds, stages, the controller."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+import hf_compress as hc
+from hf_compress.core.architectures import blocks_of
+from hf_compress.core.layers import LiveTokens
+from hf_compress.methods.token_pruning.callbacks import relative_macs
+from hf_compress.methods.token_pruning.importance import keep_above, keep_top, token_importance
+from hf_compress.methods.token_pruning.modeling import thresholds_of
+from hf_compress.methods.token_pruning.training import regularizer
+
+
+HEAD = "sequence_classification"
+ENCODERS = pytest.mark.parametrize("architecture", ["bert", "roberta", "electra", "distilbert"])
+NEAR = {"rtol": 0, "atol": 1e-10}
+
+
+@pytest.fixture
+def pruned(model):
+    """`pruned(architecture, head, **fields)`: a tiny double-precision model that drops tokens."""
+
+    def make(architecture="bert", head=HEAD, **fields):
+        return hc.compress(model(architecture, head).double(), hc.TokenPruningConfig(**fields))
+
+    return make
+
+
+def run(model, batch):
+    state = LiveTokens()
+    with torch.no_grad():
+        return model(**batch, live_tokens=state).logits, state
+
+
+def arguments(folder, kind=TrainingArguments, **fields):
+    return kind(
+        str(folder), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy=fields.pop("save_strategy", "no"),
+        logging_steps=1, **fields,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def rows(sentences, tokenizer):
+    return [{**tokenizer(text), "labels": label} for text, label in sentences]
+
+
+@ENCODERS
+@pytest.mark.parametrize("fields", [
+    {"final_token_threshold": 0.0}, {"prune_mode": "topk", "token_keep_rate": 1.0},
+], ids=["threshold", "topk"])  # fmt: skip
+def test_neutral_settings_are_the_dense_model(model, batches, architecture, fields):
+    dense = model(architecture, HEAD).double()
+    batch = batches(dense.config, count=1)[0]
+    with torch.no_grad():
+        expected = dense(**batch).logits
+    same = hc.compress(copy.deepcopy(dense), hc.TokenPruningConfig(**fields))
+    logits, state = run(same, batch)
+    torch.testing.assert_close(logits, expected, **NEAR)
+    for block in blocks_of(same)[:-1]:
+        assert torch.equal(state.kept[block.index], batch["attention_mask"].bool())
+
+
+def masked_logits(model, batch, decide):
+    """Attention and pruning written out for one example at a time, with masks and without removing anything."""
+    layers, logits, kept = [b.layer for b in blocks_of(model)], [], []
+    embed = model.base_model.embeddings
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        hidden = embed(input_ids=ids[None])[0]
+        live, initial, counts = mask.bool().clone(), int(mask.sum()), []
+        for index, layer in enumerate(layers):
+            own = layer.attention.self
+            query, key, value = (
+                f(hidden).unflatten(-1, (4, 8)).transpose(0, 1) for f in (own.query, own.key, own.value)
+            )
+            scores = (query @ key.transpose(-1, -2) / 8**0.5).masked_fill(~live, -torch.inf)
+            weights = scores.softmax(-1)
+            context = (weights @ value).transpose(0, 1).flatten(1)
+            received = weights.mean(0)[live].sum(0)
+            keep = decide(index, received, live, initial)
+            keep[0] = True
+            live = live & keep
+            hidden = layer.feed_forward_chunk(layer.attention.output(context, hidden))
+            counts.append(int(live.sum()))
+        kept.append(counts)
+        logits.append(hidden)
+    return torch.stack(logits), kept
+
+
+@pytest.mark.parametrize("fields", [
+    {"final_token_threshold": 0.014}, {"final_token_threshold": 0.05, "score_norm": "live"},
+    {"final_token_threshold": 0.05, "scoring_mode": "mean_norm"},
+    {"final_token_threshold": 0.05, "score_norm": "initial", "threshold_ramp": "one_based"},
+], ids=["reference", "live", "mean_norm", "initial"])  # fmt: skip
+def test_removal_equals_masking(pruned, batches, fields):
+    model = pruned("bert", "token_classification", **fields)
+    batch = batches(model.config, count=1)[0]
+    theta = thresholds_of(model).values.tolist()
+    norm = "live" if fields.get("scoring_mode") == "mean_norm" else fields.get("score_norm", "reference")
+
+    def decide(index, received, live, initial):
+        if theta[index] == 0:
+            return live.clone()
+        divisor = {"reference": 128, "live": int(live.sum()), "initial": initial}[norm]
+        return received / divisor >= max(1e-5, theta[index])
+
+    with torch.no_grad():
+        hidden, expected = masked_logits(model, batch, decide)
+        state = LiveTokens()
+        ours = model.base_model(**batch, live_tokens=state).last_hidden_state
+    counts = torch.stack([state.fed[i] for i in range(3)], 1).tolist()
+    assert counts == expected
+    assert any(row[-1] < row[0] for row in counts)
+    final = state.kept[2]
+    torch.testing.assert_close(ours[final], hidden[final], **NEAR)
+
+
+@ENCODERS
+@pytest.mark.parametrize("fields", [
+    {"final_token_threshold": 0.012}, {"prune_mode": "topk", "token_keep_rate": -0.5},
+], ids=["threshold", "topk"])  # fmt: skip
+def test_masks_are_monotone_and_keep_the_first_token(pruned, batches, architecture, fields):
+    model = pruned(architecture, **fields)
+    batch = batches(model.config, count=1)[0]
+    _, state = run(model, batch)
+    before = batch["attention_mask"].bool()
+    for block in blocks_of(model):
+        after = state.kept[block.index]
+        assert (after <= before).all()
+        assert after[:, 0].all()
+        assert torch.equal(state.fed[block.index], after.sum(1))
+        before = after
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_batches_and_padding_change_nothing(pruned, batches, size):
+    model = pruned(final_token_threshold=0.014)
+    batch = batches(model.config, count=1)[0]
+    together, _ = run(model, batch)
+    part = {name: value[:size] for name, value in batch.items()}
+    torch.testing.assert_close(run(model, part)[0], together[:size], **NEAR)
+    wider = {name: F.pad(value, (0, 9)) for name, value in part.items()}
+    torch.testing.assert_close(run(model, wider)[0], together[:size], **NEAR)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    shuffled = {name: value[order] for name, value in batch.items()}
+    torch.testing.assert_close(run(model, shuffled)[0], together[order], **NEAR)
+
+
+def test_worked_example():
+    probs = torch.tensor([[[[0.5, 0.3, 0.2, 0], [0.6, 0.2, 0.2, 0], [0.7, 0.2, 0.1, 0], [0.25] * 4]]])
+    live = torch.tensor([[True, True, True, False]])
+    torch.testing.assert_close(token_importance(probs, live, "live"), torch.tensor([[0.6, 0.7 / 3, 0.5 / 3, 0.0]]))
+    expected = torch.tensor([[0.0140625, 0.00546875, 0.00390625, 0.0]])
+    torch.testing.assert_close(token_importance(probs, live), expected)
+    assert float(token_importance(probs, live, "live").sum()) == pytest.approx(1)
+
+
+def test_ties():
+    scores, live = torch.tensor([[0.1, 0.3, 0.3, 0.3, 0.3]]), torch.ones(1, 5, dtype=torch.bool)
+    assert keep_above(scores, live, 0.3).tolist() == [[True, True, True, True, True]]
+    assert keep_top(scores, live, torch.tensor([3])).tolist() == [[True, True, True, False, False]]
+
+
+@pytest.mark.parametrize("lengths", [[1, 2], [1, 1], [0, 3]])
+def test_everything_prunable(pruned, lengths):
+    model = pruned(final_token_threshold=3.0)
+    thresholds_of(model).values.data.fill_(1.0)
+    mask = (torch.arange(4) < torch.tensor(lengths)[:, None]).long()
+    logits, state = run(model, {"input_ids": torch.full((2, 4), 5), "attention_mask": mask})
+    assert torch.isfinite(logits).all()
+    assert state.kept[1].sum(1).tolist() == [min(1, length) for length in lengths]
+
+
+def test_threshold_gradient_by_finite_differences(pruned, batches):
+    model = pruned(masking_mode="soft", final_token_threshold=0.01).train()
+    batch = {**batches(model.config, count=1, size=4)[0], "labels": torch.tensor([0, 1, 0, 1])}
+    thresholds = thresholds_of(model).double()
+    theta = thresholds.values
+
+    def objective():
+        state = LiveTokens()
+        return model(**batch, live_tokens=state).loss + 0.1 * regularizer(state)
+
+    objective().backward()
+    assert theta.grad[0] == 0
+    for layer in (1, 2):
+        values = []
+        for step in (1e-7, -1e-7):
+            with torch.no_grad():
+                theta[layer] += step
+                values.append(float(objective()))
+                theta[layer] -= step
+        assert float(theta.grad[layer]) == pytest.approx((values[0] - values[1]) / 2e-7, rel=1e-5, abs=1e-7)
+
+
+def test_regularizer_pushes_thresholds_up_and_ignores_padding(pruned, batches):
+    model = pruned(masking_mode="soft", final_token_threshold=0.01).train()
+    batch = batches(model.config, count=1)[0]
+    gradients = []
+    for extra in (0, 11):
+        state = LiveTokens()
+        model(**{name: F.pad(value, (0, extra)) for name, value in batch.items()}, live_tokens=state)
+        (gradient,) = torch.autograd.grad(regularizer(state), thresholds_of(model).values)
+        gradients.append(gradient)
+    assert (gradients[0][1:] < 0).all()
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-9)
+
+
+def test_soft_and_hard_stage(model, rows, tokenizer, tmp_path):
+    student = hc.compress(model("bert", HEAD), hc.TokenPruningConfig(masking_mode="soft", final_token_threshold=0.02))
+    start = thresholds_of(student).values.detach().clone()
+    weights = student.base_model.encoder.layer[0].output.dense.weight.detach().clone()
+    callback = hc.ThresholdAnnealingCallback(2e-3, 1e-4, lambda_threshold=0.1, learning_rate=1e-3)
+    common = {"train_dataset": rows, "processing_class": tokenizer}
+    trainer = hc.CompressionTrainer(
+        student, arguments(tmp_path / "soft", max_steps=4, save_strategy="steps", save_steps=2, learning_rate=1e-3),
+        callbacks=[callback], **common,
+    )  # fmt: skip
+    trainer.train()
+    moved = thresholds_of(student).values.detach()
+    assert moved[0] == start[0] == 0
+    assert (moved[1:] != start[1:]).all()
+    assert (moved - start).abs().max() <= 1e-3 * 4 * 1.01
+    assert not torch.equal(student.base_model.encoder.layer[0].output.dense.weight, weights)
+    assert thresholds_of(student).temperature == pytest.approx(2e-3 * (1e-4 / 2e-3) ** (3 / 4))
+    logged = [entry for entry in trainer.state.log_history if "loss/threshold" in entry]
+    assert logged
+    assert logged[0]["loss"] == pytest.approx(logged[0]["loss/task"] + logged[0]["loss/threshold"], rel=1e-4)
+    trainer.save_model()
+
+    hard = AutoModelForSequenceClassification.from_pretrained(tmp_path / "soft", masking_mode="hard")
+    assert torch.equal(thresholds_of(hard).values, moved)
+    other = hc.CompressionTrainer(hard, arguments(tmp_path / "x"), **common)
+    with pytest.raises(ValueError, match="must be of the hard stage, got one of the soft stage. Open it"):
+        other.train(resume_from_checkpoint=str(tmp_path / "soft" / "checkpoint-2"))
+    second = hc.CompressionTrainer(
+        hard, arguments(tmp_path / "hard", max_steps=3, learning_rate=1e-3, eval_strategy="no"),
+        eval_dataset=rows[:16], **common,
+    )  # fmt: skip
+    second.train()
+    assert second.state.global_step == 3
+    assert torch.equal(thresholds_of(hard).values, moved)
+    metrics = second.evaluate()
+    macs, dense = 0.0, 0.0
+    for row in rows[:16]:
+        share = relative_macs(hard, {k: torch.tensor([row[k]]) for k in ("input_ids", "attention_mask")})
+        length = len(row["input_ids"])
+        cost = hc.count_cost(hard, length).macs
+        macs, dense = macs + share * cost, dense + cost
+    # An evaluation of the classifier only computes the first token in the last layer.
+    assert metrics["eval_relative_macs"] <= macs / dense + 1e-6
+
+
+def test_resumed_soft_stage_equals_unbroken(model, rows, tokenizer, tmp_path):
+    final = []
+    for stop in (None, 3):
+        config = hc.TokenPruningConfig(masking_mode="soft", final_token_threshold=0.02)
+        for resume in (False, True) if stop else (False,):
+            student = hc.compress(model("bert", HEAD), config)
+            callbacks = [hc.ThresholdAnnealingCallback(2e-3, 1e-4, target_relative_macs=0.6, measure_every=2)]
+            trainer = hc.CompressionTrainer(
+                student, arguments(tmp_path / str(stop), max_steps=6, save_strategy="steps", save_steps=3),
+                train_dataset=rows, processing_class=tokenizer, callbacks=callbacks,
+            )  # fmt: skip
+            if stop and not resume:
+                trainer.add_callback(_StopAt(stop))
+            trainer.train(resume_from_checkpoint=resume)
+        final.append(student.state_dict())
+    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+
+
+class _StopAt(hc.StageSwitchCallback.__mro__[1]):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_stage_switch_in_one_run(model, rows, tokenizer, tmp_path):
+    student = hc.compress(model("bert", HEAD), hc.TokenPruningConfig(masking_mode="soft", final_token_threshold=0.02))
+    seen = []
+
+    class Watch(_StopAt):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append((model.config.masking_mode, thresholds_of(model).values.detach().clone()))
+
+    callbacks = [hc.ThresholdAnnealingCallback(learning_rate=1e-3), hc.StageSwitchCallback(0.5), Watch(0)]
+    trainer = hc.CompressionTrainer(
+        student, arguments(tmp_path, max_steps=6), train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
+    )
+    trainer.train()
+    assert [mode for mode, _ in seen] == ["soft"] * 3 + ["hard"] * 3
+    assert not torch.equal(seen[0][1], seen[2][1])
+    assert all(torch.equal(seen[2][1], values) for _, values in seen[3:])
+    assert student.config.token_prune_stage == "hard"
+
+
+def test_callbacks_in_a_plain_trainer(model, rows, tokenizer, tmp_path):
+    student = hc.compress(model("bert", HEAD), hc.TokenPruningConfig(masking_mode="soft", final_token_threshold=0.02))
+    callbacks = [hc.ThresholdAnnealingCallback(1e-3, 1e-4), hc.StageSwitchCallback(0.5)]
+    Trainer(
+        student, arguments(tmp_path, max_steps=4), train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
+    ).train()
+    assert student.config.masking_mode == "hard"
+    with pytest.raises(ValueError, match="must train a model with token thresholds, got BertForSequence"):
+        Trainer(model("bert", HEAD), arguments(tmp_path), train_dataset=rows, callbacks=callbacks)
+
+
+def test_config_edited_by_hand_is_honoured(model, rows, tokenizer, tmp_path):
+    model("bert", HEAD).save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "config.json"
+    edited = {**json.loads(file.read_text()), "prune_mode": "topk", "token_keep_rate": 0.2, "temperature": 1e-4}
+    file.write_text(json.dumps(edited))
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+    trainer = hc.CompressionTrainer(
+        opened, arguments(tmp_path / "t", max_steps=1), train_dataset=rows, processing_class=tokenizer
+    )
+    assert hc.steps_of(opened)[0]["token_keep_rate"] == 0.2
+    trainer.train()
+    trainer.save_model()
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "t")
+    assert hc.steps_of(again)[0]["prune_mode"] == "topk"
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path / "t", token_keep_rate=0.9)
+    assert hc.steps_of(other)[0]["token_keep_rate"] == 0.9
+
+
+def test_editing_the_ramp_after_training_changes_nothing(pruned, batches, tmp_path):
+    model = pruned(final_token_threshold=0.014)
+    model.save_pretrained(tmp_path)
+    batch = batches(model.config, count=1)[0]
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path, final_token_threshold=0.5, dtype="auto")
+    assert torch.equal(run(other, batch)[0], run(model, batch)[0])
+
+
+@pytest.mark.parametrize(("fields", "text"), [
+    ({"token_keep_rate": 1.1}, "token_keep_rate must be at most 1"),
+    ({"final_token_threshold": -1.0}, "final_token_threshold must not be negative"),
+    ({"temperature": 0.0}, "temperature must be positive"), ({"score_reference_length": 0}, "score_reference_length"),
+    ({"prune_mode": "rising_threshold"}, "prune_mode must be one of"), ({"masking_mode": "mixed"}, "masking_mode"),
+    ({"prune_mode": "topk", "masking_mode": "soft"}, "masking_mode must be 'hard' for prune_mode='topk'"),
+])  # fmt: skip
+def test_wrong_values(fields, text):
+    with pytest.raises(ValueError, match=text):
+        hc.TokenPruningConfig(**fields)
+
+
+def test_linear_attention_and_token_pruning_refuse_each_other(model):
+    first = hc.compress(model("bert"), hc.LinformerConfig(projected_length=4))
+    with pytest.raises(ValueError, match="must have softmax attention, got a replaced one in layer 0"):
+        hc.compress(first, hc.TokenPruningConfig())
+    second = hc.compress(model("bert"), hc.TokenPruningConfig())
+    with pytest.raises(ValueError, match="must have ordinary layers"):
+        hc.compress(second, hc.LinformerConfig(projected_length=4))
