@@ -40,8 +40,8 @@ def run(model, batch):
 
 def arguments(folder, kind=TrainingArguments, **fields):
     return kind(
-        str(folder), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy=fields.pop("save_strategy", "no"),
-        logging_steps=1, **fields,
+        str(folder), report_to="none", use_cpu=True, disable_tqdm=True,
+        save_strategy=fields.pop("save_strategy", "no"), logging_steps=1, **fields,
     )  # fmt: skip
 
 
