@@ -15,6 +15,7 @@ from hf_compress.methods.token_pruning.callbacks import relative_macs
 from hf_compress.methods.token_pruning.importance import keep_above, keep_top, token_importance
 from hf_compress.methods.token_pruning.modeling import thresholds_of
 from hf_compress.methods.token_pruning.training import regularizer
+from hf_compress.report.tokens import trace_tokens, write_token_page
 
 
 HEAD = "sequence_classification"
@@ -357,3 +358,35 @@ def test_linear_attention_and_token_pruning_refuse_each_other(model):
     second = hc.compress(model("bert"), hc.TokenPruningConfig())
     with pytest.raises(ValueError, match="must have ordinary layers"):
         hc.compress(second, hc.LinformerConfig(projected_length=4))
+
+
+def test_cost_on_data(pruned, batches):
+    model = pruned(final_token_threshold=0.014)
+    data = batches(model.config, count=2)
+    s, d = 32, 32
+    expected = total = 0.0
+    for batch in data:
+        state = LiveTokens()
+        with torch.no_grad():
+            model(**batch, live_tokens=state)
+        for layer in range(3):
+            for a, f in zip(state.attended[layer].tolist(), state.fed[layer].tolist(), strict=True):
+                expected += 4 * s * d * a + 2 * d * a * a + 2 * d * 64 * f
+        total += len(batch["input_ids"])
+    cost = hc.count_cost(model, data=data)
+    assert cost.macs == pytest.approx(expected / total, rel=1e-12)
+    dense = hc.count_cost(model, seq_len=24).macs
+    assert cost.macs < dense
+
+
+def test_page_of_surviving_words(model, tokenizer, tmp_path):
+    student = hc.compress(model("bert", HEAD), hc.TokenPruningConfig(final_token_threshold=0.014))
+    trace = trace_tokens(student, tokenizer, "the film was very good <b>")
+    assert trace.tokens[0] == "[CLS]"
+    assert [row[0] for row in trace.kept] == [True] * 3
+    write_token_page(tmp_path / "page.html", [trace])
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("class=kept") == sum(map(sum, trace.kept))
+    assert "<b>" not in page
+    with pytest.raises(ValueError, match="model must drop tokens"):
+        trace_tokens(model("bert"), tokenizer, "good")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block, blocks_of, named_projections
-from hf_compress.core.layers import LiveTokens
+from hf_compress.core.calibration import accepted_arguments, live_tokens
+from hf_compress.core.layers import STATE, LiveTokens, carries_state
 
 
 @dataclass(frozen=True)
@@ -49,32 +52,62 @@ def live_macs(blocks: list[Block], state: LiveTokens) -> tuple[Tensor, Tensor]:
         state: Of its forward pass.
 
     Returns:
-        Two scalars, float64, summed over the batch.
+        Two tensors [L] float64, for each layer summed over the batch.
 
     Source:
         LTP specification 7.3: `4 D^2 a + 2 D a^2 + 8 D^2 f` a layer and example, with a tokens in attention and f in
         the feed-forward block, here with the real module shapes.
     """
     initial = state.attended[0].double()
-    macs = dense = torch.zeros((), dtype=torch.float64, device=initial.device)
+    macs, dense = [], []
     for block in blocks:
         attended, fed = (of[block.index].double() for of in (state.attended, state.fed))
         row, width = block.architecture, block.attention_out.in_features
         outside = (row.ffn_out, *row.ffn_in)
         feeding = sum(x.in_features * x.out_features for path, x in named_projections(block) if path in outside)
         attending = sum(x.in_features * x.out_features for path, x in named_projections(block) if path not in outside)
-        macs = macs + (attending * attended + 2 * width * attended**2 + feeding * fed).sum()
-        dense = dense + ((attending + feeding) * initial + 2 * width * initial**2).sum()
-    return macs, dense
+        macs.append((attending * attended + 2 * width * attended**2 + feeding * fed).sum())
+        dense.append(((attending + feeding) * initial + 2 * width * initial**2).sum())
+    return torch.stack(macs), torch.stack(dense)
 
 
-def count_cost(model: PreTrainedModel, seq_len: float = 128, batch_size: int = 1) -> Cost:
+@torch.no_grad()
+def _macs_on(model: PreTrainedModel, blocks: list[Block], data: Iterable[Mapping[str, Any]]) -> list[float]:
+    """Mean multiply-accumulates a sequence in each layer, on real inputs."""
+    base, training = model.base_model, model.training
+    total, sequences = [0.0] * len(blocks), 0
+    model.eval()
+    for batch in data:
+        inputs = {k: v.to(base.device) for k, v in accepted_arguments(base, batch).items() if torch.is_tensor(v)}
+        lengths = live_tokens(inputs).sum(1)
+        sequences += len(lengths)
+        if carries_state(model):
+            state = LiveTokens()
+            base(**inputs, **{STATE: state})
+            layers = live_macs(blocks, state)[0].tolist()
+        else:
+            layers = [sum(block_macs(block, length) for length in lengths.tolist()) for block in blocks]
+        total = [sum(pair) for pair in zip(total, layers, strict=True)]
+    model.train(training)
+    if not sequences:
+        raise ValueError("data must hold at least one batch, got none.")
+    return [macs / sequences for macs in total]
+
+
+def count_cost(
+    model: PreTrainedModel,
+    seq_len: float = 128,
+    batch_size: int = 1,
+    data: Iterable[Mapping[str, Any]] | None = None,
+) -> Cost:
     """Count parameters, non-zeros, bytes and multiply-accumulates of a model.
 
     Args:
         model: A supported architecture, compressed or not.
         seq_len: Tokens a sequence, without padding; may be an average.
         batch_size: Sequences.
+        data: Batches of inputs. When given, the model runs on them, what it drops is not counted, and the
+            multiply-accumulates are the mean over their sequences; `seq_len` is not read then.
 
     Raises:
         ValueError: If the architecture is not supported or a size is not positive.
@@ -90,7 +123,9 @@ def count_cost(model: PreTrainedModel, seq_len: float = 128, batch_size: int = 1
     """
     if seq_len <= 0 or batch_size <= 0:
         raise ValueError(f"seq_len and batch_size must be positive, got {seq_len} and {batch_size}.")
-    by_layer = [batch_size * float(block_macs(block, seq_len)) for block in blocks_of(model)]
+    blocks = blocks_of(model)
+    each = [float(block_macs(block, seq_len)) for block in blocks] if data is None else _macs_on(model, blocks, data)
+    by_layer = [batch_size * macs for macs in each]
     parameters = list(model.parameters())
     return Cost(
         params=sum(p.numel() for p in parameters),

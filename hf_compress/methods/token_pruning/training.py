@@ -81,7 +81,7 @@ def measures(model: PreTrainedModel, state: LiveTokens) -> dict[str, tuple[Tenso
     if not state.attended or state.soft:
         return {}
     blocks = blocks_of(model)
-    macs, dense = live_macs(blocks, state)
+    macs, dense = (by_layer.sum() for by_layer in live_macs(blocks, state))
     initial = state.attended[0].sum()
     kept = torch.stack([state.fed[block.index].sum() for block in blocks]).sum()
     return {"relative_macs": (macs, dense), "keep_rate": (kept, initial * len(blocks))}

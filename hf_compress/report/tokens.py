@@ -1,0 +1,72 @@
+"""Which words survive each layer of a model that drops tokens, as a page to look at."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.core.architectures import blocks_of
+from hf_compress.core.layers import STATE, LiveTokens, carries_state
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """What a text's tokens went through.
+
+    Args:
+        tokens: As the tokenizer cut them.
+        kept: For each layer, for each token, whether it left the layer.
+    """
+
+    tokens: list[str]
+    kept: list[list[bool]]
+
+
+@torch.no_grad()
+def trace_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> TokenTrace:
+    """Run a text through a model and note which tokens leave each layer.
+
+    Raises:
+        ValueError: If the model does not drop tokens.
+    """
+    if not carries_state(model):
+        raise ValueError(f"model must drop tokens, got a {type(model).__name__} without token pruning.")
+    inputs = tokenizer(text, return_tensors="pt", truncation=True)
+    state, training = LiveTokens(whole=True), model.training
+    base = model.base_model
+    model.eval()
+    base(input_ids=inputs["input_ids"].to(base.device), **{STATE: state})
+    model.train(training)
+    tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+    return TokenTrace(tokens, [state.kept[block.index][0].tolist() for block in blocks_of(model)])
+
+
+def write_token_page(file: str | Path, traces: list[TokenTrace], title: str = "Which words survive") -> None:
+    """Write an HTML page: one table a text, one row a layer, dropped tokens struck out from the layer that drops them.
+
+    Args:
+        file: Written anew.
+        traces: Of `trace_tokens`.
+        title: Heading.
+    """
+    style = (
+        "body{font:14px sans-serif;margin:2em}td{padding:2px 5px;text-align:center}"
+        "th{text-align:right;padding-right:1em;font-weight:normal;color:#666}"
+        ".gone{color:#bbb;text-decoration:line-through}.kept{background:#cfe8fc}"
+    )
+    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>"]
+    parts.append(f"<h1>{html.escape(title)}</h1>")
+    for trace in traces:
+        parts.append("<table>")
+        for layer, row in enumerate(trace.kept):
+            cells = "".join(
+                f"<td class={'kept' if keep else 'gone'}>{html.escape(token)}</td>"
+                for token, keep in zip(trace.tokens, row, strict=True)
+            )
+            parts.append(f"<tr><th>after layer {layer}: {sum(row)}</th>{cells}</tr>")
+        parts.append("</table><br>")
+    Path(file).write_text("".join(parts), encoding="utf-8")
