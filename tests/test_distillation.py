@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import hf_compress as hc
-from hf_compress.training.distillation import match_layers
+from hf_compress.training.layer_matching import match_layers
 from tests.crash_program import Rows, pad
 
 
