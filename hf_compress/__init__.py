@@ -23,6 +23,8 @@ _EXPORTS = {
     "SnapshotTeacherTrainer": "hf_compress.training.guided",
     "StructuredPruningConfig": "hf_compress.methods.structured_pruning",
     "TeacherStudentCollator": "hf_compress.training.collator",
+    "WeightPruningCallback": "hf_compress.methods.weight_pruning",
+    "WeightPruningConfig": "hf_compress.methods.weight_pruning",
     "compress": "hf_compress.api",
     "count_cost": "hf_compress.core.cost",
     "measure_latency": "hf_compress.report.latency",

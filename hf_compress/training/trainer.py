@@ -113,6 +113,10 @@ class CompressionTrainer(Trainer):
                 else value
             )
             logs[f"{'eval_' if mode == 'eval' else ''}loss/{name}"] = round(float(mean), 6)
+        if mode == "train":
+            # Loggers were registered before a user's callbacks: what those add in `on_log` would come too late.
+            for callback in self.callback_handler.callbacks:
+                logs.update(getattr(callback, "logged_values", dict)())
         terms = {key.rpartition("/")[2]: value for key, value in logs.items() if "loss/" in key}
         if any(not torch.isfinite(torch.tensor(value)) for value in terms.values()):
             self._not_finite(terms)

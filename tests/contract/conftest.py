@@ -13,11 +13,14 @@ from tests.conftest import _batches, _built
 METHOD_CONFIGS = {
     "linformer": lambda: hc.LinformerConfig(projected_length=8, seed=3),
     "structured_pruning": lambda: hc.StructuredPruningConfig(mac_ratio=0.55),
+    "weight_pruning": lambda: hc.WeightPruningConfig(target_sparsity=0.6, criterion="magnitude"),
 }
 # Causal models cannot use slots; `test_refused_combinations` expects the refusal.
 REFUSED = {("linformer", "llama"): "bidirectional encoder", ("linformer", "opt"): "bidirectional encoder"}
 # Methods that add to the dense shapes instead of changing them: without the import such a model opens as a dense one.
-KEEPS_DENSE_SHAPES = {"linformer"}
+KEEPS_DENSE_SHAPES = {"linformer", "weight_pruning"}
+# Methods that change values only: a skeleton without the record has the same modules.
+KEEPS_DENSE_MODULES = {"weight_pruning"}
 
 
 def logits_of(model, batch):
