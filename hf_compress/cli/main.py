@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": commands.demo,
     "finetune": commands.finetune,
     "prune-structure": commands.prune_structure,
+    "prune-weights": commands.prune_weights,
     "distill": commands.distill,
     "joint-distill": commands.joint_distill,
     "linearize": commands.linearize,
@@ -30,6 +31,7 @@ commands:
   demo             fine-tune, prune to half the arithmetic, recover, report, reload: offline, on real text
   finetune         train a classifier or regressor on a task
   prune-structure  remove attention heads and neurons without retraining
+  prune-weights    train with zeros in a pattern (N:M, blocks, channels), with or without a teacher
   linearize        replace softmax attention by linear attention (Linformer)
   distill          teach a (compressed) student what a fine-tuned teacher knows
   joint-distill    the same from a teacher that is fine-tuned at the same time

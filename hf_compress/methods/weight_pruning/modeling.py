@@ -201,6 +201,26 @@ def sparsity_of(groups: Sequence[Group]) -> float:
     return total / sum(weights)
 
 
+def sparsity_by_layer(model: nn.Module, config: WeightPruningConfig) -> dict[str, float]:
+    """Pruned units over units of each layer that a config selects (times N/M for N:M), by module name."""
+    return {
+        layer.name: sparsity_of([Group(group.config, [layer])])
+        for group in groups_of(model, config)
+        for layer in group.layers
+    }
+
+
+def element_sparsity(model: nn.Module) -> float:
+    """Zeros over elements of all linear and convolution weights, never pruned heads included, each weight once.
+
+    Source:
+        The "element-wise" ratio that the original reports.
+    """
+    kinds = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    weights = {module.weight for module in model.modules() if isinstance(module, kinds)}
+    return 1 - sum(int(w.count_nonzero()) for w in weights) / max(sum(w.numel() for w in weights), 1)
+
+
 def check(model: PreTrainedModel, config: WeightPruningConfig) -> None:
     """Refuse configs that select nothing."""
     groups_of(model, config)
