@@ -358,7 +358,7 @@ def test_one_shot_with_gradients(model, batches):
         assert all(parameter.grad is None for parameter in pruned.parameters())
     before = copy.deepcopy(dense.state_dict())
     for wrong, message in (
-        (None, "data must be given"),
+        (None, "data must be given with criterion='snip_momentum'"),
         ([], "at least one batch"),
         (batches(dense.config, count=1), "data must hold labels with criterion='snip_momentum'"),
     ):
@@ -661,6 +661,12 @@ def test_no_silent_success(model, batches, tmp_path):
     frozen.bert.requires_grad_(False)
     trainer, _ = pruning_trainer(frozen, tmp_path, data, SMALL)
     with pytest.raises(ValueError, match="op_names must select weights that are trained"):
+        trainer.train()
+    foreign = copy.deepcopy(dense)
+    foreign.config.quantization_config = {"quant_method": "bitsandbytes"}
+    trainer, _ = pruning_trainer(copy.deepcopy(dense), tmp_path, data, SMALL)
+    trainer.model.config = foreign.config
+    with pytest.raises(ValueError, match="quantization_config must be empty or of hf_compress"):
         trainer.train()
     with pytest.raises(ValueError, match="config must be a WeightPruningConfig, got StructuredPruningConfig"):
         hc.WeightPruningCallback(hc.StructuredPruningConfig())

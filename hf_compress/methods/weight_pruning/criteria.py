@@ -47,7 +47,7 @@ def accumulate(criterion: str, stored: Tensor | None, new: Tensor) -> Tensor:
     Args:
         criterion: A key of `CRITERIA`.
         stored: The score before; None at the first step.
-        new: Scores of this step.
+        new: Scores of this step; may be changed.
 
     Returns:
         For `snip_momentum` the decayed sum, in the dtype of `new`; otherwise `new`.
@@ -57,4 +57,4 @@ def accumulate(criterion: str, stored: Tensor | None, new: Tensor) -> Tensor:
         >>> accumulate("snip_momentum", torch.tensor([3.0]), torch.tensor([3.0]))
         tensor([5.7000])
     """
-    return new if criterion != "snip_momentum" or stored is None else stored * MOMENTUM + new
+    return new if criterion != "snip_momentum" or stored is None else new.add_(stored, alpha=MOMENTUM)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.core.calibration import accepted_arguments, require_data
+from hf_compress.core.calibration import accepted_arguments
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA, accumulate
 from hf_compress.methods.weight_pruning.selection import floor_count, select_units
@@ -248,7 +248,12 @@ def compress(
     scores: dict[Layer, Tensor] = {}
     needing = [(entry, layer) for entry, layer in layers if entry.needs_gradients]
     if needing:
-        scores = _scores_of_data(model, needing, require_data(data, 1))
+        if data is None:
+            raise ValueError(
+                f"data must be given with criterion={needing[0][0].criterion!r}: an iterable of labelled batches. "
+                "criterion='magnitude' needs none."
+            )
+        scores = _scores_of_data(model, needing, data)
     for entry, layer in layers:
         if not entry.needs_gradients:
             scores[layer] = step_scores(entry, layer, None, None)

@@ -46,6 +46,8 @@ class Blocks:
 
     def reduce(self, scores: Tensor, reduction: str) -> Tensor:
         """[R, C] scores of elements -> scores of units, the form in which they are kept from step to step."""
+        if self.rows == self.columns == 1:
+            return scores
         blocks = self._blocks(scores)
         if reduction == "max":
             return blocks.amax((1, 3))

@@ -22,24 +22,31 @@ def floor_count(number: int, fraction: float) -> int:
     return math.floor(number * fraction + 1e-6)
 
 
-def _lowest(scores: Tensor, pruned: Tensor, place: Tensor, count: int) -> Tensor:
-    """[U] bool, exactly `count` lowest scores; at ties first what is pruned already, then by `place`."""
+def _places(indices: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Position within its layer, in (0, 1), of each index into all layers together."""
+    size = torch.tensor(sizes, device=indices.device)
+    ends = size.cumsum(0)
+    layer = torch.searchsorted(ends, indices, right=True)
+    return (indices - (ends - size)[layer] + 0.5).double() / size[layer]
+
+
+def _lowest(scores: Tensor, pruned: Tensor, sizes: Sequence[int], count: int) -> Tensor:
+    """[U] bool, exactly `count` lowest scores of layers of these sizes.
+
+    At ties goes first what is pruned already, then the units of all layers in equal shares.
+    """
     if count <= 0:
         return torch.zeros_like(pruned)
     if count >= len(scores):
         return torch.ones_like(pruned)
-    threshold = scores.kthvalue(count).values
+    # On the CPU sorting is several times as slow; on CUDA `kthvalue` is refused under deterministic algorithms.
+    threshold = scores.sort().values[count - 1] if scores.is_cuda else scores.kthvalue(count).values
     chosen = scores < threshold
     ties = (scores == threshold).nonzero().flatten()
-    order = torch.argsort(place[ties], stable=True)
+    order = torch.argsort(_places(ties, sizes), stable=True)
     order = order[torch.argsort((~pruned[ties][order]).to(torch.uint8), stable=True)]
     chosen[ties[order[: count - int(chosen.sum())]]] = True
     return chosen
-
-
-def _places(scores: Tensor) -> Tensor:
-    """[U] position within the layer, in (0, 1): equal scores of several layers are pruned in equal shares."""
-    return (torch.arange(len(scores), device=scores.device, dtype=torch.float64) + 0.5) / len(scores)
 
 
 def select_units(
@@ -68,16 +75,14 @@ def select_units(
         >>> select_units([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], [none, none], 2, [0, 0], [1, 2])
         [tensor([ True, False]), tensor([ True, False])]
     """
-    places = [_places(layer) for layer in scores]
     sizes = [len(layer) for layer in scores]
-    gone, place = torch.cat(list(pruned)), torch.cat(places)
-    chosen = list(_lowest(torch.cat(list(scores)), gone, place, count).split(sizes))
+    gone = torch.cat(list(pruned))
+    chosen = list(_lowest(torch.cat(list(scores)), gone, sizes, count).split(sizes))
     counts = [int(layer.sum()) for layer in chosen]
     if all(low <= number <= high for low, number, high in zip(lower, counts, upper, strict=True)):
         return chosen
     bounded = []
-    for index, layer in enumerate(scores):
-        forced = _lowest(layer, pruned[index], places[index], lower[index])
-        allowed = _lowest(layer, pruned[index], places[index], upper[index])
+    for layer, before, size, low, high in zip(scores, pruned, sizes, lower, upper, strict=True):
+        forced, allowed = (_lowest(layer, before, [size], number) for number in (low, high))
         bounded.append(layer.masked_fill(forced, float("-inf")).masked_fill(~allowed, float("inf")))
-    return list(_lowest(torch.cat(bounded), gone, place, count).split(sizes))
+    return list(_lowest(torch.cat(bounded), gone, sizes, count).split(sizes))
