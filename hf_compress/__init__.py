@@ -26,6 +26,8 @@ _EXPORTS = {
     "TeacherStudentCollator": "hf_compress.training.collator",
     "ThresholdAnnealingCallback": "hf_compress.methods.token_pruning.callbacks",
     "TokenPruningConfig": "hf_compress.methods.token_pruning",
+    "WeightPruningCallback": "hf_compress.methods.weight_pruning",
+    "WeightPruningConfig": "hf_compress.methods.weight_pruning",
     "compress": "hf_compress.api",
     "count_cost": "hf_compress.core.cost",
     "measure_latency": "hf_compress.report.latency",

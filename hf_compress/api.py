@@ -10,28 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.core.calibration import require_data
 from hf_compress.core.method import Method, MethodConfig
-from hf_compress.core.record import QUANT_METHOD, RECORD_VERSION, CompressionConfig
+from hf_compress.core.record import append_step, record_of
 from hf_compress.methods import METHODS
-
-
-def _record_of(config: PretrainedConfig) -> dict[str, Any]:
-    record = getattr(config, "quantization_config", None)
-    record = record.to_dict() if hasattr(record, "to_dict") else record
-    if record is None:
-        return CompressionConfig().to_dict()
-    if record.get("quant_method") != QUANT_METHOD:
-        raise ValueError(
-            f"quantization_config must be empty or of hf_compress, got quant_method={record.get('quant_method')!r}: "
-            "a model holds one such record. Compress the unquantised model."
-        )
-    if not isinstance(record.get("version"), int) or record["version"] > RECORD_VERSION:
-        raise ValueError(
-            f"The record has version {record.get('version')!r}, this hf_compress reads up to {RECORD_VERSION}. "
-            "Upgrade with: pip install -U hf_compress"
-        )
-    if not isinstance(record.get("steps"), list):
-        raise ValueError(f"The record must hold a list of steps, got {record.get('steps')!r}.")
-    return record
 
 
 def _parse(step: Mapping[str, Any], config: PretrainedConfig, position: int) -> tuple[Method, MethodConfig]:
@@ -63,7 +43,7 @@ def steps_of(model_or_config: PreTrainedModel | PretrainedConfig) -> list[dict[s
         []
     """
     config = getattr(model_or_config, "config", model_or_config)
-    steps = _record_of(config)["steps"]
+    steps = record_of(config)["steps"]
     parsed = [_parse(step, config, position) for position, step in enumerate(steps)]
     flat = [{key: getattr(done, key) for key in method.config_class.flat} for method, done in parsed]
     return [{**step, **knobs} for step, knobs in zip(steps, flat, strict=True)]
@@ -128,17 +108,8 @@ def compress(
     if data is not None:
         require_data(data, len(configs))
     for method, config in zip(methods, configs, strict=True):
-        append_step(model, method, method.compress(model, config, data))
+        append_step(model.config, method.name, method.compress(model, config, data))
     return model
-
-
-def append_step(model: PreTrainedModel, method: Method, completed: MethodConfig) -> None:
-    """Write a finished step into the model's config."""
-    steps = _record_of(model.config)["steps"]
-    for name in completed.flat:
-        setattr(model.config, name, getattr(completed, name))
-    steps.append({"method": method.name, **completed.to_record()})
-    model.config.quantization_config = CompressionConfig(steps=steps)
 
 
 def rebuild(model: PreTrainedModel) -> PreTrainedModel:
@@ -157,7 +128,7 @@ def rebuild(model: PreTrainedModel) -> PreTrainedModel:
         >>> from transformers import BertConfig, BertModel
         >>> skeleton = rebuild(BertModel(BertConfig(num_hidden_layers=1)))   # nothing recorded, nothing to do
     """
-    for position, step in enumerate(_record_of(model.config)["steps"]):
+    for position, step in enumerate(record_of(model.config)["steps"]):
         method, completed = _parse(step, model.config, position)
         method.rebuild(model, completed)
     return model
@@ -173,7 +144,7 @@ def to_plain(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: If a step cannot be expressed; says which layer prevents it. The model is unchanged then.
     """
     fields: dict[str, Any] = {}
-    for position, step in enumerate(_record_of(model.config)["steps"]):
+    for position, step in enumerate(record_of(model.config)["steps"]):
         method, completed = _parse(step, model.config, position)
         if method.plain is None:
             raise ValueError(f"Step {position} ({method.name}) has no form that stock transformers can build.")

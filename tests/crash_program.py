@@ -1,4 +1,4 @@
-"""A small distillation that tests start, kill and resume; everything in it is seeded."""
+"""A small distillation with weight pruning that tests start, kill and resume; everything in it is seeded."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Progress(TrainerCallback):
 
 
 def train(folder: str) -> None:
-    """Distil (dropout on, projectors, warm and cold cache) to the end, from the last complete checkpoint."""
+    """Distil and prune (dropout on, projectors, warm and cold cache) to the end, from the last complete checkpoint."""
     torch.set_num_threads(1)
     out = Path(folder)
     args = hc.DistillationArguments(
@@ -67,12 +67,16 @@ def train(folder: str) -> None:
         alpha_layer=1.0, save_steps=2, save_total_limit=2, report_to="none", disable_tqdm=True, use_cpu=True, seed=3,
         teacher_cache_dir=str(out / "cache"), dataloader_pin_memory=False, logging_steps=4,
     )  # fmt: skip
+    pruning = hc.WeightPruningConfig(pattern="2:4", target_sparsity=0.5, pruning_frequency=2, start_step=1, end_step=9)
     trainer = hc.DistillationTrainer(
         model=build(16, 2, 0), teacher_model=build(32, 4, 1).eval(), args=args, train_dataset=Rows(),
-        data_collator=pad, callbacks=[Progress(out / "progress")],
+        data_collator=pad, callbacks=[hc.WeightPruningCallback(pruning), Progress(out / "progress")],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
     weights = {**trainer.model.state_dict(), **{f"map.{k}": v for k, v in trainer.projectors.state_dict().items()}}
+    for name, parameter in trainer.model.named_parameters():
+        state = trainer.optimizer.state[parameter]
+        weights.update({f"{name} {key}": state[key] for key in ("prune_score", "pruned") if key in state})
     torch.save(weights, out / "final.incomplete")
     os.replace(out / "final.incomplete", out / "final.pt")

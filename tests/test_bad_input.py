@@ -115,6 +115,7 @@ PRUNE = (
     "prune-structure --model_name_or_path model --data_dir data --output_dir out --max_length 16 "
     "--calibration_samples 64"
 )
+ZEROS = "prune-weights --model_name_or_path model --data_dir data --output_dir out --max_length 16 --use_cpu"
 DISTILL = (
     "distill --model_name_or_path model --teacher_name_or_path named --data_dir data --output_dir out --max_length 16 "
     "--use_cpu"
@@ -126,6 +127,15 @@ SWAPPED = DISTILL.replace("path model", "path named").replace(
 CASES = [
     ("", "usage"),
     ("compact", "command must be one of"),
+    (f"{ZEROS} --pattern 2:4", "target_sparsity must be at most 0.5 with pattern='2:4', got 0.9"),
+    (f"{ZEROS} --pattern 4to1", "pattern must be 'N:M', 'NxM'"),
+    (f"{ZEROS} --op_names nothing", "op_names must select a layer of Linear"),
+    (f"{ZEROS} --op_names (", "op_names must be regular expressions"),
+    (f"{ZEROS} --local_configs {{", "local_configs"),
+    (f"{ZEROS} --local_configs 3", "local_configs must be"),
+    (f"{ZEROS} --target_sparcity 0.5", "Did you mean 'target_sparsity'"),
+    (f"{ZEROS} --end_step 5000 --max_steps 10", "must leave room for the schedule"),
+    (f"{ZEROS} --teacher_name_or_path nowhere", "No classifier can be opened at 'nowhere'"),
     (f"{PRUNE} --mac_ratio 0", r"mac_ratio must be in \(0, 1\], got 0"),
     (f"{PRUNE} --mac_ratio 1.5", "mac_ratio must be in"),
     (f"{PRUNE} --mac_ratio half", "mac_ratio"),

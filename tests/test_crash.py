@@ -77,6 +77,7 @@ def test_killed_five_times_equals_unbroken(tmp_path, processes):
     assert process.exitcode == 0
     resumed = torch.load(broken / "final.pt")
     assert resumed.keys() == expected.keys()
+    assert any(name.endswith("prune_score") for name in expected)
     for name, value in expected.items():
         assert torch.equal(value, resumed[name]), name
 
@@ -86,7 +87,8 @@ def test_projectors_are_trained_but_not_saved_with_the_student(tmp_path, process
     process.join(120)
     saved = load_file(tmp_path / "run" / "model.safetensors")
     final = torch.load(tmp_path / "run" / "final.pt")
-    assert not any("map" in name for name in saved)
+    assert not any("map" in name or "prune" in name for name in saved)
+    assert (saved["bert.encoder.layer.0.output.dense.weight"].view(16, -1, 4) == 0).sum(2).eq(2).all()
     first = load_file(sorted((tmp_path / "run").glob("checkpoint-*"))[0] / "projectors.safetensors")
     assert any(not torch.equal(first[k], final[f"map.{k}"]) for k in first)
 

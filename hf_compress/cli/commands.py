@@ -12,12 +12,14 @@ from transformers import TrainingArguments
 from hf_compress.cli.parsing import parse
 from hf_compress.methods.linformer import LinformerConfig
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
+from hf_compress.methods.weight_pruning import WeightPruningConfig
 from hf_compress.stages import demo as demo_stage
 from hf_compress.stages import evaluate as evaluate_stage
 from hf_compress.stages import finetune as finetune_stage
 from hf_compress.stages import linearize as linearize_stage
 from hf_compress.stages import prune_structure as prune_stage
 from hf_compress.stages import prune_tokens as tokens_stage
+from hf_compress.stages import prune_weights as prune_weights_stage
 from hf_compress.stages.models import ModelArguments
 from hf_compress.tasks.sources import DataArguments
 from hf_compress.training.arguments import DistillationArguments, JointTeacherArguments, SnapshotTeacherArguments
@@ -74,6 +76,17 @@ def prune_structure(arguments: Sequence[str]) -> None:
         f"{results['mac_ratio']:.4f} of the arithmetic kept, {results['seconds']:.1f} s; "
         f"saved to {calibration.output_dir}"
     )
+
+
+def prune_weights(arguments: Sequence[str]) -> None:
+    pruning = prune_weights_stage.PruningArguments
+    kinds = (ModelArguments, pruning, DataArguments, DistillationArguments, WeightPruningConfig)
+    model, options, data, training, config = parse(kinds, arguments, "hf-compress prune-weights", _TRAINING)
+    results = prune_weights_stage.prune_weights(model, options, data, training, config)
+    for name, sparsity in results["sparsity_by_layer"].items():
+        print(f"{name:56s} {sparsity:.4f}")
+    _print_metrics(results)
+    print(f"saved to {training.output_dir}")
 
 
 def linearize(arguments: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ COMMANDS = {
     "finetune": commands.finetune,
     "prune-structure": commands.prune_structure,
     "prune-tokens": commands.prune_tokens,
+    "prune-weights": commands.prune_weights,
     "distill": commands.distill,
     "joint-distill": commands.joint_distill,
     "linearize": commands.linearize,
@@ -32,6 +33,7 @@ commands:
   finetune         train a classifier or regressor on a task
   prune-structure  remove attention heads and neurons without retraining
   prune-tokens     learn which tokens can be dropped on the way through the layers
+  prune-weights    train with zeros in a pattern (N:M, blocks, channels), with or without a teacher
   linearize        replace softmax attention by linear attention (Linformer)
   distill          teach a (compressed) student what a fine-tuned teacher knows
   joint-distill    the same from a teacher that is fine-tuned at the same time

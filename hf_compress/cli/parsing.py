@@ -7,9 +7,10 @@ import dataclasses
 import difflib
 import json
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser
@@ -24,6 +25,17 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> None:
         raise BadInput(message)
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        """As the parent, which knows lists only: a tuple is one or more values, a dict among them is JSON."""
+        choices = get_args(field.type) if get_origin(field.type) in (Union, types.UnionType) else (field.type,)
+        item = next((get_args(choice)[0] for choice in choices if get_origin(choice) is tuple), None)
+        if item is None:
+            HfArgumentParser._parse_dataclass_field(parser, field)
+            return
+        kind = json.loads if get_origin(item) is dict else item
+        parser.add_argument(f"--{field.name}", type=kind, nargs="+", default=field.default)
 
 
 def _fields(kinds: Sequence[type]) -> list[str]:
@@ -58,7 +70,7 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
         if isinstance(value, dict):
             flags += [f"--{name}", json.dumps(value)]
         elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
+            flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
         else:
             flags += [f"--{name}", str(value)]
     return flags

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_compress.core.method import MethodConfig
+
+
+if TYPE_CHECKING:
+    # The loader imports this file while transformers may be in the middle of importing its configs.
+    from transformers import PretrainedConfig
 
 
 QUANT_METHOD = "hf_compress"
@@ -38,3 +45,43 @@ class CompressionConfig(QuantizationConfigMixin):
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
+
+
+def record_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The record in a model's config; an empty one when there is none.
+
+    Raises:
+        ValueError: If it is of another package or of a newer version.
+    """
+    record = getattr(config, "quantization_config", None)
+    record = record.to_dict() if hasattr(record, "to_dict") else record
+    if record is None:
+        return CompressionConfig().to_dict()
+    if record.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"quantization_config must be empty or of hf_compress, got quant_method={record.get('quant_method')!r}: "
+            "a model holds one such record. Compress the unquantised model."
+        )
+    if not isinstance(record.get("version"), int) or record["version"] > RECORD_VERSION:
+        raise ValueError(
+            f"The record has version {record.get('version')!r}, this hf_compress reads up to {RECORD_VERSION}. "
+            "Upgrade with: pip install -U hf_compress"
+        )
+    if not isinstance(record.get("steps"), list):
+        raise ValueError(f"The record must hold a list of steps, got {record.get('steps')!r}.")
+    return record
+
+
+def append_step(config: PretrainedConfig, method: str, completed: MethodConfig) -> None:
+    """Write a finished step into a model's config.
+
+    Args:
+        config: Of the model that went through it.
+        method: The name of the method.
+        completed: Its config, with the sizes that came out.
+    """
+    steps = record_of(config)["steps"]
+    for name in completed.flat:
+        setattr(config, name, getattr(completed, name))
+    steps.append({"method": method, **completed.to_record()})
+    config.quantization_config = CompressionConfig(steps=steps)

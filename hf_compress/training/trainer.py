@@ -148,6 +148,10 @@ class CompressionTrainer(Trainer):
             amount, reference = torch.stack(pairs).double().sum(0).tolist()
             logs[f"eval_{name}" if mode == "eval" else f"prune/{name}"] = round(amount / max(reference, 1e-12), 6)
         self._measures[mode].clear()
+        if mode == "train":
+            # Loggers were registered before a user's callbacks: what those add in `on_log` would come too late.
+            for callback in self.callback_handler.callbacks:
+                logs.update(getattr(callback, "logged_values", dict)())
         terms = {key.rpartition("/")[2]: value for key, value in logs.items() if "loss/" in key}
         if any(not torch.isfinite(torch.tensor(value)) for value in terms.values()):
             self._not_finite(terms)

@@ -14,12 +14,15 @@ METHOD_CONFIGS = {
     "linformer": lambda: hc.LinformerConfig(projected_length=8, seed=3),
     "token_pruning": lambda: hc.TokenPruningConfig(final_token_threshold=0.012),
     "structured_pruning": lambda: hc.StructuredPruningConfig(mac_ratio=0.55),
+    "weight_pruning": lambda: hc.WeightPruningConfig(target_sparsity=0.6, criterion="magnitude"),
 }
 # Causal models cannot use slots; `test_refused_combinations` expects the refusal.
 REFUSED = {("linformer", "llama"): "bidirectional encoder", ("linformer", "opt"): "bidirectional encoder"}
 REFUSED |= {("token_pruning", name): "must be an encoder of type" for name in ("llama", "opt", "modernbert")}
 # Methods that add to the dense shapes instead of changing them: without the import such a model opens as a dense one.
-KEEPS_DENSE_SHAPES = {"linformer", "token_pruning"}
+KEEPS_DENSE_SHAPES = {"linformer", "token_pruning", "weight_pruning"}
+# Methods that change values only: a skeleton without the record has the same modules.
+KEEPS_DENSE_MODULES = {"weight_pruning"}
 
 
 def precise(name):

@@ -1,0 +1,164 @@
+"""What a weight-pruned model is, and when training makes it so."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hf_compress.core.method import MethodConfig
+from hf_compress.methods.weight_pruning.criteria import needs_gradients
+from hf_compress.methods.weight_pruning.patterns import NOfM, Pattern, parse_pattern
+
+
+NAME = "weight_pruning"
+# Keys that describe the whole step, not one set of layers.
+_WHOLE = ("local_configs", "achieved_sparsity")
+
+
+@dataclass(kw_only=True)
+class WeightPruningConfig(MethodConfig):
+    """Zeros in ordinary weights, in a pattern, at exactly the sparsity asked for.
+
+    Args:
+        pattern: `N:M`: N of every M neighbouring inputs are **zero**. `NxM`: blocks of N outputs and M inputs;
+            `1x1` is unstructured. `Nxchannel`, `channelxN`: whole rows, whole columns.
+        target_sparsity: Fraction of the pattern's units to prune (of the weights for N:M, where it is at most N/M).
+        criterion: How important a weight is: `magnitude` |W|, `gradient` |G|, `snip` |W G| of the last step,
+            `snip_momentum` a decayed sum of it over all steps.
+        scope: `global`: one ranking over all layers; `local`: each layer reaches the target.
+        sparsity_decay_type: How sparsity grows in training; `oneshot`: at once, at `start_step`.
+        start_step: Step of the first update. None: after `warmup_epochs`.
+        end_step: No update comes later. None: `cooldown_epochs` before training ends.
+        pruning_frequency: Steps between updates.
+        warmup_epochs, cooldown_epochs: Dense epochs at the start and epochs with fixed masks at the end, where
+            `start_step` and `end_step` are None.
+        op_names: Regular expressions searched in module names: what is pruned. None: every layer.
+        excluded_op_names: The same: what is not. None: the task head and poolers when `op_names` is None too,
+            otherwise nothing.
+        pruning_op_types: Class names of modules that are pruned; subclasses count.
+        min_sparsity_ratio_per_op, max_sparsity_ratio_per_op: What each layer loses at least (reached with the last
+            update) and at most.
+        local_configs: One dict for each set of layers; its keys win over the fields above. Only layers that a dict
+            selects are pruned; where two select the same layer, the first one owns it.
+        criterion_reduce_type: How the scores of a unit become one: `mean`, `sum`, `max`.
+        achieved_sparsity: Filled in when it is done: pruned units over all units (times N/M).
+
+    Source:
+        Intel Neural Compressor 2.6 (removed there in 2026): patterns, criteria and schedules. Exact counts, ties and
+        shapes that a pattern does not divide are described in the method's README.
+
+    Example:
+        >>> WeightPruningConfig(pattern="2:4")
+        Traceback (most recent call last):
+            ...
+        ValueError: target_sparsity must be at most 0.5 with pattern='2:4', got 0.9.
+    """
+
+    pattern: str = "4x1"
+    target_sparsity: float = 0.9
+    criterion: Literal["magnitude", "gradient", "snip", "snip_momentum"] = "snip_momentum"
+    scope: Literal["global", "local"] = "global"
+    sparsity_decay_type: Literal["exp", "cos", "linear", "cube", "oneshot"] = "exp"
+    start_step: int | None = None
+    end_step: int | None = None
+    pruning_frequency: int = 50
+    warmup_epochs: float = 0
+    cooldown_epochs: float = 0
+    op_names: tuple[str, ...] | None = None
+    excluded_op_names: tuple[str, ...] | None = None
+    pruning_op_types: tuple[str, ...] = ("Linear",)
+    min_sparsity_ratio_per_op: float = 0.0
+    max_sparsity_ratio_per_op: float = 0.98
+    local_configs: tuple[dict[str, Any], ...] = ()
+    criterion_reduce_type: Literal["mean", "sum", "max"] = "mean"
+    achieved_sparsity: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("op_names", "excluded_op_names", "pruning_op_types", "local_configs"):
+            # JSON, YAML and the command line know lists only.
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
+
+    def check(self) -> None:
+        self._check_layers()
+        if self.local_configs:
+            # Each dict replaces some of the fields: only what comes out has to be possible.
+            self.resolved()
+            return
+        self._check_amount()
+        self._check_window()
+
+    def _check_layers(self) -> None:
+        for name in ("op_names", "excluded_op_names"):
+            for expression in getattr(self, name) or ():
+                try:
+                    re.compile(expression)
+                except re.error as error:
+                    raise ValueError(f"{name} must be regular expressions, got {expression!r}: {error}.") from error
+        if not self.pruning_op_types:
+            raise ValueError("pruning_op_types must name at least one class, got none.")
+
+    def _check_amount(self) -> None:
+        pattern = parse_pattern(self.pattern)
+        if not 0 <= self.target_sparsity < 1:
+            raise ValueError(f"target_sparsity must be in [0, 1), got {self.target_sparsity}.")
+        if isinstance(pattern, NOfM) and self.target_sparsity > pattern.ceiling + 1e-9:
+            raise ValueError(
+                f"target_sparsity must be at most {pattern.ceiling:g} with pattern={self.pattern!r}, "
+                f"got {self.target_sparsity}."
+            )
+        low, high = self.min_sparsity_ratio_per_op, self.max_sparsity_ratio_per_op
+        if not 0 <= high < 1:
+            raise ValueError(f"max_sparsity_ratio_per_op must be in [0, 1), got {high}.")
+        if not 0 <= low <= self.target_sparsity:
+            raise ValueError(
+                f"min_sparsity_ratio_per_op must be in [0, target_sparsity={self.target_sparsity}], got {low}."
+            )
+        if self.target_sparsity > high:
+            raise ValueError(
+                f"target_sparsity must be at most max_sparsity_ratio_per_op={high}, got {self.target_sparsity}."
+            )
+
+    def _check_window(self) -> None:
+        if self.pruning_frequency < 1:
+            raise ValueError(f"pruning_frequency must be at least 1, got {self.pruning_frequency}.")
+        for name in ("start_step", "end_step", "warmup_epochs", "cooldown_epochs"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.end_step is not None and self.end_step < (self.start_step or 0):
+            raise ValueError(f"end_step must be at least start_step={self.start_step or 0}, got {self.end_step}.")
+
+    def resolved(self) -> list[WeightPruningConfig]:
+        """One config for each set of layers, with the local keys merged in.
+
+        Raises:
+            ValueError: If a local config has an unknown key or is impossible.
+        """
+        if not self.local_configs:
+            return [self]
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _WHOLE}
+        configs = []
+        for index, local in enumerate(self.local_configs):
+            for key in local:
+                if key not in shared:
+                    raise ValueError(f"local_configs[{index}] must hold keys of {', '.join(shared)}, got {key!r}.")
+            try:
+                configs.append(type(self)(**{**shared, **local}))
+            except ValueError as error:
+                raise ValueError(f"local_configs[{index}]: {error}") from error
+        return configs
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        return parse_pattern(self.pattern)
+
+    @property
+    def needs_gradients(self) -> bool:
+        return needs_gradients(self.criterion)
+
+    def to_record(self) -> dict[str, Any]:
+        record = super().to_record()
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in record.items()}

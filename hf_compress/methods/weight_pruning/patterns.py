@@ -1,0 +1,157 @@
+"""What is pruned together: blocks of a matrix, or the least important N of every M neighbours.
+
+A pattern divides a matrix into *units*. It says how important a unit is and which elements go when a unit is pruned.
+Shapes that the pattern does not divide are padded; padding is never counted as a weight.
+
+Letters: R outputs (rows), C inputs (columns), U units.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+_BLOCK = re.compile(r"^(\d+|channel)x(\d+|channel)$")
+_GROUP = re.compile(r"^(\d+):(\d+)$")
+_FORMS = "'N:M', 'NxM', 'Nxchannel' or 'channelxN' with N and M at least 1, and N < M in 'N:M'"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of neighbouring rows and columns, all or nothing.
+
+    Args:
+        rows: Outputs a block spans; None: all of them.
+        columns: Inputs a block spans; None: all of them.
+    """
+
+    rows: int | None
+    columns: int | None
+
+    # The largest fraction of a matrix that the pattern can remove.
+    ceiling = 1.0
+
+    def _blocks(self, matrix: Tensor) -> Tensor:
+        """[R, C] -> [block rows, rows, block columns, columns], padded with zeros."""
+        rows, columns = self.rows or matrix.shape[0], self.columns or matrix.shape[1]
+        below, right = -matrix.shape[0] % rows, -matrix.shape[1] % columns
+        if below or right:
+            matrix = pad(matrix, (0, right, 0, below))
+        return matrix.reshape(matrix.shape[0] // rows, rows, matrix.shape[1] // columns, columns)
+
+    def reduce(self, scores: Tensor, reduction: str) -> Tensor:
+        """[R, C] scores of elements -> scores of units, the form in which they are kept from step to step."""
+        if self.rows == self.columns == 1:
+            return scores
+        blocks = self._blocks(scores)
+        if reduction == "max":
+            return blocks.amax((1, 3))
+        total = blocks.sum((1, 3))
+        if reduction == "sum":
+            return total
+        if blocks.numel() == scores.numel():
+            return total / (blocks.shape[1] * blocks.shape[3])
+        return total / self._blocks(torch.ones_like(scores)).sum((1, 3))
+
+    def unit_scores(self, kept: Tensor, pruned: Tensor, reduction: str) -> Tensor:
+        """[U] importance of each unit; `pruned` is not looked at."""
+        return kept.flatten()
+
+    def pruned_units(self, pruned: Tensor) -> Tensor:
+        """[R, C] bool -> [U] bool: no element of the unit is left."""
+        return ~self._blocks(~pruned).any(3).any(1).flatten()
+
+    def spread(self, units: Tensor, kept: Tensor, pruned: Tensor) -> Tensor:
+        """[U] bool -> [R, C] bool: which elements go with these units."""
+        shape = pruned.shape
+        rows, columns = self.rows or shape[0], self.columns or shape[1]
+        grid = units.view(-(-shape[0] // rows), 1, -(-shape[1] // columns), 1).expand(-1, rows, -1, columns)
+        return grid.reshape(grid.shape[0] * rows, -1)[: shape[0], : shape[1]].contiguous()
+
+
+@dataclass(frozen=True)
+class NOfM:
+    """N of every M neighbouring inputs are zero; groups do not cross rows.
+
+    A unit is a group. Where M does not divide the inputs, the last group is filled up with zeros: they count towards
+    its N, as they do in the kernels that pad.
+
+    Args:
+        zeros: N.
+        group: M.
+    """
+
+    zeros: int
+    group: int
+
+    @property
+    def ceiling(self) -> float:
+        """The largest fraction of a matrix that the pattern can remove."""
+        return self.zeros / self.group
+
+    def _groups(self, matrix: Tensor, fill: float | bool) -> Tensor:
+        """[R, C] -> [R, groups, M]"""
+        right = -matrix.shape[1] % self.group
+        if right:
+            matrix = pad(matrix, (0, right), value=fill)
+        return matrix.view(len(matrix), -1, self.group)
+
+    def reduce(self, scores: Tensor, reduction: str) -> Tensor:
+        """Scores are kept for each element: which N go is decided anew at each update."""
+        return scores
+
+    def _lowest(self, kept: Tensor, pruned: Tensor) -> Tensor:
+        """[R, groups, M] bool, exactly N a group: padding first, then the lowest scores, at ties what is pruned."""
+        scores, gone = self._groups(kept, float("-inf")), self._groups(pruned, True)
+        order = torch.argsort((~gone).to(torch.uint8), dim=2, stable=True)
+        order = order.gather(2, torch.argsort(scores.gather(2, order), dim=2, stable=True))
+        return torch.zeros_like(gone).scatter_(2, order[..., : self.zeros], True)
+
+    def unit_scores(self, kept: Tensor, pruned: Tensor, reduction: str) -> Tensor:
+        """[U] importance of what a group would lose."""
+        lost = self._groups(kept, 0.0).where(self._lowest(kept, pruned), 0.0)
+        if reduction == "max":
+            return lost.amax(2).flatten()
+        return (lost.sum(2) / (self.group if reduction == "mean" else 1)).flatten()
+
+    def pruned_units(self, pruned: Tensor) -> Tensor:
+        """[R, C] bool -> [U] bool: at least N elements of the group are gone."""
+        return (self._groups(pruned, True).sum(2) >= self.zeros).flatten()
+
+    def spread(self, units: Tensor, kept: Tensor, pruned: Tensor) -> Tensor:
+        """[U] bool -> [R, C] bool: which elements go with these units."""
+        lowest = self._lowest(kept, pruned)
+        return (lowest & units.view(*lowest.shape[:2], 1)).flatten(1)[:, : pruned.shape[1]].contiguous()
+
+
+Pattern = Blocks | NOfM
+
+
+def parse_pattern(text: str) -> Pattern:
+    """The pattern that a string names.
+
+    Args:
+        text: `2:4`: two of four neighbouring inputs are zero. `4x1`: blocks of four outputs and one input.
+            `1xchannel`: whole rows (outputs); `channelx1`: whole columns (inputs).
+
+    Raises:
+        ValueError: If it names none.
+
+    Example:
+        >>> parse_pattern("1xchannel")
+        Blocks(rows=1, columns=None)
+    """
+    if match := _GROUP.match(text):
+        zeros, group = map(int, match.groups())
+        if 0 < zeros < group:
+            return NOfM(zeros, group)
+    if match := _BLOCK.match(text):
+        sizes = [None if size == "channel" else int(size) for size in match.groups()]
+        if sizes != [None, None] and 0 not in sizes:
+            return Blocks(*sizes)
+    raise ValueError(f"pattern must be {_FORMS}, got {text!r}.")

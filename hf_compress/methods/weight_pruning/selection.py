@@ -1,0 +1,88 @@
+"""Which units go: exactly as many as asked for, the least important ones, within bounds for each layer.
+
+Letters: U units of a layer, K units to prune over all layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def floor_count(number: int, fraction: float) -> int:
+    """`number * fraction` rounded down, where a product that misses a whole number by rounding counts as that.
+
+    Example:
+        >>> floor_count(100, 0.29), int(100 * 0.29)
+        (29, 28)
+    """
+    return math.floor(number * fraction + 1e-6)
+
+
+def _places(indices: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Position within its layer, in (0, 1), of each index into all layers together."""
+    size = torch.tensor(sizes, device=indices.device)
+    ends = size.cumsum(0)
+    layer = torch.searchsorted(ends, indices, right=True)
+    return (indices - (ends - size)[layer] + 0.5).double() / size[layer]
+
+
+def _lowest(scores: Tensor, pruned: Tensor, sizes: Sequence[int], count: int) -> Tensor:
+    """[U] bool, exactly `count` lowest scores of layers of these sizes.
+
+    At ties goes first what is pruned already, then the units of all layers in equal shares.
+    """
+    if count <= 0:
+        return torch.zeros_like(pruned)
+    if count >= len(scores):
+        return torch.ones_like(pruned)
+    # On the CPU sorting is several times as slow; on CUDA `kthvalue` is refused under deterministic algorithms.
+    threshold = scores.sort().values[count - 1] if scores.is_cuda else scores.kthvalue(count).values
+    chosen = scores < threshold
+    ties = (scores == threshold).nonzero().flatten()
+    order = torch.argsort(_places(ties, sizes), stable=True)
+    order = order[torch.argsort((~pruned[ties][order]).to(torch.uint8), stable=True)]
+    chosen[ties[order[: count - int(chosen.sum())]]] = True
+    return chosen
+
+
+def select_units(
+    scores: Sequence[Tensor],
+    pruned: Sequence[Tensor],
+    count: int,
+    lower: Sequence[int],
+    upper: Sequence[int],
+) -> list[Tensor]:
+    """The `count` least important units of all layers together.
+
+    Args:
+        scores: For each layer [U], finite.
+        pruned: For each layer [U] bool, what is pruned now; decides ties.
+        count: K, at least the sum of `lower` and at most the sum of `upper`.
+        lower, upper: Units that each layer loses at least and at most.
+
+    Returns:
+        For each layer [U] bool, True for what goes.
+
+    Source:
+        Pruning the lowest within bounds on each part is a greedy choice in a matroid, hence of least total score.
+
+    Example:
+        >>> none = torch.zeros(2, dtype=torch.bool)
+        >>> select_units([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], [none, none], 2, [0, 0], [1, 2])
+        [tensor([ True, False]), tensor([ True, False])]
+    """
+    sizes = [len(layer) for layer in scores]
+    gone = torch.cat(list(pruned))
+    chosen = list(_lowest(torch.cat(list(scores)), gone, sizes, count).split(sizes))
+    counts = [int(layer.sum()) for layer in chosen]
+    if all(low <= number <= high for low, number, high in zip(lower, counts, upper, strict=True)):
+        return chosen
+    bounded = []
+    for layer, before, size, low, high in zip(scores, pruned, sizes, lower, upper, strict=True):
+        forced, allowed = (_lowest(layer, before, [size], number) for number in (low, high))
+        bounded.append(layer.masked_fill(forced, float("-inf")).masked_fill(~allowed, float("inf")))
+    return list(_lowest(torch.cat(bounded), gone, sizes, count).split(sizes))

@@ -1,0 +1,114 @@
+"""`hf-compress prune-weights` and the example script, on a tiny model and generated sentences."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForSequenceClassification
+
+import hf_compress as hc
+from hf_compress.cli.main import main
+
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "add_callback_to_existing_script.py"
+
+
+@pytest.fixture
+def place(model, tokenizer, sentences, tmp_path, monkeypatch):
+    """A folder with a tiny classifier and 64 labelled sentences; commands run inside it."""
+    monkeypatch.chdir(tmp_path)
+    model("bert", "sequence_classification").save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    Path("data").mkdir()
+    for name in ("train", "validation"):
+        pandas.DataFrame(sentences, columns=["sentence", "label"]).to_parquet(f"data/{name}.parquet")
+    return tmp_path
+
+
+COMMON = [
+    "prune-weights",
+    "--model_name_or_path",
+    "model",
+    "--data_dir",
+    "data",
+    "--use_cpu",
+    "--disable_tqdm",
+    "true",
+]
+COMMON += ["--max_length", "16", "--num_train_epochs", "4", "--per_device_train_batch_size", "16"]
+COMMON += ["--learning_rate", "1e-3", "--pruning_frequency", "2", "--warmup_epochs", "1", "--cooldown_epochs", "1"]
+
+
+def encoder(folder):
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    return model, {n: p for n, p in model.named_parameters() if "encoder" in n and p.ndim == 2}
+
+
+def test_two_of_four(place, capsys):
+    assert main([*COMMON, "--pattern", "2:4", "--target_sparsity", "0.5", "--output_dir", "sparse"]) == 0
+    model, weights = encoder("sparse")
+    assert len(weights) == 18
+    for weight in weights.values():
+        assert (weight.reshape(len(weight), -1, 4) == 0).sum(2).eq(2).all()
+    results = json.loads(Path("sparse/results.json").read_text())
+    assert set(results["sparsity_by_layer"].values()) == {0.5}
+    assert len(results["sparsity_by_layer"]) == 18
+    linears = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    zeros = sum(int((weight == 0).sum()) for weight in linears) / sum(weight.numel() for weight in linears)
+    assert results["element_sparsity"] == pytest.approx(zeros)
+    assert 0.4 < zeros < 0.5
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_dense_training_of_the_same_kind(place):
+    assert main([*COMMON, "--do_prune", "false", "--output_dir", "dense"]) == 0
+    model, weights = encoder("dense")
+    assert all(weight.all() for weight in weights.values())
+    assert hc.steps_of(model) == []
+    assert json.loads(Path("dense/results.json").read_text())["element_sparsity"] == 0
+
+
+def test_mixed_patterns_from_a_file_with_a_teacher(place):
+    """The published mixed recipe: local configs as a list, the last hidden state instead of the labels."""
+    recipe = {
+        "teacher_name_or_path": "model",
+        "alpha_task": 0,
+        "alpha_output": 0,
+        "alpha_layer": 5.0,
+        "layer_map": [-1, -1, 2],
+        "output_dir": "mixed",
+        "local_configs": [
+            {"op_names": [".*output", ".*intermediate"], "pattern": "1x1", "scope": "local", "target_sparsity": 0.8},
+            {"op_names": [".*query", ".*key"], "pattern": "4x1", "min_sparsity_ratio_per_op": 0.5},
+        ],
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main([*COMMON, "--config", "recipe.yaml"]) == 0
+    model, weights = encoder("mixed")
+    for name, weight in weights.items():
+        zeros = int((weight == 0).sum())
+        if "output" in name or "intermediate" in name:
+            assert zeros == int(weight.numel() * 0.8)
+        else:
+            assert zeros == 0 if "value" in name else zeros >= weight.numel() // 2
+    (step,) = hc.steps_of(model)
+    assert step["local_configs"] == recipe["local_configs"]
+    # Only hidden states were taught: the head, which no loss reached, is the one that training began with.
+    head = AutoModelForSequenceClassification.from_pretrained("model").classifier.weight
+    assert torch.equal(model.classifier.weight, head)
+
+
+def test_the_example_script(place, monkeypatch, capsys):
+    flags = ["--model", "model", "--data_dir", "data", "--out", "sparse"]
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *flags])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert "bert.encoder.layer.0.attention.self.query.weight: 0.5000 zeros" in capsys.readouterr().out
+    _, weights = encoder("sparse")
+    assert all((weight.reshape(len(weight), -1, 4) == 0).sum(2).eq(2).all() for weight in weights.values())
+    added = [line for line in EXAMPLE.read_text().splitlines() if line.endswith("# +")]
+    assert len(added) == 3

@@ -1,0 +1,173 @@
+"""Patterns, criteria and schedules against numbers that the original (Intel Neural Compressor 2.6) produced."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hf_compress as hc
+from hf_compress.core.schedules import SparsitySchedule, sparsity_at
+from hf_compress.methods.weight_pruning.modeling import Layer, prune_layers
+
+
+LAYERS = ("fc1", "fc2")
+
+
+@pytest.fixture
+def goldens(shared):
+    return shared / "specs" / "inc_golden"
+
+
+def read(file):
+    return json.loads(file.read_text())
+
+
+def test_schedules(goldens):
+    curves = read(goldens / "schedules.json")["curves"]
+    assert len(curves) == 64
+    for curve in curves:
+        target = min(curve["target"], curve["max_op"])
+        values = [
+            sparsity_at(curve["decay"], t, curve["T"], target, curve["init"]) for t in range(len(curve["values"]))
+        ]
+        assert values == pytest.approx(curve["values"], abs=1e-12)
+        assert values[-1] == target
+
+
+def test_published_recipes(goldens):
+    examples = read(goldens / "schedules.json")["examples"]
+    assert examples
+    for recipe in examples.values():
+        schedule = SparsitySchedule(
+            "exp", recipe["target"], recipe["start_step"], recipe["end_step"], recipe["frequency"]
+        )
+        assert schedule.num_updates == recipe["T"]
+        beyond = recipe["end_step"] + 2 * recipe["frequency"]
+        steps = [step for step in range(beyond) if schedule.due(step) is not None]
+        assert steps == recipe["prune_steps"]
+        assert schedule.last == steps[-1]
+        assert [schedule.due(step) for step in steps] == pytest.approx(recipe["targets"], abs=1e-12)
+
+
+def test_masks_of_one_call(goldens):
+    """All 63 cases: patterns, scopes, reductions, bounds, partial ratios. Sparsity counts units."""
+    archive, cases = np.load(goldens / "masks_single.npz"), read(goldens / "masks_single.json")
+    assert len(cases) == 63
+    layers = [Layer(name, nn.Parameter(torch.zeros(archive[f"score_{name}"].shape))) for name in LAYERS]
+    for case in cases:
+        config = hc.WeightPruningConfig(
+            pattern=case["pattern"],
+            scope=case["scope"],
+            target_sparsity=case["final_target"],
+            min_sparsity_ratio_per_op=case["min_per_op"],
+            max_sparsity_ratio_per_op=case["max_per_op"],
+            criterion_reduce_type=case["reduce"],
+        )
+        scores = [torch.tensor(archive[f"score_{name}"]) for name in LAYERS]
+        kept = [config.parsed_pattern.reduce(score, case["reduce"]) for score in scores]
+        masks = prune_layers(config, layers, kept, [None, None], case["ratio_this_call"])
+        for name, mask in zip(LAYERS, masks, strict=True):
+            assert np.array_equal(~mask.numpy(), archive[f"mask{case['id']}_{name}"]), (case, name)
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, archive):
+        super().__init__()
+        for name in LAYERS:
+            start = torch.tensor(archive[f"W0_{name}"])
+            layer = nn.Linear(start.shape[1], start.shape[0], bias=False)
+            layer.weight.data.copy_(start)
+            self.add_module(name, layer)
+
+
+def optimizer_of(case, model):
+    if case["optimizer"] == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    return torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.01)
+
+
+def replay(case, archive):
+    """Drive the callback as `Trainer` does, with the recorded gradients; returns the steps whose masks differ."""
+    recorded = case["config"]
+    names = {"pruning_type": "criterion", "pruning_scope": "scope"}
+    values = {names.get(key, key): value for key, value in recorded.items()}
+    config = hc.WeightPruningConfig(**values, op_names=LAYERS)
+    model = TwoLayers(archive)
+    optimizer, callback = optimizer_of(case, model), hc.WeightPruningCallback(config)
+    args = SimpleNamespace(gradient_accumulation_steps=1, max_grad_norm=1.0)
+    state = SimpleNamespace(global_step=0, max_steps=case["steps"], num_train_epochs=1, log_history=[])
+    everything = {"model": model, "optimizer": optimizer}
+    callback.on_train_begin(args, state, None, **everything)
+    different = []
+    for step in range(case["steps"]):
+        state.global_step = step
+        callback.on_step_begin(args, state, None, **everything)
+        for name in LAYERS:
+            weight = getattr(model, name).weight
+            pruned = [mask for layer, mask in callback._pruned.items() if layer.name == name]
+            pruned = pruned[0] if pruned else torch.zeros_like(weight, dtype=torch.bool)
+            assert not weight[pruned].any()
+            apart = int((pruned.numpy() == archive[f"mask_{name}"][step]).sum())
+            if apart:
+                different.append((step, name, apart))
+            if not different:
+                assert np.abs(weight.detach().numpy() - archive[f"W_before_{name}"][step]).max() <= 1e-6
+            weight.grad = torch.tensor(archive[f"G_{name}"][step])
+        callback.on_pre_optimizer_step(args, state, None, **everything)
+        optimizer.step()
+        callback.on_optimizer_step(args, state, None, **everything)
+        for name in LAYERS:
+            if different:
+                continue
+            weight = getattr(model, name).weight
+            assert np.abs(weight.detach().numpy() - archive[f"W_after_{name}"][step]).max() <= 1e-6
+            score = optimizer.state[weight].get("prune_score")
+            if score is not None and f"score_{name}" in archive and callback._runs[0].scores_at(step):
+                assert np.abs(score.numpy() - archive[f"score_{name}"][step]).max() <= 1e-6
+                case["compared"] = case.get("compared", 0) + 1
+        optimizer.zero_grad()
+    state.global_step = case["steps"]
+    callback.on_train_end(args, state, None, **everything)
+    return different
+
+
+EXACT = [
+    "snipm_4x1_global_exp_sgd",
+    "snipm_4x1_global_exp_adamw",
+    "snipm_2in4_global_exp_adamw",
+    "snip_1x4_global_cube_sgd",
+    "gradient_1xchannel_local_exp_sgd",
+    "magnitude_4x1_capped_sgd",
+    "snipm_1x1_oneshot_sgd",
+]
+
+
+def trajectory(goldens, name):
+    (case,) = [case for case in read(goldens / "trajectories.json") if case["name"] == name]
+    return case, np.load(goldens / f"traj_{name}.npz")
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_training_step_by_step(goldens, name):
+    case, archive = trajectory(goldens, name)
+    assert replay(case, archive) == []
+    assert case["config"]["pruning_type"] == "magnitude" or case["compared"] >= 4
+
+
+def test_cosine_reaches_its_target(goldens):
+    """The original's cosine ends at 95 of 128 for a target of 0.75; ours takes the unit that its rounding loses."""
+    case, archive = trajectory(goldens, "snipm_1x1_local_cos_adamw")
+    different = replay(case, archive)
+    # At update 4 of 6 the product 128 * 0.375 came out below 48, at the last one 128 * 0.75 below 96.
+    assert {step for step, _, _ in different} <= set(range(14, 17)) | set(range(20, 26))
+    assert {apart for step, _, apart in different if step == 20} == {1}
+
+
+def test_every_trajectory_is_accounted_for(goldens):
+    names = {case["name"] for case in read(goldens / "trajectories.json")}
+    # The progressive variants end below their target by construction and are not among the criteria here.
+    progressive = {"progressive_4x1_sgd", "progressive_1xchannel_sgd_complete"}
+    assert names == set(EXACT) | {"snipm_1x1_local_cos_adamw"} | progressive
