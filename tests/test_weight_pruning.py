@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -761,3 +762,32 @@ def test_a_model_can_be_pruned_again_and_two_callbacks_do_not_meet(model, batche
     assert sum(int(mask.sum()) for mask in half.values()) > 0
     assert hc.WeightPruningConfig().target_sparsity == 0.9
     assert hc.WeightPruningConfig().local_configs == ()
+
+
+class Scaled:
+    """What mixed precision puts around an optimizer: gradients are multiplied, steps with infinite ones skipped."""
+
+    def __init__(self, optimizer, scale):
+        self.param_groups, self.state, self.step_was_skipped = optimizer.param_groups, optimizer.state, False
+        self.scaler = SimpleNamespace(get_scale=lambda: scale)
+
+
+def test_scaled_gradients_and_skipped_steps():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8, bias=False))
+    weight, gradient = net[0].weight, torch.rand(8, 8)
+    args, state = SimpleNamespace(max_grad_norm=0.0), SimpleNamespace(global_step=0, max_steps=9, num_train_epochs=1)
+    optimizer = Scaled(torch.optim.SGD(net.parameters(), lr=0.0), 1024.0)
+    callback = hc.WeightPruningCallback(hc.WeightPruningConfig(pattern="1x1", pruning_frequency=2))
+    callback.on_train_begin(args, state, None, model=net, optimizer=optimizer)
+    weight.grad = gradient * 1024
+    callback.on_pre_optimizer_step(args, state, None, optimizer=optimizer)
+    assert "prune_score" not in optimizer.state[weight]  # Never before the optimizer's own first entry.
+    callback.on_optimizer_step(args, state, None, optimizer=optimizer)
+    expected = (weight.detach() * gradient).abs()
+    assert torch.allclose(optimizer.state[weight]["prune_score"], expected)
+    weight.grad = torch.full_like(weight, float("inf"))
+    callback.on_pre_optimizer_step(args, state, None, optimizer=optimizer)
+    optimizer.step_was_skipped = True
+    callback.on_optimizer_step(args, state, None, optimizer=optimizer)
+    assert torch.allclose(optimizer.state[weight]["prune_score"], expected)
