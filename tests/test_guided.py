@@ -349,7 +349,8 @@ def test_the_trained_teacher_is_saved(tmp_path):
     ({"teacher_update_cycle": 0}, "teacher_update_cycle must be at least 1, got 0"),
     ({"teacher_schedule": "other"}, "teacher_schedule must be"),
     ({"teacher_cache_dir": "x"}, "teacher_cache_dir must be unset"),
-    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"), ({"lr_scheduler_type": "greedy"}, "metric"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}, "depend on a metric"),
 ])  # fmt: skip
 def test_wrong_arguments_of_a_learning_teacher(tmp_path, options, text):
     with pytest.raises(ValueError, match=text):

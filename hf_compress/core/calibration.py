@@ -178,14 +178,14 @@ def collect_inputs(
     Raises:
         ValueError: If the data is empty, has no `input_ids`, or drives a module to a non-finite input.
     """
-    base = model.base_model
+    base, drops_tokens = model.base_model, carries_state(model)
     live: dict[str, Tensor] = {}
     pending: set[Hashable] = set()
 
     def observer(key: Hashable) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             # Layers that drop tokens hand on rows of live tokens only, without the axis of examples.
-            packed = inputs[0].ndim == 2
+            packed = drops_tokens and inputs[0].ndim == 2
             rows = inputs[0] if packed else inputs[0].reshape(-1, inputs[0].shape[-1])[live["tokens"]]
             if not bool(torch.isfinite(rows).all()):
                 raise ValueError(
@@ -214,7 +214,7 @@ def collect_inputs(
             if on_batch is not None:
                 on_batch(moved)
             try:
-                base(**moved, **({STATE: LiveTokens(whole=True)} if carries_state(model) else {}))
+                base(**moved, **({STATE: LiveTokens(whole=True)} if drops_tokens else {}))
             except _Stop:
                 continue
     finally:
