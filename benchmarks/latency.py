@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from header import arguments_of, commit
 from transformers.utils import logging as transformers_logging
 
 from hf_compress.core.cost import count_cost
@@ -75,7 +76,8 @@ def main() -> None:
         write_json(
             args.out,
             {
-                "arguments": vars(args),
+                "arguments": arguments_of(args),
+                "commit": commit(),
                 "seq_len": seq_len,
                 "baseline": baseline,
                 "environment": place,

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import subprocess
 import time
 
 import torch
 import torch.nn.functional as F
+from header import arguments_of, commit
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
@@ -111,9 +111,9 @@ def main() -> None:
                 }  # fmt: skip
                 rows.append(row)
                 print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     header = {
-        "arguments": vars(args), "commit": commit, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "arguments": arguments_of(args), "commit": commit(), "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
         "memory": timed[0].memory_kind,
     }  # fmt: skip
     if args.out:

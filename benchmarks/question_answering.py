@@ -12,11 +12,10 @@ import argparse
 import collections
 import re
 import string
-import subprocess
-from pathlib import Path
 
 import datasets
 import torch
+from header import arguments_of, commit
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, default_data_collator, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -136,11 +135,7 @@ def main() -> None:
         trainer.save_model()
         return AutoModelForQuestionAnswering.from_pretrained(f"{args.work_dir}/{folder}")
 
-    result: dict = {"arguments": {**vars(args), "model": Path(args.model).name, "data_dir": Path(args.data_dir).name}}
-    result["arguments"] = {k: v for k, v in result["arguments"].items() if k not in ("out", "work_dir")}
-    result["commit"] = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    result: dict = {"arguments": arguments_of(args), "commit": commit()}
 
     def note(name: str, value: float) -> None:
         result[name] = round(value, 2)

@@ -12,11 +12,11 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import time
 from pathlib import Path
 
 import torch
+from header import commit
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -85,10 +85,6 @@ class Results:
             write_json(self.file, self.content)
             print(name, self.content["cells"][name], flush=True)
         return self.content["cells"][name]
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from datasets import Dataset
+from header import arguments_of, commit
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -222,7 +223,8 @@ def main() -> None:
                 flush=True,
             )
     report = {
-        "arguments": vars(args), "results": results, "tokens_per_example": sum(lengths) / len(lengths),
+        "arguments": arguments_of(args), "commit": commit(), "results": results,
+        "tokens_per_example": sum(lengths) / len(lengths),
         "environment": {
             "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__,
             "transformers": transformers.__version__, "load_average_before": load,

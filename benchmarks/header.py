@@ -1,0 +1,22 @@
+"""What stands above the numbers of a result file: arguments without the places of one machine, and the commit."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from pathlib import Path
+from typing import Any
+
+
+def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
+    """A command's arguments; of models and data the name is kept and the folder is not."""
+    kept = {name: value for name, value in vars(args).items() if name not in ("out", "plot", "work_dir")}
+    for name in ("model", "data_dir"):
+        if name in kept:
+            kept[name] = Path(kept[name]).name
+    return kept
+
+
+def commit() -> str:
+    """The short hash of the checkout in the working directory."""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
