@@ -69,7 +69,7 @@ def main() -> None:
         "mean_tokens": sum(map(len, rows["validation"]["input_ids"])) / len(rows["validation"]),
         "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "machine": platform.machine(),
     })  # fmt: skip
-    batches = length_sorted(rows["validation"], 64, tokenizer)
+    batches = list(length_sorted(rows["validation"], 64, tokenizer))
 
     def scores(folder: str, dense: str) -> dict:
         model = open_classifier(folder, task)
