@@ -257,6 +257,66 @@ def test_soft_and_hard_stage(model, rows, tokenizer, tmp_path):
     assert metrics["eval_relative_macs"] <= macs / dense + 1e-6
 
 
+def rate_of_thresholds(trainer):
+    theta = thresholds_of(trainer.model).values
+    return [
+        group["initial_lr"] for group in trainer.optimizer.param_groups if any(p is theta for p in group["params"])
+    ]
+
+
+def test_thresholds_have_the_learning_rate_that_was_asked_for(model, rows, tokenizer, tmp_path):
+    common = {"train_dataset": rows, "processing_class": tokenizer}
+    config = hc.TokenPruningConfig(masking_mode="soft", final_token_threshold=0.02)
+    callback = hc.ThresholdAnnealingCallback(learning_rate=3e-3)
+    first = hc.CompressionTrainer(
+        hc.compress(model("bert", HEAD), config), arguments(tmp_path, max_steps=1), callbacks=[callback], **common
+    )
+    first.train()
+    assert rate_of_thresholds(first) == [3e-3]
+    # Where it would be ignored, it is refused: a stock Trainer, and a callback that comes after the optimizer.
+    late = hc.CompressionTrainer(hc.compress(model("bert", HEAD), config), arguments(tmp_path, max_steps=1), **common)
+    late.add_callback(hc.ThresholdAnnealingCallback(learning_rate=3e-3))
+    student = hc.compress(model("bert", HEAD), config)
+    stock = Trainer(student, arguments(tmp_path, max_steps=1), callbacks=[callback], **common)
+    for trainer in (late, stock):
+        with pytest.raises(ValueError, match="learning_rate must be given to the constructor of a trainer of this"):
+            trainer.train()
+
+
+def test_hand_edited_config_with_a_callback(model, rows, tokenizer, tmp_path):
+    student = model("bert", HEAD)
+    student.config.prune_mode, student.config.masking_mode = "absolute_threshold", "soft"
+    callback = hc.ThresholdAnnealingCallback(learning_rate=3e-3)
+    trainer = hc.CompressionTrainer(
+        student, arguments(tmp_path, max_steps=1), train_dataset=rows, processing_class=tokenizer, callbacks=[callback]
+    )
+    trainer.train()
+    assert rate_of_thresholds(trainer) == [3e-3]
+
+
+def test_switching_run_resumes_in_its_hard_stage(model, rows, tokenizer, tmp_path):
+    final = []
+    for stop in (None, 4):
+        for resume in (False, True) if stop else (False,):
+            config = hc.TokenPruningConfig(masking_mode="soft", final_token_threshold=0.02)
+            folder = tmp_path / str(stop)
+            if resume:
+                student = AutoModelForSequenceClassification.from_pretrained(folder / "checkpoint-4")
+                assert student.config.masking_mode == "hard"
+            else:
+                student = hc.compress(model("bert", HEAD), config)
+            callbacks = [hc.ThresholdAnnealingCallback(learning_rate=1e-3), hc.StageSwitchCallback(0.5)]
+            trainer = hc.CompressionTrainer(
+                student, arguments(folder, max_steps=6, save_strategy="steps", save_steps=4), train_dataset=rows,
+                processing_class=tokenizer, callbacks=callbacks,
+            )  # fmt: skip
+            if stop and not resume:
+                trainer.add_callback(_StopAt(stop))
+            trainer.train(resume_from_checkpoint=resume)
+        final.append(student.state_dict())
+    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+
+
 def test_resumed_soft_stage_equals_unbroken(model, rows, tokenizer, tmp_path):
     final = []
     for stop in (None, 3):

@@ -94,9 +94,9 @@ def prune_tokens(
     if uses_teacher:
         teacher = open_classifier(pruning.teacher_name_or_path, task)
         add_teacher_columns(common, task, data, pruning.teacher_name_or_path)
-    trainer = DistillationTrainer(teacher_model=teacher, **common)
+    callbacks = []
     if model.config.masking_mode == "soft":
-        trainer.add_callback(
+        callbacks.append(
             ThresholdAnnealingCallback(
                 temperature_start=pruning.temperature_start,
                 temperature_end=pruning.temperature_end,
@@ -106,5 +106,6 @@ def prune_tokens(
                 learning_rate=pruning.threshold_learning_rate,
             )
         )
-        trainer.add_callback(StageSwitchCallback(pruning.soft_fraction))
+        callbacks.append(StageSwitchCallback(pruning.soft_fraction))
+    trainer = DistillationTrainer(teacher_model=teacher, callbacks=callbacks, **common)
     return run(trainer, model, tokenizer, arguments)

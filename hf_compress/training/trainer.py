@@ -59,8 +59,9 @@ class CompressionTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Before anything else sees the model: callbacks look for what the config asks for.
+        self._methods = self._methods_of(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
-        self._methods = self._methods_of(self.model)
         # The same for releases before that attribute, which ask the model's signature only.
         self.model_accepts_loss_kwargs = False
         self._terms: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}

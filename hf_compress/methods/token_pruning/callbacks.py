@@ -124,7 +124,15 @@ class ThresholdAnnealingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _require_thresholds(kwargs["model"], "ThresholdAnnealingCallback").learning_rate = self.learning_rate
+        thresholds = _require_thresholds(kwargs["model"], "ThresholdAnnealingCallback")
+        if self.learning_rate is not None:
+            groups = getattr(kwargs.get("optimizer"), "param_groups", [])
+            rates = [g["initial_lr"] for g in groups if any(p is thresholds.values for p in g["params"])]
+            if rates != [self.learning_rate]:
+                raise ValueError(
+                    "learning_rate must be given to the constructor of a trainer of this package "
+                    f"(callbacks=[ThresholdAnnealingCallback(...)]); here the thresholds are trained with {rates}."
+                )
         if self.target_relative_macs is not None:
             loader = kwargs["train_dataloader"]
             rows = [loader.dataset[i] for i in range(min(self.measure_examples, len(loader.dataset)))]
@@ -170,11 +178,21 @@ class StageSwitchCallback(TrainerCallback):
             raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
         self.fraction = fraction
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Before the optimizer is made: also a run that resumes in its hard stage has the thresholds in it.
+        if kwargs["model"] is not None:
+            self._mark(kwargs["model"])
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _require_thresholds(kwargs["model"], "StageSwitchCallback").values.requires_grad_(True)
-        kwargs["model"].config.token_prune_stage = "switching"
+        self._mark(kwargs["model"])
+
+    def _mark(self, model: PreTrainedModel) -> None:
+        _require_thresholds(model, "StageSwitchCallback").values.requires_grad_(True)
+        model.config.token_prune_stage = "switching"
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -190,4 +208,5 @@ class StageSwitchCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        kwargs["model"].config.token_prune_stage = "hard"
+        # Training may have been stopped before the switch.
+        kwargs["model"].config.token_prune_stage = kwargs["model"].config.masking_mode

@@ -73,8 +73,3 @@ class TokenPruningConfig(MethodConfig):
             raise ValueError(f"temperature must be positive, got {self.temperature}.")
         if self.masking_mode == "soft" and self.prune_mode != "absolute_threshold":
             raise ValueError(f"masking_mode must be 'hard' for prune_mode={self.prune_mode!r}, got 'soft'.")
-
-    @property
-    def norm(self) -> Literal["reference", "live", "initial"]:
-        """`score_norm`, or what the older `scoring_mode` says."""
-        return "live" if self.scoring_mode == "mean_norm" else self.score_norm

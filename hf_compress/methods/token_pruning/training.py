@@ -33,7 +33,8 @@ def start_training(model: PreTrainedModel) -> None:
     """Freeze the thresholds in the hard stage and mark the stage in the config."""
     thresholds = thresholds_of(model)
     if thresholds is not None:
-        thresholds.values.requires_grad_(model.config.masking_mode == "soft")
+        switching = model.config.token_prune_stage == "switching"
+        thresholds.values.requires_grad_(switching or model.config.masking_mode == "soft")
     if model.config.token_prune_stage != "switching":
         model.config.token_prune_stage = model.config.masking_mode
 
