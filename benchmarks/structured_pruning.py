@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recovery_learning_rate", type=float, default=2e-4)
     parser.add_argument("--alpha_layer", type=float, default=1.0)
     parser.add_argument("--uncorrected", action="store_true", help="Also without correction, for every selection.")
+    parser.add_argument("--centered", action="store_true", help="Also `center=True`, where it is offered.")
     parser.add_argument("--no_recovery", action="store_true")
     return parser.parse_args()
 
@@ -68,6 +69,16 @@ def training(output_dir: str, args: argparse.Namespace, seed: int, epochs: float
         "seed": seed,
         "disable_tqdm": True,
     }
+
+
+def variants(selection: str, args: argparse.Namespace) -> list[tuple[str, dict]]:
+    """Names and options of what is tried with one selection; the first is the plain one."""
+    found = [(selection, {})]
+    if args.uncorrected:
+        found.append((f"{selection}-uncorrected", {"correction": False}))
+    if args.centered and selection != "fisher":
+        found.append((f"{selection}-centered", {"center": True}))
+    return found
 
 
 class Results:
@@ -121,20 +132,16 @@ def main() -> None:
         batches = calibration_batches(rows["train"], tokenizer, args.samples, seed)
         for ratio in args.ratios:
             for selection in args.selections:
-                for correction in (True, False) if args.uncorrected else (True,):
+                for label, options in variants(selection, args):
 
-                    def prune(
-                        ratio=ratio, selection=selection, correction=correction, stem=stem, dense=dense, seed=seed
-                    ):
+                    def prune(ratio=ratio, selection=selection, options=options, stem=stem, dense=dense, seed=seed):
                         model = open_classifier(dense, task)
                         before = hc.count_cost(model, 32).params
-                        config = hc.StructuredPruningConfig(
-                            mac_ratio=ratio, selection=selection, correction=correction, seed=seed
-                        )
+                        config = hc.StructuredPruningConfig(mac_ratio=ratio, selection=selection, seed=seed, **options)
                         start = time.perf_counter()
                         hc.compress(model, config, data=batches)  # noqa: B023  (called before the next seed)
                         seconds = time.perf_counter() - start
-                        if selection == "interpolative" and correction:
+                        if selection == "interpolative" and not options:
                             model.save_pretrained(f"{stem}-{ratio}")
                             tokenizer.save_pretrained(f"{stem}-{ratio}")
                         step = hc.steps_of(model)[-1]
@@ -144,7 +151,6 @@ def main() -> None:
                             "prune_seconds": round(seconds, 2),
                         }  # fmt: skip
 
-                    label = f"{selection}{'' if correction else '-uncorrected'}"
                     results.cell(f"seed{seed}/{ratio}/{label}", prune)
 
             def recover(ratio=ratio, stem=stem, dense=dense, seed=seed) -> dict:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -85,7 +86,7 @@ class TeacherCache:
         self.hits = self.misses = 0
         self._entries: dict[bytes, tuple[int, int, int, int, int]] = {}
         self._verified: set[bytes] = set()
-        self._maps: dict[int, np.memmap] = {}
+        self._maps: dict[int, np.ndarray] = {}
         self._shapes: list[dict[str, Any]] | None = None
         identity = {"version": CACHE_VERSION, "fingerprint": fingerprint, "layout": dict(layout)}
         try:
@@ -150,7 +151,8 @@ class TeacherCache:
         offset, size, rank, _, checksum = self._entries[key]
         known = self._maps.get(rank)
         if known is None or len(known) < offset + size:
-            self._maps[rank] = known = np.memmap(self._values_file(rank), dtype=np.uint8, mode="r")
+            # As a plain array: every slice of a memmap would be an object with a costly constructor.
+            self._maps[rank] = known = np.asarray(np.memmap(self._values_file(rank), dtype=np.uint8, mode="r"))
         raw = known[offset : offset + size]
         if key not in self._verified:
             if zlib.crc32(raw) != checksum:
@@ -173,20 +175,27 @@ class TeacherCache:
             self.misses += len(keys)
             return None
         self.hits += len(keys)
-        live = live_tokens(inputs)
-        shapes = self._known_shapes()
-        parts: list[list[np.ndarray]] = [[] for _ in shapes]
-        for key in keys:
+        shapes, device = self._known_shapes(), inputs["input_ids"].device
+        live = live_tokens(inputs).cpu().numpy()
+        places = [_places(row) for row in live]
+        batch = [
+            np.zeros((*live.shape, *shape["shape"][1:]), np.float32)
+            if shape["shape"][0] == "tokens"
+            else np.empty((len(live), *shape["shape"]), np.float32)
+            for shape in shapes
+        ]
+        for row, key in enumerate(keys):
             raw, tokens, start = self._bytes(key).view(np.float32), self._entries[key][3], 0
-            for values, shape in zip(parts, shapes, strict=True):
+            for values, shape in zip(batch, shapes, strict=True):
                 full = [tokens if size == "tokens" else size for size in shape["shape"]]
-                count = int(np.prod(full))
-                values.append(raw[start : start + count].reshape(full))
+                count = math.prod(full)
+                # Straight from the file to its place in the batch: these copies are most of a cached step's cost.
+                place = places[row] if shape["shape"][0] == "tokens" else ...
+                values[row][place] = raw[start : start + count].reshape(full)
                 start += count
-        device = inputs["input_ids"].device
         tensors: dict[str, list[Tensor]] = {"logits": [], "hidden": []}
-        for values, shape in zip(parts, shapes, strict=True):
-            tensors[shape["kind"]].append(_padded(values, shape["shape"], live.cpu()).to(device))
+        for values, shape in zip(batch, shapes, strict=True):
+            tensors[shape["kind"]].append(torch.from_numpy(values).to(device))
         return tuple(tensors["logits"]), tuple(tensors["hidden"])
 
     def _known_shapes(self) -> list[dict[str, Any]]:
@@ -242,10 +251,9 @@ class TeacherCache:
         self._verified.update(entries)
 
 
-def _padded(values: Sequence[np.ndarray], shape: Sequence[Any], live: Tensor) -> Tensor:
-    """Stack the values of examples, putting those of tokens back at the live positions of the batch."""
-    if shape[0] != "tokens":
-        return torch.from_numpy(np.stack(values))
-    result = torch.zeros(*live.shape, *shape[1:])
-    result[live] = torch.from_numpy(np.concatenate(values))
-    return result
+def _places(live: np.ndarray) -> slice | np.ndarray:
+    """Where the live tokens of an example stand; one slice when padding is on one side only."""
+    found = np.flatnonzero(live)
+    if len(found) and found[-1] - found[0] + 1 == len(found):
+        return slice(int(found[0]), int(found[-1]) + 1)
+    return found
