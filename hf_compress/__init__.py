@@ -32,6 +32,7 @@ _EXPORTS = {
     "count_cost": "hf_compress.core.cost",
     "measure_latency": "hf_compress.report.latency",
     "rebuild": "hf_compress.api",
+    "slim": "hf_compress.methods.weight_pruning",
     "steps_of": "hf_compress.api",
     "to_plain": "hf_compress.api",
 }
