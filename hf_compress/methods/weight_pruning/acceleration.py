@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ class Acceleration:
         format: `csr` or `2:4`.
         packed: Names of the layers that use it.
         dense: Name -> reason, for every linear layer that does not.
-        dense_seconds, packed_seconds: Of the example batch, median; None when nothing was measured.
+        dense_seconds, packed_seconds: Of the example batch, fastest round; None when nothing was measured.
     """
 
     format: str
@@ -56,9 +55,12 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def time_in_turns(
-    runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, before: Callable[[str], None] = id
+    runs: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    device: torch.device,
+    before: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
-    """Median seconds of several ways to do the same, taking turns, so that other load hits all of them.
+    """Seconds of several ways to do the same, taking turns: the fastest round, as other load can only add to it.
 
     Args:
         runs: Name -> what is timed.
@@ -70,11 +72,12 @@ def time_in_turns(
     for number in range(repeats + 2):
         names = list(runs) if number % 2 else list(reversed(runs))
         for name in names:
-            before(name)
+            if before is not None:
+                before(name)
             seconds = _seconds(runs[name], device)
             if number >= 2:
                 taken[name].append(seconds)
-    return {name: statistics.median(values) for name, values in taken.items()}
+    return {name: min(values) for name, values in taken.items()}
 
 
 def _shapes(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str, Any]) -> dict[str, torch.Size]:
@@ -118,7 +121,7 @@ def _eligible(layers: Mapping[str, nn.Linear], form: Format) -> tuple[dict[str, 
         if reason is None:
             try:
                 packs[name] = Pack(form, form.pack(weight), weight, weight._version, form.max_rows or math.inf)
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 reason = f"torch refuses it: {(str(error).splitlines() or [type(error).__name__])[0]}"
         if reason is not None:
             reasons[name] = reason
@@ -182,7 +185,7 @@ def accelerate_for_inference(
     else:
         tensors = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value) and key != "labels"}
         packs, slow, taken = _measure(model, layers, packs, accepted_arguments(model, tensors), repeats, min_speedup)
-        reasons.update(slow)
+        reasons = {**slow, **reasons}
     for name, pack in packs.items():
         set_pack_(layers[name], pack)
     result = Acceleration(form.name, list(packs), reasons, taken.get("dense"), taken.get("packed"))
@@ -235,6 +238,7 @@ def _measure(
 def _sentence(result: Acceleration, number: int) -> str:
     measured = "not measured" if result.speedup is None else f"measured {result.speedup:.2f} times as fast as dense"
     if not result.packed:
-        reason = next(reason for reason in result.dense.values() if "measured" in reason or "run" in reason)
-        return f"All {number} linear layers stay dense: sparse kernels are not faster here ({reason})."
+        # Measured ones come first.
+        name, reason = next(iter(result.dense.items()))
+        return f"All {number} linear layers stay dense: sparse kernels are not faster here ({name}: {reason})."
     return f"{len(result.packed)} of {number} linear layers use {result.format}; {measured}."
