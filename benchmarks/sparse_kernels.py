@@ -3,8 +3,9 @@
     python benchmarks/sparse_kernels.py --threads 1 --out benchmarks/results/sparse_kernels.json
 
 Every kernel computes `x W^T + b` for the same random x, W, b in float32 and is checked against `F.linear`. Kernels
-take turns; speed-ups are ratios of medians, and of the fastest rounds, which other load disturbs less. Kernels that are ten times slower than dense in their first runs are timed
-no more, and those that refuse are named with torch's reason. `accelerate_for_inference` uses `csr`.
+take turns; speed-ups are ratios of medians, and of the fastest rounds, which other load disturbs less. Kernels ten
+times slower than dense in their first runs are timed no more, and those that refuse are named with torch's reason.
+`accelerate_for_inference` uses `csr`.
 """
 
 from __future__ import annotations

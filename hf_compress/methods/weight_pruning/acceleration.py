@@ -163,7 +163,7 @@ def accelerate_for_inference(
         >>> accelerate_for_inference(model)
         Traceback (most recent call last):
             ...
-        ValueError: No layer can be accelerated on the CPU; of the sparsest one, '0', at least 0.8 ... got 0.00.
+        ValueError: No layer can be accelerated on the CPU; of the sparsest one, '0', at least 0.85 ... got 0.00.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
