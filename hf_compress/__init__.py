@@ -10,6 +10,7 @@ from hf_compress._registration import register_when_needed
 
 _EXPORTS = {
     "METHODS": "hf_compress.methods",
+    "Acceleration": "hf_compress.methods.weight_pruning",
     "CompressionConfig": "hf_compress.core.record",
     "CompressionTrainer": "hf_compress.training.trainer",
     "Cost": "hf_compress.core.cost",
@@ -28,10 +29,12 @@ _EXPORTS = {
     "TokenPruningConfig": "hf_compress.methods.token_pruning",
     "WeightPruningCallback": "hf_compress.methods.weight_pruning",
     "WeightPruningConfig": "hf_compress.methods.weight_pruning",
+    "accelerate_for_inference": "hf_compress.methods.weight_pruning",
     "compress": "hf_compress.api",
     "count_cost": "hf_compress.core.cost",
     "measure_latency": "hf_compress.report.latency",
     "rebuild": "hf_compress.api",
+    "slim": "hf_compress.methods.weight_pruning",
     "steps_of": "hf_compress.api",
     "to_plain": "hf_compress.api",
 }

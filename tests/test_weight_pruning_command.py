@@ -103,6 +103,43 @@ def test_mixed_patterns_from_a_file_with_a_teacher(place):
     assert torch.equal(model.classifier.weight, head)
 
 
+CHANNELS = ["--pattern", "1xchannel", "--target_sparsity", "0.5", "--slim", "true", "--output_dir", "small"]
+
+
+def test_slim(place, capsys):
+    assert main([*COMMON, *CHANNELS, "--op_names", ".*intermediate.dense"]) == 0
+    model, weights = encoder("small")
+    widths = [weight.shape[0] for name, weight in weights.items() if "intermediate" in name]
+    assert sum(widths) == 96
+    results = json.loads(Path("small/results.json").read_text())
+    # What training reached, measured before the zeros were cut out.
+    assert sum(results["sparsity_by_layer"].values()) == pytest.approx(1.5)
+    assert results["slimmed"]["neurons_per_layer"] == widths
+    assert results["slimmed"]["after"]["macs"] < 0.9 * results["slimmed"]["before"]["macs"]
+    assert hc.count_cost(model).params == results["slimmed"]["after"]["params"]
+    # The smaller model says what the evaluated one said.
+    assert main(["evaluate", "--models", "small", "--data_dir", "data", "--max_length", "16"]) == 0
+    printed = capsys.readouterr().out
+    assert f"neurons left by layer  {' '.join(map(str, widths))}" in printed
+    assert f"{results['eval_accuracy']:.4f}" in printed.partition("saved to small")[2]
+
+
+def test_slim_says_when_there_is_nothing_to_cut(place, capsys):
+    """Rows of queries and keys do not make whole heads."""
+    assert main([*COMMON, *CHANNELS, "--op_names", ".*query"]) == 0
+    assert "slim: nothing to remove" in capsys.readouterr().out
+    results = json.loads(Path("small/results.json").read_text())
+    assert results["slimmed"] is None
+    assert "neurons_per_layer" not in hc.steps_of(encoder("small")[0])[0]
+
+
+@pytest.mark.parametrize("flags", [["--pattern", "4x1"], ["--do_prune", "false"]])
+def test_slim_needs_a_channel_pattern(place, capsys, flags):
+    assert main([*COMMON, *CHANNELS, *flags]) == 2
+    assert "slim must go with do_prune and a pattern 'Nxchannel'" in capsys.readouterr().err
+    assert not Path("small").exists()
+
+
 def test_the_example_script(place, monkeypatch, capsys):
     flags = ["--model", "model", "--data_dir", "data", "--out", "sparse"]
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *flags])

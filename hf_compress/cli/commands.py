@@ -86,7 +86,20 @@ def prune_weights(arguments: Sequence[str]) -> None:
     for name, sparsity in results["sparsity_by_layer"].items():
         print(f"{name:56s} {sparsity:.4f}")
     _print_metrics(results)
+    if options.slim:
+        _print_slimmed(results["slimmed"])
     print(f"saved to {training.output_dir}")
+
+
+def _print_slimmed(slimmed: Mapping[str, Any] | None) -> None:
+    if slimmed is None:
+        print("slim: nothing to remove, no neuron and no whole head is zero; the zeros stay in ordinary weights")
+        return
+    before, after = slimmed["before"], slimmed["after"]
+    print(f"slim: parameters {before['params']:,d} -> {after['params']:,d}, ", end="")
+    print(f"multiply-accumulates {before['macs']:.4g} -> {after['macs']:.4g}")
+    print(f"heads left by layer    {' '.join(map(str, slimmed['heads_per_layer']))}")
+    print(f"neurons left by layer  {' '.join(map(str, slimmed['neurons_per_layer']))}")
 
 
 def linearize(arguments: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ class Architecture:
         attention_out: The projection back to the hidden size; its input is the concatenated heads.
         ffn_in: Projections into the feed-forward width; two for a gated block, one when the gate is fused.
         ffn_out: The projection back; its input is the activated width.
+        activation: What stands between them; of a gated block, the function of the first projection.
         head_size: Attribute of the attention module that holds d.
         head_counters: Attributes of the attention module that hold H; entries ending in `*d` hold H times d.
         ffn_size: Field of the model's config with the width, for models whose layers all have the same one.
@@ -40,6 +41,7 @@ class Architecture:
     attention_out: str
     ffn_in: tuple[str, ...]
     ffn_out: str
+    activation: str
     head_size: str
     head_counters: tuple[str, ...]
     ffn_size: str
@@ -63,6 +65,7 @@ _BERT = Architecture(
     attention_out="attention.output.dense",
     ffn_in=("intermediate.dense",),
     ffn_out="output.dense",
+    activation="intermediate.intermediate_act_fn",
     head_size="attention_head_size",
     head_counters=("num_attention_heads", "all_head_size*d"),
     ffn_size="intermediate_size",
@@ -81,6 +84,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_out="attention.out_lin",
         ffn_in=("ffn.lin1",),
         ffn_out="ffn.lin2",
+        activation="ffn.activation",
         head_size="attention_head_size",
         head_counters=("n_heads",),
         ffn_size="hidden_dim",
@@ -94,6 +98,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_out="attn.Wo",
         ffn_in=("mlp.Wi",),
         ffn_out="mlp.Wo",
+        activation="mlp.act",
         head_size="head_dim",
         head_counters=(),
         ffn_size="intermediate_size",
@@ -108,6 +113,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_out="self_attn.o_proj",
         ffn_in=("mlp.gate_proj", "mlp.up_proj"),
         ffn_out="mlp.down_proj",
+        activation="mlp.act_fn",
         head_size="head_dim",
         head_counters=(),
         ffn_size="intermediate_size",
@@ -123,6 +129,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention_out="self_attn.out_proj",
         ffn_in=("fc1",),
         ffn_out="fc2",
+        activation="activation_fn",
         head_size="head_dim",
         head_counters=("num_heads",),
         ffn_size="ffn_dim",
@@ -161,6 +168,10 @@ class Block:
     @property
     def ffn_out(self) -> nn.Linear:
         return self.linear(self.architecture.ffn_out)
+
+    @property
+    def activation(self) -> nn.Module:
+        return self.layer.get_submodule(self.architecture.activation)
 
     @property
     def hidden_size(self) -> int:

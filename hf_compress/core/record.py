@@ -72,15 +72,19 @@ def record_of(config: PretrainedConfig) -> dict[str, Any]:
     return record
 
 
-def append_step(config: PretrainedConfig, method: str, completed: MethodConfig) -> None:
+def append_step(
+    config: PretrainedConfig, method: str, completed: MethodConfig, *, instead_of_last: bool = False
+) -> None:
     """Write a finished step into a model's config.
 
     Args:
         config: Of the model that went through it.
         method: The name of the method.
         completed: Its config, with the sizes that came out.
+        instead_of_last: The last step went on; this is what is to be said of it now.
     """
     steps = record_of(config)["steps"]
+    steps = steps[:-1] if instead_of_last else steps
     for name in completed.flat:
         setattr(config, name, getattr(completed, name))
     steps.append({"method": method, **completed.to_record()})

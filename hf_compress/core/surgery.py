@@ -6,11 +6,13 @@ Every function works on live weights and on meta-device skeletons alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from hf_compress.core.architectures import Block
+from hf_compress.core.architectures import Block, architecture_of, blocks_of
 from hf_compress.core.attention import DeferredLinear, defer_
 
 
@@ -124,3 +126,60 @@ def resize_(block: Block, num_units: int, num_neurons: int) -> None:
         keep_heads_(block, range(num_units))
     if num_neurons != block.num_neurons:
         keep_neurons_(block, torch.arange(num_neurons))
+
+
+def resize_layers_(model: PreTrainedModel, heads: Sequence[int], neurons: Sequence[int]) -> None:
+    """Give a skeleton the sizes that a record names.
+
+    Args:
+        model: Its layers are at least as large.
+        heads: Attention units of each layer.
+        neurons: Feed-forward neurons of each layer.
+
+    Raises:
+        ValueError: If the sizes do not fit the model.
+    """
+    blocks = blocks_of(model)
+    if len(heads) != len(blocks) or len(neurons) != len(blocks):
+        raise ValueError(
+            f"heads_per_layer and neurons_per_layer must have {len(blocks)} entries, "
+            f"got {len(heads)} and {len(neurons)}."
+        )
+    for block, num_units, num_neurons in zip(blocks, heads, neurons, strict=True):
+        if num_units > block.num_units or num_neurons > block.num_neurons:
+            raise ValueError(
+                f"Layer {block.index} must have at most {block.num_units} heads and {block.num_neurons} neurons, "
+                f"got {num_units} and {num_neurons}."
+            )
+        resize_(block, num_units, num_neurons)
+
+
+def plain_sizes(model: PreTrainedModel) -> dict[str, Any]:
+    """The ordinary config fields of a model whose layers all have the same sizes.
+
+    Raises:
+        ValueError: Names the layer that stock transformers cannot build.
+    """
+    row, blocks = architecture_of(model), blocks_of(model)
+    first = blocks[0]
+    for block in blocks:
+        if block.num_neurons != first.num_neurons:
+            raise ValueError(
+                f"Layer {block.index} has {block.num_neurons} neurons, layer 0 has {first.num_neurons}: "
+                f"no single {row.ffn_size}."
+            )
+        if block.num_units != first.num_units:
+            raise ValueError(
+                f"Layer {block.index} has {block.num_units} heads, layer 0 has {first.num_units}: no single number."
+            )
+    fields: dict[str, Any] = {row.ffn_size: first.num_neurons}
+    if first.attention_out.in_features != first.hidden_size:
+        if getattr(model.config, "head_dim", None) is None or not hasattr(model.config, "num_key_value_heads"):
+            raise ValueError(
+                f"Layer 0 has {first.num_units} heads of size {first.head_size}; {model.config.model_type} derives "
+                "the head size from the number of heads and cannot have fewer. Structured pruning keeps them with "
+                "prune_heads=False."
+            )
+        fields["num_key_value_heads"] = first.num_units
+        fields["num_attention_heads"] = first.num_units * first.queries_per_unit
+    return fields

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.core.architectures import Block, architecture_of, blocks_of
+from hf_compress.core.architectures import Block, blocks_of
 from hf_compress.core.calibration import SecondMoments, collect_inputs, live_tokens, require_data
-from hf_compress.core.surgery import keep_heads_, keep_neurons_, resize_, unit_columns
+from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
 from hf_compress.methods.structured_pruning.allocation import Sublayer, allocate, check_budget
 from hf_compress.methods.structured_pruning.config import StructuredPruningConfig
 from hf_compress.methods.structured_pruning.correction import (
@@ -143,24 +143,11 @@ def rebuild(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
     Raises:
         ValueError: If the config is not completed or its sizes do not fit the model.
     """
-    blocks = blocks_of(model)
-    heads, neurons = config.heads_per_layer, config.neurons_per_layer
-    if heads is None or neurons is None:
+    if config.heads_per_layer is None or config.neurons_per_layer is None:
         raise ValueError(
             "heads_per_layer and neurons_per_layer must be recorded, got a config that was never applied."
         )
-    if len(heads) != len(blocks) or len(neurons) != len(blocks):
-        raise ValueError(
-            f"heads_per_layer and neurons_per_layer must have {len(blocks)} entries, "
-            f"got {len(heads)} and {len(neurons)}."
-        )
-    for block, num_units, num_neurons in zip(blocks, heads, neurons, strict=True):
-        if num_units > block.num_units or num_neurons > block.num_neurons:
-            raise ValueError(
-                f"Layer {block.index} must have at most {block.num_units} heads and {block.num_neurons} neurons, "
-                f"got {num_units} and {num_neurons}."
-            )
-        resize_(block, num_units, num_neurons)
+    resize_layers_(model, config.heads_per_layer, config.neurons_per_layer)
 
 
 def plain(model: PreTrainedModel, config: StructuredPruningConfig) -> dict[str, Any]:
@@ -169,28 +156,7 @@ def plain(model: PreTrainedModel, config: StructuredPruningConfig) -> dict[str, 
     Raises:
         ValueError: Names the layer that stock transformers cannot build.
     """
-    row, blocks = architecture_of(model), blocks_of(model)
-    first = blocks[0]
-    for block in blocks:
-        if block.num_neurons != first.num_neurons:
-            raise ValueError(
-                f"Layer {block.index} has {block.num_neurons} neurons, layer 0 has {first.num_neurons}: "
-                f"no single {row.ffn_size}."
-            )
-        if block.num_units != first.num_units:
-            raise ValueError(
-                f"Layer {block.index} has {block.num_units} heads, layer 0 has {first.num_units}: no single number."
-            )
-    fields: dict[str, Any] = {row.ffn_size: first.num_neurons}
-    if first.attention_out.in_features != first.hidden_size:
-        if getattr(model.config, "head_dim", None) is None or not hasattr(model.config, "num_key_value_heads"):
-            raise ValueError(
-                f"Layer 0 has {first.num_units} heads of size {first.head_size}; {model.config.model_type} derives "
-                "the head size from the number of heads and cannot have fewer. Prune with prune_heads=False."
-            )
-        fields["num_key_value_heads"] = first.num_units
-        fields["num_attention_heads"] = first.num_units * first.queries_per_unit
-    return fields
+    return plain_sizes(model)
 
 
 def _require_rows(

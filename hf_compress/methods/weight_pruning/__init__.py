@@ -1,10 +1,14 @@
 """Weight pruning in training: blocks, channels, N:M, at exactly the sparsity asked for."""
 
 from hf_compress.core.method import Method, Paper
+from hf_compress.methods.weight_pruning.acceleration import Acceleration as Acceleration
+from hf_compress.methods.weight_pruning.acceleration import accelerate_for_inference as accelerate_for_inference
 from hf_compress.methods.weight_pruning.callbacks import WeightPruningCallback as WeightPruningCallback
 from hf_compress.methods.weight_pruning.config import NAME
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig as WeightPruningConfig
-from hf_compress.methods.weight_pruning.modeling import check, compress, plain, rebuild
+from hf_compress.methods.weight_pruning.modeling import check, compress
+from hf_compress.methods.weight_pruning.slimming import plain, rebuild
+from hf_compress.methods.weight_pruning.slimming import slim as slim
 
 
 METHOD = Method(

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from hf_compress.core.method import MethodConfig
 from hf_compress.methods.weight_pruning.criteria import needs_gradients
-from hf_compress.methods.weight_pruning.patterns import NOfM, Pattern, parse_pattern
+from hf_compress.methods.weight_pruning.patterns import Blocks, NOfM, Pattern, parse_pattern
 
 
 NAME = "weight_pruning"
 # Keys that describe the whole step, not one set of layers.
-_WHOLE = ("local_configs", "achieved_sparsity")
+_WHOLE = ("local_configs", "achieved_sparsity", "heads_per_layer", "neurons_per_layer")
 
 
 @dataclass(kw_only=True)
@@ -44,6 +44,8 @@ class WeightPruningConfig(MethodConfig):
             selects are pruned; where two select the same layer, the first one owns it.
         criterion_reduce_type: How the scores of a unit become one: `mean`, `sum`, `max`.
         achieved_sparsity: Filled in when it is done: pruned units over all units (times N/M).
+        heads_per_layer, neurons_per_layer: Filled in by `slim`: what is left in each layer. Heads are counted as
+            key-value heads.
 
     Source:
         Intel Neural Compressor 2.6 (removed there in 2026): patterns, criteria and schedules. Exact counts, ties and
@@ -74,6 +76,8 @@ class WeightPruningConfig(MethodConfig):
     local_configs: tuple[dict[str, Any], ...] = ()
     criterion_reduce_type: Literal["mean", "sum", "max"] = "mean"
     achieved_sparsity: float | None = None
+    heads_per_layer: list[int] | None = None
+    neurons_per_layer: list[int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("op_names", "excluded_op_names", "pruning_op_types", "local_configs"):
@@ -83,6 +87,7 @@ class WeightPruningConfig(MethodConfig):
         super().__post_init__()
 
     def check(self) -> None:
+        self._check_sizes()
         self._check_layers()
         if self.local_configs:
             # Each dict replaces some of the fields: only what comes out has to be possible.
@@ -90,6 +95,14 @@ class WeightPruningConfig(MethodConfig):
             return
         self._check_amount()
         self._check_window()
+
+    def _check_sizes(self) -> None:
+        if (self.heads_per_layer is None) != (self.neurons_per_layer is None):
+            raise ValueError("heads_per_layer and neurons_per_layer must be given together, got one of them.")
+        for name in ("heads_per_layer", "neurons_per_layer"):
+            sizes = getattr(self, name)
+            if sizes is not None and min(sizes, default=0) < 1:
+                raise ValueError(f"{name} must hold a positive size for each layer, got {sizes}.")
 
     def _check_layers(self) -> None:
         for name in ("op_names", "excluded_op_names"):
@@ -154,6 +167,12 @@ class WeightPruningConfig(MethodConfig):
     @property
     def parsed_pattern(self) -> Pattern:
         return parse_pattern(self.pattern)
+
+    @property
+    def prunes_channels(self) -> bool:
+        """Whether a pattern takes whole rows or columns, of which `slim` makes smaller layers."""
+        patterns = [entry.parsed_pattern for entry in self.resolved()]
+        return any(isinstance(pattern, Blocks) and None in (pattern.rows, pattern.columns) for pattern in patterns)
 
     @property
     def needs_gradients(self) -> bool:

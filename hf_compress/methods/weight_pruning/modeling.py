@@ -97,6 +97,12 @@ def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[Group]:
     """
     if hasattr(model, "peft_config"):
         raise ValueError("model must not hold adapters, got a PEFT model. Merge them (merge_and_unload) first.")
+    if config.heads_per_layer is not None:
+        # A copy of a finished step: what training would record of it says nothing about this model.
+        raise ValueError(
+            f"heads_per_layer and neurons_per_layer must be None before pruning (slim fills them in), got "
+            f"{config.heads_per_layer} and {config.neurons_per_layer}."
+        )
     taken: set[nn.Parameter] = set()
     groups = []
     for entry in config.resolved():
@@ -308,18 +314,3 @@ def _scores_of_data(
         if layer in sums:
             scores[layer] = step_scores(config, layer, sums[layer], None)
     return scores
-
-
-def rebuild(model: PreTrainedModel, config: WeightPruningConfig) -> None:
-    """Nothing to do: the zeros are in ordinary weights.
-
-    Raises:
-        ValueError: If the config was never applied.
-    """
-    if config.achieved_sparsity is None:
-        raise ValueError("achieved_sparsity must be recorded, got a config that was never applied.")
-
-
-def plain(model: PreTrainedModel, config: WeightPruningConfig) -> dict[str, Any]:
-    """Config fields that stock transformers needs: none."""
-    return {}

@@ -1,0 +1,165 @@
+"""Sparse formats that torch has kernels for, and linear layers that hold their weight in one of them as well.
+
+The dense weight stays in its place beside the packed one. So saving, the record and training know nothing of this;
+what it costs is memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+# Zeros from which CSR pays: at 0.8 it breaks even with dense products, at 0.9 it wins (see the README).
+_CSR_SPARSITY = 0.85
+# Tokens up to which it does for every shape tried; dense products gain more from large inputs.
+_CSR_ROWS = 128
+# Of 2:4 weights, such that both of torch's backends take them.
+_ROWS, _COLUMNS = 32, 64
+
+
+def csr_obstacle(weight: Tensor) -> str | None:
+    """Why a weight cannot use the CSR kernel, or None."""
+    if not torch.backends.mkl.is_available():
+        return "this build of torch has no MKL, which holds the fast CSR kernel"
+    if weight.dtype != torch.float32:
+        return f"dtype must be float32 on the CPU, got {str(weight.dtype).removeprefix('torch.')}"
+    zeros = 1 - int(weight.count_nonzero()) / weight.numel()
+    if zeros < _CSR_SPARSITY:
+        return f"at least {_CSR_SPARSITY} of the weight must be zero on the CPU, got {zeros:.2f}"
+    return None
+
+
+def two_of_four_obstacle(weight: Tensor, capability: tuple[int, int]) -> str | None:
+    """Why a weight cannot use sparse tensor cores, or None.
+
+    Args:
+        weight: Of a linear layer.
+        capability: Compute capability of its device.
+    """
+    if capability < (8, 0):
+        return f"the GPU must have compute capability 8.0 or more, got {capability[0]}.{capability[1]}"
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype must be float16 or bfloat16 on CUDA, got {str(weight.dtype).removeprefix('torch.')}"
+    if weight.shape[0] % _ROWS or weight.shape[1] % _COLUMNS:
+        return f"shape must be a multiple of {_ROWS} x {_COLUMNS}, got {weight.shape[0]} x {weight.shape[1]}"
+    groups = (weight.view(len(weight), -1, 4) != 0).sum(2)
+    dense = int((groups > 2).sum())
+    if dense:
+        return f"the weight must be 2:4, got {dense} of {groups.numel()} groups of four with more than two non-zeros"
+    return None
+
+
+def _csr(weight: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        # "CSR support is in beta state": what is used of it is tested here.
+        warnings.simplefilter("ignore")
+        return weight.detach().to_sparse_csr()
+
+
+def _csr_linear(inputs: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    # Sparse times dense is the fast order of the two by far; the result is a view with tokens as columns.
+    columns = inputs.reshape(-1, inputs.shape[-1]).t()
+    result = matrix @ columns if bias is None else torch.addmm(bias[:, None], matrix, columns)
+    return result.t().reshape(*inputs.shape[:-1], len(matrix))
+
+
+def _two_of_four(weight: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        # "The API is in prototype stage": failures are reported, not raised.
+        warnings.simplefilter("ignore")
+        return torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
+
+
+def _two_of_four_linear(inputs: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(inputs.contiguous(), matrix, bias)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A sparse format and its kernel.
+
+    Args:
+        name: For reports.
+        obstacle: Weight -> why it does not fit, or None.
+        pack: Weight -> packed weight.
+        linear: (inputs, packed weight, bias) -> outputs.
+        max_rows: Tokens up to which it is used without measuring more; None: any number.
+    """
+
+    name: str
+    obstacle: Callable[[Tensor], str | None]
+    pack: Callable[[Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    max_rows: int | None
+
+
+def format_for(device: torch.device) -> Format:
+    """The format of a device.
+
+    Raises:
+        ValueError: If torch has none for it.
+    """
+    if device.type == "cpu":
+        return Format("csr", csr_obstacle, _csr, _csr_linear, _CSR_ROWS)
+    # Other makers' GPUs call themselves CUDA, too.
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        return Format("2:4", lambda w: two_of_four_obstacle(w, capability), _two_of_four, _two_of_four_linear, None)
+    raise ValueError(f"model must be on the CPU or on an NVIDIA GPU to be accelerated, got {device.type}.")
+
+
+@dataclass
+class Pack:
+    """A packed weight, and what it was made of."""
+
+    form: Format
+    matrix: Tensor
+    weight: nn.Parameter
+    version: int
+    max_rows: float
+
+    def fits(self, layer: nn.Linear, inputs: Tensor) -> bool:
+        weight = layer.weight
+        unchanged = weight is self.weight and weight._version == self.version and weight.dtype == self.matrix.dtype
+        return (
+            unchanged
+            and inputs.device == self.matrix.device == weight.device
+            and inputs.dtype == weight.dtype
+            and inputs.numel() <= self.max_rows * layer.in_features
+            and not torch.is_autocast_enabled(inputs.device.type)
+        )
+
+    def __deepcopy__(self, memo: dict) -> None:
+        # A copy has weights of its own and runs dense until it is accelerated itself.
+        return None
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer with a second, sparse form of its weight: used in evaluation without gradients, where it fits."""
+
+    pack: Pack | None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        pack = self.pack
+        if pack is None or self.training or torch.is_grad_enabled() or not pack.fits(self, inputs):
+            return super().forward(inputs)
+        return pack.form.linear(inputs, pack.matrix, self.bias)
+
+
+def set_pack_(layer: nn.Linear, pack: Pack | None) -> None:
+    """Give a linear layer a packed weight; None: it runs dense for now."""
+    layer.__class__ = PackedLinear
+    object.__setattr__(layer, "pack", pack)
+
+
+def unpack_(layer: nn.Linear) -> None:
+    """Make a layer an ordinary one again."""
+    if type(layer) is PackedLinear:
+        del layer.__dict__["pack"]
+        layer.__class__ = nn.Linear
