@@ -14,6 +14,8 @@ def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("model", "data_dir"):
         if name in kept:
             kept[name] = Path(kept[name]).name
+    if "models" in kept:
+        kept["models"] = [Path(name).name for name in kept["models"]]
     return kept
 
 

@@ -140,6 +140,42 @@ def test_slim_needs_a_channel_pattern(place, capsys, flags):
     assert not Path("small").exists()
 
 
+AT_ONCE = [*COMMON, "--num_train_epochs", "0", "--calibration_samples", "32", "--pattern", "2:4"]
+AT_ONCE += ["--target_sparsity", "0.5", "--scope", "local", "--output_dir", "sparse"]
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "snip", "magnitude"])
+def test_at_once(place, criterion, capsys):
+    assert main([*AT_ONCE, "--criterion", criterion]) == 0
+    model, weights = encoder("sparse")
+    assert all(((w.reshape(len(w), -1, 4) == 0).sum(2) == 2).all() for w in weights.values())
+    (step,) = hc.steps_of(model)
+    assert (step["criterion"], step["achieved_sparsity"]) == (criterion, 0.5)
+    results = json.loads(Path("sparse/results.json").read_text())
+    assert 0 <= results["eval_accuracy"] <= 1
+    assert set(results["sparsity_by_layer"].values()) == {0.5}
+    assert results.get("calibration_samples") == (None if criterion == "magnitude" else 32)
+    assert "prune_seconds" in capsys.readouterr().out
+    # The seed of the draw reaches the draw, and the draw the result.
+    assert main([*AT_ONCE, "--criterion", criterion, "--calibration_seed", "1", "--output_dir", "other"]) == 0
+    _, others = encoder("other")
+    same = all(torch.equal(weight, others[name]) for name, weight in weights.items())
+    assert same == (criterion == "magnitude")
+
+
+def test_at_once_or_in_training(place, capsys):
+    for flags, message in (
+        (["--criterion", "wanda", "--num_train_epochs", "2"], "num_train_epochs must be 0 (and max_steps unset)"),
+        (["--criterion", "wanda", "--max_steps", "2"], "with criterion='wanda', which prunes at once, got 0 and 2"),
+        (["--teacher_name_or_path", "model"], "teacher_name_or_path must be empty with num_train_epochs=0"),
+        (["--criterion", "wanda", "--calibration_samples", "65"], "calibration_samples must be in 1..64"),
+        (["--criterion", "sparsegpt", "--scope", "global"], "scope must be 'local' with criterion='sparsegpt'"),
+    ):
+        assert main([*AT_ONCE, *flags]) == 2
+        assert message in capsys.readouterr().err
+        assert not Path("sparse/config.json").exists()
+
+
 def test_the_example_script(place, monkeypatch, capsys):
     flags = ["--model", "model", "--data_dir", "data", "--out", "sparse"]
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *flags])
@@ -149,3 +185,12 @@ def test_the_example_script(place, monkeypatch, capsys):
     assert all((weight.reshape(len(weight), -1, 4) == 0).sum(2).eq(2).all() for weight in weights.values())
     added = [line for line in EXAMPLE.read_text().splitlines() if line.endswith("# +")]
     assert len(added) == 3
+
+
+def test_slim_at_once(place):
+    """Channels by weight norm, cut out without any training."""
+    flags = ["--num_train_epochs", "0", "--criterion", "magnitude", "--op_names", ".*intermediate.dense"]
+    assert main([*COMMON, *CHANNELS, *flags]) == 0
+    widths = [weight.shape[0] for name, weight in encoder("small")[1].items() if "intermediate" in name]
+    assert sum(widths) == 96
+    assert json.loads(Path("small/results.json").read_text())["slimmed"]["neurons_per_layer"] == widths

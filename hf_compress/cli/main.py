@@ -33,7 +33,7 @@ commands:
   finetune         train a classifier or regressor on a task
   prune-structure  remove attention heads and neurons without retraining
   prune-tokens     learn which tokens can be dropped on the way through the layers
-  prune-weights    train with zeros in a pattern (N:M, blocks, channels), with or without a teacher
+  prune-weights    zeros in a pattern (N:M, blocks, channels): in training, with or without a teacher, or at once
   linearize        replace softmax attention by linear attention (Linformer)
   distill          teach a (compressed) student what a fine-tuned teacher knows
   joint-distill    the same from a teacher that is fine-tuned at the same time

@@ -155,6 +155,78 @@ def require_data(data: Iterable[Mapping[str, Any]] | None, passes: int) -> Itera
     return data
 
 
+def _inputs_of(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the base model takes of a batch, on its device."""
+    if "input_ids" not in batch:
+        raise ValueError(f"data must hold dicts with input_ids, got the keys {sorted(batch)}.")
+    base = model.base_model
+    return {k: v.to(base.device) for k, v in accepted_arguments(base, batch).items() if torch.is_tensor(v)}
+
+
+def _run(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    model.base_model(**inputs, **({STATE: LiveTokens(whole=True)} if carries_state(model) else {}))
+
+
+def _rows(key: Hashable, states: Tensor, tokens: int, may_be_packed: bool) -> tuple[Tensor, bool]:
+    """The input of a layer as rows, and whether they are live tokens only.
+
+    Layers that drop tokens hand on rows of live tokens only, without the axis of examples.
+    """
+    if may_be_packed and states.ndim == 2:
+        return states, True
+    rows = states.reshape(-1, states.shape[-1])
+    if len(rows) != tokens:
+        raise ValueError(
+            f"Calibration needs layers that see one row a token, got {len(rows)} rows for {tokens} tokens at {key}. "
+            "Exclude it."
+        )
+    return rows, False
+
+
+@torch.no_grad()
+def call_order(
+    model: PreTrainedModel, modules: Mapping[Hashable, nn.Module], batch: Mapping[str, Any]
+) -> list[tuple[Hashable, int]]:
+    """Every call of some modules in one forward pass, in order.
+
+    Args:
+        model: Runs in eval mode and is left in the mode it had.
+        modules: Key -> module. Those that the base model does not call are not in the answer.
+        batch: Model inputs; labels are ignored.
+
+    Returns:
+        Key and number of the input: calls that follow each other on the very same tensor share a number.
+
+    Raises:
+        ValueError: If the batch has no `input_ids`, or a module sees something else than one row a token.
+    """
+    calls: list[tuple[Hashable, int]] = []
+    last: list[Tensor] = []
+    inputs_of_base, drops_tokens = _inputs_of(model, batch), carries_state(model)
+    num_tokens = live_tokens(inputs_of_base).numel()
+
+    def observer(key: Hashable) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            _rows(key, inputs[0], num_tokens, drops_tokens)
+            same = bool(last) and last[0] is inputs[0]
+            # Held on to: the next tensor cannot take the place of this one and pass for it.
+            last[:] = [inputs[0]]
+            calls.append((key, calls[-1][1] + (not same) if calls else 0))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(observer(key)) for key, module in modules.items()]
+    was_training = model.training
+    model.eval()
+    try:
+        _run(model, inputs_of_base)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    return calls
+
+
 @torch.no_grad()
 def collect_inputs(
     model: PreTrainedModel,
@@ -163,6 +235,7 @@ def collect_inputs(
     data: Iterable[Mapping[str, Any]],
     on_batch: Callable[[Mapping[str, Any]], None] | None = None,
     description: str = "calibration",
+    whole: bool = False,
 ) -> None:
     """Feed the live-token inputs of some modules to statistics, one forward pass a batch.
 
@@ -170,23 +243,24 @@ def collect_inputs(
 
     Args:
         model: Runs on the device it is on; batches are moved there.
-        modules: Key -> module whose first positional input is observed.
+        modules: Key -> module whose first positional input is observed, at every call.
         statistics: Key -> statistic, for the same keys.
         data: Model-input dicts of tensors. Labels and arguments that the base model does not take are ignored.
         on_batch: Called with each batch (after the move).
+        whole: Run the base model to its end: for modules that it calls more than once, or perhaps never.
 
     Raises:
-        ValueError: If the data is empty, has no `input_ids`, or drives a module to a non-finite input.
+        ValueError: If the data is empty, has no `input_ids`, drives a module to a non-finite input, or if a module
+            sees something else than one row a token.
     """
-    base, drops_tokens = model.base_model, carries_state(model)
+    drops_tokens = carries_state(model)
     live: dict[str, Tensor] = {}
     pending: set[Hashable] = set()
 
     def observer(key: Hashable) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            # Layers that drop tokens hand on rows of live tokens only, without the axis of examples.
-            packed = drops_tokens and inputs[0].ndim == 2
-            rows = inputs[0] if packed else inputs[0].reshape(-1, inputs[0].shape[-1])[live["tokens"]]
+            rows, packed = _rows(key, inputs[0], len(live["tokens"]), drops_tokens)
+            rows = rows if packed else rows[live["tokens"]]
             if not bool(torch.isfinite(rows).all()):
                 raise ValueError(
                     f"Activations must be finite, got NaN or infinity at {key} in {rows.dtype}. Check the weights, or "
@@ -194,7 +268,7 @@ def collect_inputs(
                 )
             statistics[key].update(rows)
             pending.discard(key)
-            if not pending:
+            if not pending and not whole:
                 raise _Stop
 
         return hook
@@ -205,16 +279,14 @@ def collect_inputs(
     seen = 0
     try:
         for batch in _batches(data, description):
-            if "input_ids" not in batch:
-                raise ValueError(f"data must hold dicts with input_ids, got the keys {sorted(batch)}.")
-            moved = {k: v.to(base.device) for k, v in accepted_arguments(base, batch).items() if torch.is_tensor(v)}
+            moved = _inputs_of(model, batch)
             live["tokens"] = live_tokens(moved).flatten()
             pending.update(modules)
             seen += 1
             if on_batch is not None:
                 on_batch(moved)
             try:
-                base(**moved, **({STATE: LiveTokens(whole=True)} if drops_tokens else {}))
+                _run(model, moved)
             except _Stop:
                 continue
     finally:

@@ -1,14 +1,15 @@
-"""Train a model while its weights are pruned, with or without a teacher."""
+"""Train a model while its weights are pruned, with or without a teacher; or prune them at once."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_compress.api import steps_of
+from hf_compress.api import compress, steps_of
 from hf_compress.core.architectures import blocks_of
 from hf_compress.core.cost import count_cost
 from hf_compress.core.saving import write_json
@@ -16,6 +17,7 @@ from hf_compress.methods.weight_pruning import WeightPruningCallback, WeightPrun
 from hf_compress.methods.weight_pruning.modeling import element_sparsity, sparsity_by_layer
 from hf_compress.stages.finetune import add_teacher_columns, prepare, run, trainer_arguments
 from hf_compress.stages.models import ModelArguments, open_classifier, save_stage
+from hf_compress.tasks.inputs import calibration_batches
 from hf_compress.tasks.sources import DataArguments
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.distillation import DistillationTrainer
@@ -29,7 +31,10 @@ class PruningArguments:
     Args:
         teacher_name_or_path: Hub name or folder of the fine-tuned dense model. Empty: no teacher.
         do_prune: False trains in the same way without pruning, for comparison.
-        slim: Cut dead channels and heads out of the trained model; needs a channel pattern.
+        slim: Cut dead channels and heads out of the pruned model; needs a channel pattern.
+        calibration_samples: Sequences drawn from the training split without replacement, when nothing is trained
+            (`num_train_epochs=0`) and the criterion looks at data.
+        calibration_seed: Of the draw.
     """
 
     teacher_name_or_path: str = field(
@@ -37,6 +42,10 @@ class PruningArguments:
     )
     do_prune: bool = field(default=True, metadata={"help": "False: the same training without pruning."})
     slim: bool = field(default=False, metadata={"help": "Cut pruned channels out: smaller layers, not zeros."})
+    calibration_samples: int = field(
+        default=512, metadata={"help": "Training sequences that pruning looks at when num_train_epochs is 0."}
+    )
+    calibration_seed: int = field(default=0, metadata={"help": "Of the draw of those sequences."})
 
 
 def prune_weights(
@@ -46,17 +55,19 @@ def prune_weights(
     args: DistillationArguments,
     config: WeightPruningConfig,
 ) -> dict[str, Any]:
-    """Fine-tune a classifier with `WeightPruningCallback`, evaluate and save it.
+    """Fine-tune a classifier with `WeightPruningCallback`, or prune it at once; evaluate and save it.
 
     Args:
         model_args: What to start from, usually a fine-tuned classifier.
         pruning: Teacher, and whether to prune at all.
         data: The task.
-        args: Everything about training; weights of the losses where there is a teacher.
+        args: Everything about training; weights of the losses where there is a teacher. `num_train_epochs=0`: the
+            target is reached at once, without training, which `wanda` and `sparsegpt` demand.
         config: Pattern, sparsity, schedule.
 
     Returns:
-        Metrics of the validation split, training time, and sparsity by layer; with `slim` the cost before and after.
+        Metrics of the validation split, seconds of training or pruning, sparsity by layer; with `slim` the cost
+        before and after.
 
     Raises:
         ValueError: If model, teacher and data do not fit together, the schedule does not fit the training, or the
@@ -67,11 +78,21 @@ def prune_weights(
             "slim must go with do_prune and a pattern 'Nxchannel' or 'channelxN', got "
             f"pattern={config.pattern!r}: others leave no whole channel to cut out."
         )
+    at_once = pruning.do_prune and args.num_train_epochs == 0 and args.max_steps <= 0
+    if at_once and pruning.teacher_name_or_path:
+        raise ValueError(
+            f"teacher_name_or_path must be empty with num_train_epochs=0, got {pruning.teacher_name_or_path!r}: "
+            "nothing is taught."
+        )
+    if pruning.do_prune and not at_once:
+        _require_training(config, args)
     task, tokenizer, model, rows = prepare(model_args, data, args.seed)
     if pruning.slim:
         # Hours of training later would be late to learn that a model cannot be cut.
         blocks_of(model)
     common = trainer_arguments(model, tokenizer, args, rows)
+    if at_once:
+        return _prune_at_once(common, pruning, config)
     if pruning.do_prune:
         common["callbacks"] = [WeightPruningCallback(config)]
     if pruning.teacher_name_or_path and args.uses_teacher:
@@ -81,15 +102,20 @@ def prune_weights(
     else:
         trainer = CompressionTrainer(**common)
     results = run(trainer, model, tokenizer, args)
-    results["element_sparsity"] = element_sparsity(model)
-    results["sparsity_by_layer"] = sparsity_by_layer(model, config)
-    if pruning.slim:
-        results["slimmed"] = _slimmed(model)
+    results.update(_zeros(model, config, pruning.slim))
     if trainer.is_world_process_zero():
         if results.get("slimmed"):
             save_stage(args.output_dir, model, tokenizer, results)
         write_json(Path(args.output_dir) / "results.json", results)
     return results
+
+
+def _zeros(model: PreTrainedModel, config: WeightPruningConfig, with_slim: bool) -> dict[str, Any]:
+    """Where the zeros are, counted before they are cut out."""
+    found = {"element_sparsity": element_sparsity(model), "sparsity_by_layer": sparsity_by_layer(model, config)}
+    if with_slim:
+        found["slimmed"] = _slimmed(model)
+    return found
 
 
 def _slimmed(model: PreTrainedModel) -> dict[str, Any] | None:
@@ -101,3 +127,33 @@ def _slimmed(model: PreTrainedModel) -> dict[str, Any] | None:
     done = steps_of(model)[-1]
     sizes = {name: done[name] for name in ("heads_per_layer", "neurons_per_layer")}
     return {"before": before.to_dict(), "after": count_cost(model).to_dict(), **sizes}
+
+
+def _require_training(config: WeightPruningConfig, args: DistillationArguments) -> None:
+    for entry in config.resolved():
+        if entry.needs_inputs:
+            raise ValueError(
+                f"num_train_epochs must be 0 (and max_steps unset) with criterion={entry.criterion!r}, which prunes "
+                f"at once, got {args.num_train_epochs:g} and {args.max_steps}."
+            )
+
+
+def _prune_at_once(common: dict[str, Any], pruning: PruningArguments, config: WeightPruningConfig) -> dict[str, Any]:
+    # The trainer puts the model on its device and evaluates it.
+    trainer = CompressionTrainer(**common)
+    model, tokenizer = common["model"], common["processing_class"]
+    results: dict[str, Any] = {}
+    batches = None
+    if any(entry.needs_gradients or entry.needs_inputs for entry in config.resolved()):
+        rows = common["train_dataset"].remove_columns("length")
+        batches = calibration_batches(rows, tokenizer, pruning.calibration_samples, pruning.calibration_seed)
+        results.update(calibration_samples=pruning.calibration_samples, calibration_seed=pruning.calibration_seed)
+    start = time.perf_counter()
+    compress(model, config, data=batches)
+    results["prune_seconds"] = round(time.perf_counter() - start, 3)
+    if trainer.eval_dataset is not None:
+        results.update(trainer.evaluate())
+    results.update(_zeros(model, config, pruning.slim))
+    if trainer.is_world_process_zero():
+        save_stage(trainer.args.output_dir, model, tokenizer, results)
+    return results

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_compress.core.record import append_step, record_of
 from hf_compress.core.schedules import SparsitySchedule
 from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
+from hf_compress.methods.weight_pruning.criteria import CRITERIA
 from hf_compress.methods.weight_pruning.modeling import (
     Group,
     Layer,
@@ -118,6 +119,12 @@ class WeightPruningCallback(TrainerCallback):
     def __init__(self, config: WeightPruningConfig) -> None:
         if not isinstance(config, WeightPruningConfig):
             raise ValueError(f"config must be a WeightPruningConfig, got {type(config).__name__}.")
+        for entry in config.resolved():
+            if entry.needs_inputs:
+                raise ValueError(
+                    f"criterion must be one of {', '.join(CRITERIA)} in training, got {entry.criterion!r}: it needs "
+                    "calibration data. Use hf_compress.compress(model, config, data=...)."
+                )
         self.config = config
         self._clear()
 

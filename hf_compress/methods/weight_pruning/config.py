@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_compress.core.method import MethodConfig
-from hf_compress.methods.weight_pruning.criteria import needs_gradients
+from hf_compress.methods.weight_pruning.criteria import needs_gradients, needs_inputs
 from hf_compress.methods.weight_pruning.patterns import Blocks, NOfM, Pattern, parse_pattern
 
 
@@ -26,7 +26,8 @@ class WeightPruningConfig(MethodConfig):
             `1x1` is unstructured. `Nxchannel`, `channelxN`: whole rows, whole columns.
         target_sparsity: Fraction of the pattern's units to prune (of the weights for N:M, where it is at most N/M).
         criterion: How important a weight is: `magnitude` |W|, `gradient` |G|, `snip` |W G| of the last step,
-            `snip_momentum` a decayed sum of it over all steps.
+            `snip_momentum` a decayed sum of it over all steps. Only in `compress`, with calibration data: `wanda`
+            |W| times the norm of its input; `sparsegpt`, which also changes the weights that stay.
         scope: `global`: one ranking over all layers; `local`: each layer reaches the target.
         sparsity_decay_type: How sparsity grows in training; `oneshot`: at once, at `start_step`.
         start_step: Step of the first update. None: after `warmup_epochs`.
@@ -49,7 +50,8 @@ class WeightPruningConfig(MethodConfig):
 
     Source:
         Intel Neural Compressor 2.6 (removed there in 2026): patterns, criteria and schedules. Exact counts, ties and
-        shapes that a pattern does not divide are described in the method's README.
+        shapes that a pattern does not divide are described in the method's README. `wanda`: arXiv 2306.11695.
+        `sparsegpt`: arXiv 2301.00774.
 
     Example:
         >>> WeightPruningConfig(pattern="2:4")
@@ -60,7 +62,7 @@ class WeightPruningConfig(MethodConfig):
 
     pattern: str = "4x1"
     target_sparsity: float = 0.9
-    criterion: Literal["magnitude", "gradient", "snip", "snip_momentum"] = "snip_momentum"
+    criterion: Literal["magnitude", "gradient", "snip", "snip_momentum", "wanda", "sparsegpt"] = "snip_momentum"
     scope: Literal["global", "local"] = "global"
     sparsity_decay_type: Literal["exp", "cos", "linear", "cube", "oneshot"] = "exp"
     start_step: int | None = None
@@ -94,6 +96,7 @@ class WeightPruningConfig(MethodConfig):
             self.resolved()
             return
         self._check_amount()
+        self._check_reconstruction()
         self._check_window()
 
     def _check_sizes(self) -> None:
@@ -133,6 +136,18 @@ class WeightPruningConfig(MethodConfig):
         if self.target_sparsity > high:
             raise ValueError(
                 f"target_sparsity must be at most max_sparsity_ratio_per_op={high}, got {self.target_sparsity}."
+            )
+
+    def _check_reconstruction(self) -> None:
+        if self.criterion != "sparsegpt":
+            return
+        pattern = self.parsed_pattern
+        # What is left in a row of W makes up for what goes there, one column after the other.
+        if isinstance(pattern, Blocks) and pattern.columns != 1:
+            raise ValueError(f"pattern must be 'N:M' or 'Nx1' with criterion='sparsegpt', got {self.pattern!r}.")
+        if self.scope != "local":
+            raise ValueError(
+                f"scope must be 'local' with criterion='sparsegpt' (it goes from layer to layer), got {self.scope!r}."
             )
 
     def _check_window(self) -> None:
@@ -177,6 +192,10 @@ class WeightPruningConfig(MethodConfig):
     @property
     def needs_gradients(self) -> bool:
         return needs_gradients(self.criterion)
+
+    @property
+    def needs_inputs(self) -> bool:
+        return needs_inputs(self.criterion)
 
     def to_record(self) -> dict[str, Any]:
         record = super().to_record()

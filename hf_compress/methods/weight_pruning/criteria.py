@@ -1,4 +1,4 @@
-"""How much a weight matters, from its value W and its gradient G.
+"""How much a weight matters, from its value W and its gradient G, or from the inputs X of its layer.
 
 Letters: R outputs, C inputs of a weight seen as a matrix.
 """
@@ -36,9 +36,39 @@ CRITERIA: dict[str, Callable[..., Tensor]] = {
 }
 
 
+# Those that look at layer inputs. `sparsegpt` is no score that could be kept: it chooses while it changes weights.
+_ON_INPUTS = ("wanda", "sparsegpt")
+
+
 def needs_gradients(criterion: str) -> bool:
-    """Whether scores come out of backward passes, not out of the weights alone."""
-    return criterion != "magnitude"
+    """Whether scores come out of backward passes."""
+    return criterion != "magnitude" and criterion not in _ON_INPUTS
+
+
+def needs_inputs(criterion: str) -> bool:
+    """Whether a criterion looks at the inputs of layers, which only calibration data gives."""
+    return criterion in _ON_INPUTS
+
+
+def wanda(weight: Tensor, norms: Tensor) -> Tensor:
+    """How much of a layer's output hangs on each weight, as far as one weight alone can tell.
+
+    Args:
+        weight: [R, C].
+        norms: [C], the Euclidean norm of each input over the tokens of the calibration data.
+
+    Returns:
+        [R, C], larger is more important.
+
+    Source:
+        Sun et al. 2023 (arXiv 2306.11695), equation 1.
+
+    Example:
+        >>> import torch
+        >>> wanda(torch.tensor([[1.0, -2.0]]), torch.tensor([3.0, 0.5]))
+        tensor([[3., 1.]])
+    """
+    return weight.abs() * norms
 
 
 def accumulate(criterion: str, stored: Tensor | None, new: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.core.calibration import accepted_arguments
+from hf_compress.core.calibration import accepted_arguments, require_data
+from hf_compress.methods.weight_pruning.calibrated import check_linear, reconstruct_, wanda_scores
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA, accumulate
 from hf_compress.methods.weight_pruning.selection import floor_count, select_units
@@ -228,8 +229,10 @@ def element_sparsity(model: nn.Module) -> float:
 
 
 def check(model: PreTrainedModel, config: WeightPruningConfig) -> None:
-    """Refuse configs that select nothing."""
-    groups_of(model, config)
+    """Refuse configs that select nothing, or layers whose inputs a criterion cannot use."""
+    for group in groups_of(model, config):
+        if group.config.needs_inputs:
+            check_linear(model, group.config, group.layers)
 
 
 def compress(
@@ -238,20 +241,33 @@ def compress(
     """Prune to the target at once, without training; the schedule's fields are not looked at.
 
     Args:
-        model: Changed in place: weights become zero, nothing else.
+        model: Changed in place: weights become zero, nothing else. `sparsegpt` changes those that stay, too.
         config: What to make.
         data: Labelled batches for the criteria that look at gradients: `gradient` and `snip` use the gradient of the
-            whole data, `snip_momentum` one step a batch.
+            whole data, `snip_momentum` one step a batch. Batches without labels are enough for `wanda` (read once)
+            and `sparsegpt` (read once for every set of layers that share an input).
 
     Returns:
         The config with `achieved_sparsity`.
 
     Raises:
-        ValueError: If gradients are needed and the data has no labels, or a score is not finite.
+        ValueError: If gradients are needed and the data has no labels, if inputs are needed and there is no data, or
+            if a score is not finite.
     """
     groups = groups_of(model, config)
-    layers = [(group.config, layer) for group in groups for layer in group.layers]
+    # Reconstruction comes last, so that it sees everything else pruned.
+    swept = [group for group in groups if group.config.criterion == "sparsegpt"]
+    ranked = [group for group in groups if group not in swept]
+    layers = [(group.config, layer) for group in ranked for layer in group.layers]
     scores: dict[Layer, Tensor] = {}
+    calibrated = [(group.config, layer) for group in groups for layer in group.layers if group.config.needs_inputs]
+    if calibrated and data is None:
+        raise ValueError(
+            f"data must be given with criterion={calibrated[0][0].criterion!r}: an iterable of batches, labels are "
+            "not needed. criterion='magnitude' needs none."
+        )
+    if swept or (calibrated and any(entry.needs_gradients for entry, _ in layers)):
+        require_data(data, 2)
     needing = [(entry, layer) for entry, layer in layers if entry.needs_gradients]
     if needing:
         if data is None:
@@ -260,11 +276,14 @@ def compress(
                 "criterion='magnitude' needs none."
             )
         scores = _scores_of_data(model, needing, data)
+    by_norm = [(entry, layer) for entry, layer in layers if entry.needs_inputs]
+    if by_norm:
+        scores.update(wanda_scores(model, by_norm, data))
     for entry, layer in layers:
-        if not entry.needs_gradients:
+        if layer not in scores and not entry.needs_gradients:
             scores[layer] = step_scores(entry, layer, None, None)
     masks: dict[Layer, Tensor] = {}
-    for group in groups:
+    for group in ranked:
         scored = [layer for layer in group.layers if layer in scores]
         if not scored:
             raise ValueError(f"The loss must depend on a layer to prune, got none of {len(group.layers)}.")
@@ -273,6 +292,12 @@ def compress(
         masks.update(zip(scored, chosen, strict=True))
     for layer, mask in masks.items():
         layer.weight.data.masked_fill_(mask, 0)
+    if swept:
+        single = [Group(group.config, [layer]) for group in swept for layer in group.layers]
+        counts = [expected_units(alone.config, [alone.num_units]) for alone in single]
+        reconstruct_(
+            model, [(alone.config, alone.layers[0], n) for alone, n in zip(single, counts, strict=True)], data
+        )
     return dataclasses.replace(config, achieved_sparsity=sparsity_of(groups))
 
 
