@@ -4,17 +4,22 @@
         --out benchmarks/results/latency.json
 
 Batch 1 and 32, neighbours in length together, so that batch 1 has no padding and batch 32 next to none. The models
-take turns on every batch; speed-ups are medians of the ratios of rounds. The first model is the baseline.
+take turns on every batch; speed-ups are medians of the ratios of rounds. The first model is the baseline. With
+`--profile`, where the time of a batch goes is recorded afterwards, by kinds of operations.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from header import arguments_of, commit
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_compress.core.cost import count_cost
@@ -37,9 +42,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=256, help="Timed examples, evenly spread over the lengths.")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--profile", action="store_true", help="Also split the time by kinds of operations.")
     parser.add_argument("--threads", type=int, help="Of torch; default: as many as torch takes.")
     parser.add_argument("--out")
     return parser.parse_args()
+
+
+def milliseconds_by_kind(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Mean milliseconds a batch inside operations, without what they call; the rest of the wall clock is Python."""
+    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        start = time.perf_counter()
+        for batch in batches:
+            model(**{name: value for name, value in batch.items() if name != "labels"})
+        wall = time.perf_counter() - start
+    kinds = {"matrix products of linear layers": 0.0, "attention": 0.0, "other operations": 0.0}
+    for event in profile.key_averages():
+        linear = event.key in ("aten::addmm", "aten::mm")
+        kind = "matrix products of linear layers" if linear else "other operations"
+        kinds["attention" if "attention" in event.key else kind] += event.self_cpu_time_total / 1e3 / len(batches)
+    return {**kinds, "wall clock under the profiler": 1e3 * wall / len(batches)}
 
 
 def main() -> None:
@@ -72,6 +93,10 @@ def main() -> None:
             print(
                 f"{timed.name}: p50 {1e3 * timed.p50:.2f} ms, p95 {1e3 * timed.p95:.2f} ms a batch; {note}", flush=True
             )
+        if args.profile:
+            for name, model in models.items():
+                found = results[name]["batch"][str(size)]["milliseconds"] = milliseconds_by_kind(model, batches)
+                print(f"{name}, batch {size}: " + ", ".join(f"{kind} {ms:.2f} ms" for kind, ms in found.items()))
     if args.out:
         write_json(
             args.out,
