@@ -40,6 +40,7 @@ from hf_compress.tasks.sources import DataArguments, load_task
 
 CLIP = 1.0
 MOMENTS = ("begin", "before", "after")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def parse() -> argparse.Namespace:
@@ -60,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--freeze_embeddings", action="store_true", help="Shorter steps, so hooks weigh more.")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: what other processes take is left out.")
     parser.add_argument("--note", default="", help="Written to the result, e.g. how busy the machine was.")
     return parser.parse_args()
 
@@ -67,8 +69,8 @@ def parse() -> argparse.Namespace:
 class Side:
     """One model in training, with hooks or without, and how long its steps and hooks took."""
 
-    def __init__(self, model: PreTrainedModel, learning_rate: float) -> None:
-        self.model = model.train()
+    def __init__(self, model: PreTrainedModel, learning_rate: float, clock: Callable[[], float]) -> None:
+        self.model, self.clock = model.train(), clock
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.01)
         self.hooks: dict[str, Callable[[int], None]] = {}
@@ -76,15 +78,15 @@ class Side:
         self.hook_seconds: list[dict[str, float]] = []
 
     def _hook(self, moment: str, step: int) -> None:
-        start = time.perf_counter()
+        start = self.clock()
         if moment in self.hooks:
             self.hooks[moment](step)
-        self.hook_seconds[-1][moment] = time.perf_counter() - start
+        self.hook_seconds[-1][moment] = self.clock() - start
 
     def step(self, number: int, batch: dict[str, Tensor], seed: int) -> None:
         torch.manual_seed(seed + number)
         self.hook_seconds.append({})
-        start = time.perf_counter()
+        start = self.clock()
         self._hook("begin", number)
         self.model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
@@ -92,7 +94,7 @@ class Side:
         self.optimizer.step()
         self._hook("after", number)
         self.optimizer.zero_grad()
-        self.step_seconds.append(time.perf_counter() - start)
+        self.step_seconds.append(self.clock() - start)
 
 
 def prune_here(side: Side, args: argparse.Namespace, schedule: dict[str, Any]) -> Callable[[], None]:
@@ -159,7 +161,7 @@ def zeros_of(model: PreTrainedModel, config: hc.WeightPruningConfig) -> Tensor:
 
 
 def main() -> None:
-    args = parse()
+    args, measured_at = parse(), commit()
     transformers_logging.set_verbosity_error()
     task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir, max_length=args.max_length))
     tokenizer = open_tokenizer(args.model)
@@ -177,7 +179,10 @@ def main() -> None:
         "scope": "global", "sparsity_decay_type": "exp", "start_step": args.start_step, "end_step": args.end_step,
         "pruning_frequency": args.pruning_frequency,
     }  # fmt: skip
-    sides = {name: Side(copy.deepcopy(model), args.learning_rate) for name in ("dense", "ours", "theirs")}
+    sides = {
+        name: Side(copy.deepcopy(model), args.learning_rate, CLOCKS[args.clock])
+        for name in ("dense", "ours", "theirs")
+    }
     ends = [prune_here(sides["ours"], args, dict(schedule)), prune_there(sides["theirs"], args, dict(schedule))]
     for first in range(0, args.steps, args.block):
         for side in sides.values():
@@ -187,7 +192,7 @@ def main() -> None:
         end()
     config = hc.WeightPruningConfig(**schedule)
     result: dict[str, Any] = {
-        "arguments": arguments_of(args), "commit": commit(), "torch": torch.__version__,
+        "arguments": arguments_of(args), "commit": measured_at, "torch": torch.__version__,
         "transformers": transformers.__version__, "numpy": numpy.__version__,
         "neural_compressor": importlib.metadata.version("neural_compressor"), "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(), "load_average_1min": round(os.getloadavg()[0], 2),
