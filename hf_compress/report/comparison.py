@@ -15,8 +15,9 @@ from hf_compress.core.architectures import blocks_of
 from hf_compress.core.cost import count_cost
 from hf_compress.core.saving import write_json
 from hf_compress.report.latency import Latency, measure_latency, unpadded_batches
-from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency
+from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency, plot_sparsity
 from hf_compress.report.quality import evaluate_model
+from hf_compress.report.sparsity import has_zeros, matrices_of
 from hf_compress.report.table import Entry, build_report, bytes_on_disk, environment, render_markdown
 from hf_compress.tasks.metrics import main_metric
 
@@ -38,6 +39,8 @@ def compare_models(
     limit: int | None = 256,
 ) -> dict[str, Any]:
     """Compare models and write `report.json`, `report.md`, `accuracy_latency.png` and `layer_sizes.png`.
+
+    Where weights have been pruned, the report has their sparsity by layer, and `sparsity.png` shows it.
 
     Args:
         models: Name -> classifier or folder of one; the first is the baseline.
@@ -87,13 +90,14 @@ def compare_models(
                 disk_bytes=bytes_on_disk(weighed.get(name)),
                 heads=[block.num_units for block in blocks_of(model)],
                 neurons=[block.num_neurons for block in blocks_of(model)],
+                matrices=matrices_of(model),
             )
         )
     num_labels = next(iter(opened.values())).config.num_labels
     settings = {"repeats": repeats, "warmup": warmup, "limit": limit}
     report = build_report(entries, task_name, main_metric(task_name, num_labels), len(rows), seq_len, settings)
     report["environment"] = place
-    _write(report, Path(output_dir))
+    _write(report, Path(output_dir), any(has_zeros(entry.matrices) for entry in entries))
     return report
 
 
@@ -110,12 +114,14 @@ def _latencies(
     return timed
 
 
-def _write(report: dict[str, Any], folder: Path) -> None:
+def _write(report: dict[str, Any], folder: Path, with_zeros: bool) -> None:
     write_json(folder / "report.json", report)
     (folder / "report.md").write_text(render_markdown(report))
     try:
         plot_quality_latency(report, folder / "accuracy_latency.png")
         plot_layer_sizes(report, folder / "layer_sizes.png")
+        if with_zeros:
+            plot_sparsity(report, folder / "sparsity.png")
     except ImportError as error:
         # The numbers are what took minutes; they must not be lost for want of an optional package.
         logger.warning("No plots were drawn. %s", error)

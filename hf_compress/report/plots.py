@@ -1,10 +1,12 @@
-"""Two pictures of a report: quality against latency, and what each layer kept."""
+"""Pictures of a report: quality against latency, what each layer kept, and where the zeros are."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from typing import Any
+
+from hf_compress.report.sparsity import Matrix, grid_of, has_zeros
 
 
 # Okabe and Ito: told apart by colour-blind readers too.
@@ -150,4 +152,44 @@ def plot_layer_sizes(report: dict[str, Any], file: str | os.PathLike) -> None:
         frameon=False,
         fontsize=8,
     )
+    figure.savefig(file, format="png")
+
+
+def plot_sparsity(report: dict[str, Any], file: str | os.PathLike) -> None:
+    """Fraction of zeros in each layer's matrices as a heat map, one panel a model that has zeros.
+
+    Args:
+        report: From `build_report`.
+        file: PNG to write.
+
+    Raises:
+        ImportError: If matplotlib is missing; says how to install it.
+        ValueError: If no model has zeros.
+    """
+    grids = []
+    for model in report["models"]:
+        matrices = [Matrix(**matrix) for matrix in model["matrices"]]
+        if has_zeros(matrices) and grid_of(matrices)[0]:
+            grids.append((model, *grid_of(matrices)))
+    if not grids:
+        raise ValueError("report must hold a model with zeros in its layers for this plot, got none.")
+    widest, deepest = (max(len(grid[place]) for grid in grids) for place in (2, 1))
+    height = 1.6 + 0.34 * deepest
+    figure = _figure(1.8 + 0.85 * widest, 0.6 + height * len(grids))
+    panels = figure.subplots(len(grids), 1, squeeze=False)[:, 0]
+    for axes, (model, layers, kinds, cells) in zip(panels, grids, strict=True):
+        values = [[float("nan") if cell is None else cell for cell in row] for row in cells]
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        for y, row in enumerate(cells):
+            for x, cell in enumerate(row):
+                text = "-" if cell is None else f"{cell:.2f}"
+                axes.text(
+                    x, y, text, ha="center", va="center", fontsize=8, color="white" if (cell or 0) > 0.6 else "black"
+                )
+        axes.set_title(f"{model['name']}: element-wise ratio {model['element_sparsity']:.3f}", fontsize=10)
+        axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+        # Long names break at their dots: they stand side by side.
+        axes.set_xticks(range(len(kinds)), [kind.replace(".", "\n") for kind in kinds], fontsize=8)
+        axes.set_ylabel("layer")
+    figure.colorbar(image, ax=list(panels), label="fraction of zeros", fraction=0.05)
     figure.savefig(file, format="png")

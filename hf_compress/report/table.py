@@ -14,6 +14,7 @@ import transformers
 
 from hf_compress.core.cost import Cost
 from hf_compress.report.latency import Latency, Speedup, speedups
+from hf_compress.report.sparsity import Matrix, element_ratio, grid_of, has_zeros
 
 
 REPORT_VERSION = 1
@@ -34,6 +35,7 @@ class Entry:
         folder: Where it was opened, if anywhere.
         disk_bytes: Of its safetensors files; None when they are not in a local folder.
         heads, neurons: Kept in each layer.
+        matrices: Zeros of each weight matrix.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Entry:
     disk_bytes: int | None = None
     heads: list[int] = field(default_factory=list)
     neurons: list[int] = field(default_factory=list)
+    matrices: list[Matrix] = field(default_factory=list)
 
 
 def bytes_on_disk(folder: str | os.PathLike | None) -> int | None:
@@ -153,7 +156,10 @@ def build_report(
         verdicts = [
             verdict(t["batch_size"], t["speedup"]["median"], mac_ratio) for t in timed if entry is not baseline
         ]
-        models.append({**facts, "mac_ratio": mac_ratio, "latency": timed, "verdicts": verdicts})
+        ratio = element_ratio(entry.matrices)
+        models.append(
+            {**facts, "element_sparsity": ratio, "mac_ratio": mac_ratio, "latency": timed, "verdicts": verdicts}
+        )
     return {
         "version": REPORT_VERSION,
         "task": task,
@@ -232,7 +238,34 @@ def render_markdown(report: dict[str, Any]) -> str:
     sentences = [f"- {m['name']}: {sentence}" for m in models for sentence in m["verdicts"]]
     if sentences:
         lines += ["", "## Verdict", "", *sentences]
+    lines += _zeros(models)
     return "\n".join([*lines, "", "## How it was measured", "", *_measurement(report)]) + "\n"
+
+
+def _zeros(models: Sequence[dict[str, Any]]) -> list[str]:
+    """Sparsity of each layer's matrices, for the models that have zeros."""
+    lines = []
+    for model in models:
+        matrices = [Matrix(**matrix) for matrix in model["matrices"]]
+        if not has_zeros(matrices):
+            continue
+        if not lines:
+            lines += [
+                "",
+                "## Zeros in weights",
+                "",
+                "Element-wise ratio: zeros over all linear and convolution weights.",
+            ]
+        layers, kinds, cells = grid_of(matrices)
+        rows = [
+            [str(layer), *("-" if cell is None else f"{cell:.4f}" for cell in row)]
+            for layer, row in zip(layers, cells, strict=True)
+        ]
+        outside = [f"{m.kind} {m.zeros / max(m.weights, 1):.4f}" for m in matrices if m.layer is None]
+        lines += ["", f"{model['name']}: element-wise ratio {model['element_sparsity']:.4f}"]
+        lines[-1] += f" (outside the layers: {', '.join(outside)})" if outside else ""
+        lines += ["", *_table(["layer", *kinds], rows)] if rows else []
+    return lines
 
 
 def _measurement(report: dict[str, Any]) -> list[str]:
