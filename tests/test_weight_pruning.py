@@ -15,9 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_compress as hc
 from hf_compress.core.schedules import DECAYS, SparsitySchedule, sparsity_at
-from hf_compress.methods.weight_pruning.callbacks import schedule_of
-from hf_compress.methods.weight_pruning.modeling import Layer, groups_of, prune_layers
+from hf_compress.methods.weight_pruning.groups import Layer, groups_of
+from hf_compress.methods.weight_pruning.modeling import prune_layers
 from hf_compress.methods.weight_pruning.selection import select_units
+from hf_compress.methods.weight_pruning.timetable import schedule_of
 
 
 HEAD = "sequence_classification"

@@ -19,7 +19,7 @@ from transformers import (
 
 import hf_compress as hc
 from hf_compress.core.calibration import call_order
-from hf_compress.methods.weight_pruning.modeling import groups_of
+from hf_compress.methods.weight_pruning.groups import groups_of
 from hf_compress.methods.weight_pruning.patterns import parse_pattern
 from hf_compress.methods.weight_pruning.reconstruction import DAMPING, inverse_factor, prune_and_reconstruct
 

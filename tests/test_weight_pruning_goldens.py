@@ -10,7 +10,8 @@ from torch import nn
 
 import hf_compress as hc
 from hf_compress.core.schedules import SparsitySchedule, sparsity_at
-from hf_compress.methods.weight_pruning.modeling import Layer, prune_layers
+from hf_compress.methods.weight_pruning.groups import Layer
+from hf_compress.methods.weight_pruning.modeling import prune_layers
 from hf_compress.methods.weight_pruning.patterns import parse_pattern
 from hf_compress.methods.weight_pruning.reconstruction import inverse_factor, prune_and_reconstruct
 

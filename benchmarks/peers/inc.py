@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
 from hf_compress.core.saving import write_json
-from hf_compress.methods.weight_pruning.modeling import element_sparsity, groups_of
+from hf_compress.methods.weight_pruning.groups import element_sparsity, groups_of
 from hf_compress.report.quality import evaluate_model
 from hf_compress.stages.models import freeze_embeddings_, open_classifier, open_tokenizer
 from hf_compress.tasks.inputs import tokenize

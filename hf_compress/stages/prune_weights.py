@@ -14,7 +14,7 @@ from hf_compress.core.architectures import blocks_of
 from hf_compress.core.cost import count_cost
 from hf_compress.core.saving import write_json
 from hf_compress.methods.weight_pruning import WeightPruningCallback, WeightPruningConfig, slim
-from hf_compress.methods.weight_pruning.modeling import element_sparsity, sparsity_by_layer
+from hf_compress.methods.weight_pruning.groups import element_sparsity, sparsity_by_layer
 from hf_compress.stages.finetune import add_teacher_columns, prepare, run, trainer_arguments
 from hf_compress.stages.models import ModelArguments, open_classifier, save_stage
 from hf_compress.tasks.inputs import calibration_batches

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.core.calibration import SecondMoments, call_order, collect_inputs
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import wanda
+from hf_compress.methods.weight_pruning.groups import Layer
 from hf_compress.methods.weight_pruning.reconstruction import inverse_factor, prune_and_reconstruct
 
-
-if TYPE_CHECKING:
-    from hf_compress.methods.weight_pruning.modeling import Layer
 
 Data = Iterable[Mapping[str, Any]]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sized
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,19 +16,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.core.record import append_step, record_of
-from hf_compress.core.schedules import SparsitySchedule
 from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA
-from hf_compress.methods.weight_pruning.modeling import (
-    Group,
-    Layer,
-    expected_units,
-    groups_of,
-    prune_layers,
-    pruned_units,
-    sparsity_of,
-    step_scores,
-)
+from hf_compress.methods.weight_pruning.groups import Group, Layer, groups_of, pruned_units, sparsity_of
+from hf_compress.methods.weight_pruning.modeling import expected_units, prune_layers, step_scores
+from hf_compress.methods.weight_pruning.timetable import PruningRun, schedule_of
 
 
 logger = logging.getLogger(__name__)
@@ -38,60 +29,6 @@ logger = logging.getLogger(__name__)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Keys in `optimizer.state[weight]`: accumulated scores, and a bool tensor that is True where the weight is zero.
 SCORE, PRUNED = "prune_score", "pruned"
-
-
-def schedule_of(config: WeightPruningConfig, max_steps: int, steps_per_epoch: float) -> SparsitySchedule:
-    """When a config prunes in a training of `max_steps` steps.
-
-    Raises:
-        ValueError: If its updates do not fit.
-    """
-    oneshot = config.sparsity_decay_type == "oneshot"
-    start, end = config.start_step, config.end_step
-    if end is None:
-        # Updates come at the beginning of a step: one at `max_steps` would never come.
-        end = min(int(max_steps - config.cooldown_epochs * steps_per_epoch), max_steps - 1)
-    if start is None:
-        start = int(config.warmup_epochs * steps_per_epoch)
-        # The first step has no gradients to look back at. A gradual schedule prunes nothing at its first update.
-        if config.needs_gradients and (oneshot or end - start < config.pruning_frequency):
-            start = max(start, 1)
-    schedule = SparsitySchedule(
-        config.sparsity_decay_type, config.target_sparsity, start, end, config.pruning_frequency
-    )
-    if schedule.last >= max_steps or (end < start and not oneshot):
-        raise ValueError(
-            f"start_step, end_step, warmup_epochs and cooldown_epochs must leave room for the schedule: updates from "
-            f"step {start} to {max(start, end)} in a training of {max_steps} steps."
-        )
-    if config.needs_gradients and schedule.last == 0:
-        raise ValueError(
-            f"start_step must be at least 1 with criterion={config.criterion!r} and a single update, got 0: "
-            "there is no gradient yet."
-        )
-    if schedule.num_updates == 0 and not oneshot:
-        logger.warning(
-            "pruning_frequency=%d leaves one update between steps %d and %d: everything is pruned at once.",
-            config.pruning_frequency,
-            start,
-            end,
-        )
-    return schedule
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """One group of layers and its schedule in the training at hand."""
-
-    group: Group
-    schedule: SparsitySchedule
-
-    def scores_at(self, step: int) -> bool:
-        """Whether an update to come depends on this step's gradients."""
-        criterion = self.group.config.criterion
-        if criterion == "snip_momentum":
-            return step < self.schedule.last
-        return criterion != "magnitude" and self.schedule.due(step + 1) is not None
 
 
 class WeightPruningCallback(TrainerCallback):
@@ -129,7 +66,7 @@ class WeightPruningCallback(TrainerCallback):
         self._clear()
 
     def _clear(self) -> None:
-        self._runs: list[_Run] = []
+        self._runs: list[PruningRun] = []
         self._pruned: dict[Layer, Tensor] = {}
         self._kept_bits: dict[Layer, Tensor] = {}
         self._fresh: dict[Layer, Tensor] = {}
@@ -164,7 +101,7 @@ class WeightPruningCallback(TrainerCallback):
                 frozen = [layer.name for layer in group.layers if layer not in layers]
                 logger.warning("Not pruned, because not trained: %s", ", ".join(frozen))
             self._runs.append(
-                _Run(Group(group.config, layers), schedule_of(group.config, state.max_steps, steps_per_epoch))
+                PruningRun(Group(group.config, layers), schedule_of(group.config, state.max_steps, steps_per_epoch))
             )
         self._restore(optimizer, state.global_step)
         if state.global_step > self._last_update:
@@ -209,7 +146,7 @@ class WeightPruningCallback(TrainerCallback):
             if state.global_step == self._last_update:
                 self._record(model)
 
-    def _update(self, run: _Run, sparsity: float, optimizer: Any) -> None:
+    def _update(self, run: PruningRun, sparsity: float, optimizer: Any) -> None:
         if sparsity == 0:
             return
         config, layers, scores = run.group.config, [], []
@@ -334,7 +271,7 @@ class WeightPruningCallback(TrainerCallback):
         finally:
             self._clear()
 
-    def _check_target(self, run: _Run) -> None:
+    def _check_target(self, run: PruningRun) -> None:
         config, pattern = run.group.config, run.group.config.parsed_pattern
         layers = [layer for layer in run.group.layers if layer in self._pruned]
         sizes = [len(pattern.pruned_units(layer.matrix(self._pruned[layer]))) for layer in layers]

@@ -1,0 +1,148 @@
+"""Which weights of a model may be pruned, as matrices, and how much of them is zero."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.methods.weight_pruning.config import WeightPruningConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One weight that may be pruned, seen as a matrix with outputs as rows.
+
+    Args:
+        name: Qualified module name.
+        weight: The live parameter.
+        transposed: The module stores inputs as rows (GPT-2's `Conv1D`).
+    """
+
+    name: str
+    weight: nn.Parameter
+    transposed: bool = False
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape as [outputs, inputs]; a convolution's inputs run with its positions."""
+        if self.transposed:
+            return tensor.T
+        return tensor if tensor.ndim == 2 else tensor.movedim(1, -1).flatten(1)
+
+    def like_weight(self, matrix: Tensor) -> Tensor:
+        """The way back from `matrix`."""
+        if self.transposed:
+            return matrix.T.contiguous()
+        shape = self.weight.shape
+        return matrix if len(shape) == 2 else matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Layers that share one config."""
+
+    config: WeightPruningConfig
+    layers: list[Layer]
+
+    @property
+    def num_units(self) -> int:
+        pattern = self.config.parsed_pattern
+        return sum(len(pattern.pruned_units(nothing_pruned(layer))) for layer in self.layers)
+
+
+def nothing_pruned(layer: Layer) -> Tensor:
+    """All False in the shape of the layer's matrix."""
+    return torch.zeros(layer.matrix(layer.weight).shape, dtype=torch.bool, device=layer.weight.device)
+
+
+def _matches(name: str, expressions: Sequence[str]) -> bool:
+    return any(re.search(expression, name) for expression in expressions)
+
+
+def _select(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Parameter]) -> list[Layer]:
+    everything = config.op_names is None and config.excluded_op_names is None
+    base = getattr(model, "base_model_prefix", "") if getattr(model, "base_model", model) is not model else ""
+    layers = []
+    for name, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        # A parametrised weight is computed, not stored: zeros in it would not last.
+        weight = module._parameters.get("weight")
+        if kinds.isdisjoint(config.pruning_op_types) or weight is None or weight.ndim < 2 or weight in taken:
+            continue
+        if config.op_names is not None and not _matches(name, config.op_names):
+            continue
+        if _matches(name, config.excluded_op_names or ()):
+            continue
+        if everything and ("pooler" in name or (base and not name.startswith(f"{base}."))):
+            continue
+        taken.add(weight)
+        layers.append(Layer(name, weight, isinstance(module, Conv1D)))
+    return layers
+
+
+def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[Group]:
+    """The sets of layers that a config prunes; no layer is in two.
+
+    Raises:
+        ValueError: If one of them is empty.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError("model must not hold adapters, got a PEFT model. Merge them (merge_and_unload) first.")
+    if config.heads_per_layer is not None:
+        # A copy of a finished step: what training would record of it says nothing about this model.
+        raise ValueError(
+            f"heads_per_layer and neurons_per_layer must be None before pruning (slim fills them in), got "
+            f"{config.heads_per_layer} and {config.neurons_per_layer}."
+        )
+    taken: set[nn.Parameter] = set()
+    groups = []
+    for entry in config.resolved():
+        layers = _select(model, entry, taken)
+        if not layers:
+            raise ValueError(
+                f"op_names must select a layer of {', '.join(entry.pruning_op_types)}, got {entry.op_names} without "
+                f"{entry.excluded_op_names} (and without layers of earlier local_configs), which selects none."
+            )
+        groups.append(Group(entry, layers))
+    return groups
+
+
+def pruned_units(group: Group) -> tuple[int, int]:
+    """How many of a group's units are zero in the live weights, and how many it has."""
+    pattern = group.config.parsed_pattern
+    units = [pattern.pruned_units(layer.matrix(layer.weight.detach() == 0)) for layer in group.layers]
+    return sum(int(gone.sum()) for gone in units), sum(len(gone) for gone in units)
+
+
+def sparsity_of(groups: Sequence[Group]) -> float:
+    """Pruned units over all units, times N/M for N:M; groups count by their weights."""
+    weights = [sum(layer.weight.numel() for layer in group.layers) for group in groups]
+    total = 0.0
+    for group, weight in zip(groups, weights, strict=True):
+        gone, units = pruned_units(group)
+        total += weight * group.config.parsed_pattern.ceiling * gone / units
+    return total / sum(weights)
+
+
+def sparsity_by_layer(model: nn.Module, config: WeightPruningConfig) -> dict[str, float]:
+    """Pruned units over units of each layer that a config selects (times N/M for N:M), by module name."""
+    return {
+        layer.name: sparsity_of([Group(group.config, [layer])])
+        for group in groups_of(model, config)
+        for layer in group.layers
+    }
+
+
+def element_sparsity(model: nn.Module) -> float:
+    """Zeros over elements of all linear and convolution weights, never pruned heads included, each weight once.
+
+    Source:
+        The "element-wise" ratio that the original reports.
+    """
+    kinds = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    weights = {module.weight for module in model.modules() if isinstance(module, kinds)}
+    return 1 - sum(int(w.count_nonzero()) for w in weights) / max(sum(w.numel() for w in weights), 1)

@@ -1,0 +1,67 @@
+"""When pruning is due in a training of a given length."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from hf_compress.core.schedules import SparsitySchedule
+from hf_compress.methods.weight_pruning.config import WeightPruningConfig
+from hf_compress.methods.weight_pruning.groups import Group
+
+
+logger = logging.getLogger(__name__)
+
+
+def schedule_of(config: WeightPruningConfig, max_steps: int, steps_per_epoch: float) -> SparsitySchedule:
+    """When a config prunes in a training of `max_steps` steps.
+
+    Raises:
+        ValueError: If its updates do not fit.
+    """
+    oneshot = config.sparsity_decay_type == "oneshot"
+    start, end = config.start_step, config.end_step
+    if end is None:
+        # Updates come at the beginning of a step: one at `max_steps` would never come.
+        end = min(int(max_steps - config.cooldown_epochs * steps_per_epoch), max_steps - 1)
+    if start is None:
+        start = int(config.warmup_epochs * steps_per_epoch)
+        # The first step has no gradients to look back at. A gradual schedule prunes nothing at its first update.
+        if config.needs_gradients and (oneshot or end - start < config.pruning_frequency):
+            start = max(start, 1)
+    schedule = SparsitySchedule(
+        config.sparsity_decay_type, config.target_sparsity, start, end, config.pruning_frequency
+    )
+    if schedule.last >= max_steps or (end < start and not oneshot):
+        raise ValueError(
+            f"start_step, end_step, warmup_epochs and cooldown_epochs must leave room for the schedule: updates from "
+            f"step {start} to {max(start, end)} in a training of {max_steps} steps."
+        )
+    if config.needs_gradients and schedule.last == 0:
+        raise ValueError(
+            f"start_step must be at least 1 with criterion={config.criterion!r} and a single update, got 0: "
+            "there is no gradient yet."
+        )
+    if schedule.num_updates == 0 and not oneshot:
+        logger.warning(
+            "pruning_frequency=%d leaves one update between steps %d and %d: everything is pruned at once.",
+            config.pruning_frequency,
+            start,
+            end,
+        )
+    return schedule
+
+
+@dataclass(frozen=True, eq=False)
+class PruningRun:
+    """One group of layers and its schedule in the training at hand."""
+
+    group: Group
+    schedule: SparsitySchedule
+
+    def scores_at(self, step: int) -> bool:
+        """Whether an update to come depends on this step's gradients."""
+        criterion = self.group.config.criterion
+        if criterion == "snip_momentum":
+            return step < self.schedule.last
+        return criterion != "magnitude" and self.schedule.due(step + 1) is not None
