@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from hf_compress.core.calibration import accepted_arguments
 from hf_compress.core.layers import STATE, LiveTokens
-from hf_compress.methods.token_pruning.modeling import TokenThresholds, thresholds_of
+from hf_compress.methods.token_pruning.modeling import thresholds_of
+from hf_compress.methods.token_pruning.rule import TokenThresholds
 from hf_compress.methods.token_pruning.training import measures
 
 
