@@ -114,6 +114,7 @@ class ThresholdAnnealingCallback(TrainerCallback):
         self.measure_examples = measure_examples
         self.learning_rate = learning_rate
         self._probe: dict[str, Any] | None = None
+        self._thresholds: TokenThresholds | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -125,7 +126,7 @@ class ThresholdAnnealingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        thresholds = _require_thresholds(kwargs["model"], "ThresholdAnnealingCallback")
+        thresholds = self._thresholds = _require_thresholds(kwargs["model"], "ThresholdAnnealingCallback")
         if self.learning_rate is not None:
             groups = getattr(kwargs.get("optimizer"), "param_groups", [])
             rates = [g["initial_lr"] for g in groups if any(p is thresholds.values for p in g["params"])]
@@ -158,10 +159,22 @@ class ThresholdAnnealingCallback(TrainerCallback):
             steered = self.lambda_threshold + self.gain * distance + float(thresholds.integral)
             thresholds.weight.fill_(warm * steered)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs, thresholds = kwargs.get("logs"), thresholds_of(kwargs["model"])
-        if logs is not None and thresholds is not None and "loss" in logs:
-            logs["prune/lambda"] = float(thresholds.weight)
+    def logged_values(self) -> dict[str, float]:
+        """What our trainers add to every entry of their training log."""
+        return {} if self._thresholds is None else {"prune/lambda": round(float(self._thresholds.weight), 6)}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or any(key.startswith("eval_") for key in logs):
+            return
+        for entry in (logs, *state.log_history[-1:]):
+            entry.update(self.logged_values())
 
 
 class StageSwitchCallback(TrainerCallback):
