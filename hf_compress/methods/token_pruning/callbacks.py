@@ -88,17 +88,19 @@ class ThresholdAnnealingCallback(TrainerCallback):
         learning_rate: float | None = None,
     ) -> None:
         for name, value in (("temperature_start", temperature_start), ("temperature_end", temperature_end)):
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive, got {value}.")
         if (temperature_start is None) != (temperature_end is None):
             raise ValueError(
                 "temperature_start and temperature_end must be given together, "
                 f"got {temperature_start} and {temperature_end}."
             )
-        if lambda_threshold < 0:
+        if not 0 <= lambda_threshold < float("inf"):
             raise ValueError(f"lambda_threshold must not be negative, got {lambda_threshold}.")
         if not 0 <= lambda_warmup < 1:
             raise ValueError(f"lambda_warmup must be in [0, 1), got {lambda_warmup}.")
+        if learning_rate is not None and not 0 <= learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must not be negative, got {learning_rate}.")
         if target_relative_macs is not None and not 0 < target_relative_macs <= 1:
             raise ValueError(f"target_relative_macs must be in (0, 1], got {target_relative_macs}.")
         for name, value in (("measure_every", measure_every), ("measure_examples", measure_examples)):

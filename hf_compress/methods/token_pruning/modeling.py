@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,10 +12,12 @@ from hf_compress.core.architectures import architecture_of, blocks_of
 from hf_compress.core.attention import CORE, use_cores_
 from hf_compress.core.layers import share_state_, specialise_
 from hf_compress.methods.token_pruning.config import TokenPruningConfig
-from hf_compress.methods.token_pruning.importance import threshold_ramp
+from hf_compress.methods.token_pruning.importance import keep_rate_ramp, threshold_ramp
 from hf_compress.methods.token_pruning.layers import FINISH, PrunedLayer
 from hf_compress.methods.token_pruning.rule import TokenRule, TokenThresholds
 
+
+logger = logging.getLogger(__name__)
 
 _THRESHOLDS = "token_thresholds"
 # Heads that read nothing but the first token of the last layer.
@@ -50,6 +53,15 @@ def compress(
     Returns:
         The config.
     """
+    depth = len(blocks_of(model))
+    if (
+        config.prune_mode == "topk"
+        and config.token_keep_rate < min(keep_rate_ramp(config.token_keep_rate, depth)) == 1
+    ):
+        logger.warning(
+            "token_keep_rate=%s drops nothing in a model of %d layers: top-k leaves the first three alone.",
+            config.token_keep_rate, depth,
+        )  # fmt: skip
     rebuild(model, config)
     return config
 
