@@ -11,26 +11,20 @@ once and skipped when the command is repeated.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from header import arguments_of
-from structured_pruning import Results
+from accuracy import argument_parser, open_results, open_task, scores, stem, training
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.report.quality import evaluate_model
 from hf_compress.stages.finetune import finetune
-from hf_compress.stages.models import ModelArguments, open_classifier, open_tokenizer
+from hf_compress.stages.models import ModelArguments, open_classifier
 from hf_compress.stages.prune_weights import PruningArguments, prune_weights
-from hf_compress.tasks.inputs import tokenize
-from hf_compress.tasks.sources import DataArguments, load_task
+from hf_compress.tasks.sources import DataArguments
 
 
 # The published mixed recipe: attention in blocks, the rest unstructured.
@@ -57,21 +51,11 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--task_name")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--work_dir", default="runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser = argument_parser(__doc__)
+    parser.set_defaults(epochs=3)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:-2])
-    parser.add_argument("--max_length", type=int, default=64)
-    parser.add_argument("--max_train_samples", type=int)
     parser.add_argument("--dense_epochs", type=float, default=2)
     parser.add_argument("--dense_learning_rate", type=float, default=2e-4)
-    parser.add_argument("--epochs", type=float, default=3, help="Of every variant.")
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
-    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--warmup_epochs", type=float, default=0.5, help="Before pruning begins.")
     parser.add_argument("--cooldown_epochs", type=float, default=1, help="With fixed masks at the end.")
@@ -84,14 +68,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def training(output_dir: str, args: argparse.Namespace, seed: int, epochs: float, rate: float) -> dict[str, Any]:
-    return {
-        "output_dir": output_dir, "num_train_epochs": epochs, "learning_rate": rate,
-        "per_device_train_batch_size": args.batch_size, "per_device_eval_batch_size": 64, "warmup_steps": 0.1,
-        "weight_decay": args.weight_decay, "train_sampling_strategy": "group_by_length", "save_strategy": "no",
-        "logging_steps": 100, "report_to": "none", "seed": seed, "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }  # fmt: skip
+def settings(args: argparse.Namespace, output_dir: str, seed: int, **changes: Any) -> dict[str, Any]:
+    return training(
+        args, output_dir, seed, warmup_steps=0.1, weight_decay=args.weight_decay,
+        dataloader_pin_memory=torch.cuda.is_available(), **changes,
+    )  # fmt: skip
 
 
 def train_variant(name: str, dense: str, out: str, data: DataArguments, args: argparse.Namespace, seed: int) -> dict:
@@ -105,7 +86,7 @@ def train_variant(name: str, dense: str, out: str, data: DataArguments, args: ar
         PruningArguments(dense if taught else "", do_prune=fields is not None),
         data,
         hc.DistillationArguments(
-            **training(out, args, seed, args.epochs, args.learning_rate), alpha_task=args.alpha_task,
+            **settings(args, out, seed), alpha_task=args.alpha_task,
             alpha_output=args.alpha_output, alpha_layer=args.alpha_layer,
             # The same teacher on the same rows for every variant of a seed.
             teacher_cache_dir=f"{dense}-teacher" if taught else None,
@@ -122,40 +103,31 @@ def train_variant(name: str, dense: str, out: str, data: DataArguments, args: ar
 def main() -> None:
     args = parse()
     transformers_logging.set_verbosity_error()
-    data = DataArguments(
-        task_name=args.task_name, data_dir=args.data_dir, max_length=args.max_length,
-        max_train_samples=args.max_train_samples,
-    )  # fmt: skip
-    task, tokenizer = load_task(data), open_tokenizer(args.model)
-    rows = {name: tokenize(task.split(name), task, tokenizer, args.max_length) for name in task.splits}
-    results = Results(args.out, {
-        "arguments": arguments_of(args), "model": Path(args.model).name, "data": Path(args.data_dir).name,
-        "rows": {name: len(split) for name, split in rows.items()}, "torch": torch.__version__,
-        "transformers": transformers.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-    })  # fmt: skip
+    data, task, tokenizer, rows = open_task(args)
+    results = open_results(args, rows, transformers=transformers.__version__)
 
-    def scores(folder: str) -> dict:
-        model = open_classifier(folder, task)
-        return {name: evaluate_model(model, rows[name], tokenizer, 64) for name in rows if name != "train"}
+    def scored(folder: str) -> dict[str, Any]:
+        return scores(open_classifier(folder, task), rows, tokenizer)
 
     for seed in args.seeds:
-        stem = f"{args.work_dir}/weights-{Path(args.data_dir).name}-{Path(args.model).name}-{seed}"
-        dense = f"{stem}-dense"
+        place = stem(args, seed, "weights-")
+        dense = f"{place}-dense"
 
         def train_dense(seed=seed, dense=dense) -> dict:
-            options = training(dense, args, seed, args.dense_epochs, args.dense_learning_rate)
+            options = settings(
+                args, dense, seed, num_train_epochs=args.dense_epochs, learning_rate=args.dense_learning_rate
+            )
             start = ModelArguments(args.model, freeze_embeddings=not args.train_embeddings)
             found = finetune(start, data, TrainingArguments(**options))
-            return {**scores(dense), "train_seconds": found["train_seconds"]}
+            return {**scored(dense), "train_seconds": found["train_seconds"]}
 
         results.cell(f"seed{seed}/dense", train_dense)
         for name in args.variants:
-            out = f"{stem}-{name.replace(':', 'of')}"
+            out = f"{place}-{name.replace(':', 'of')}"
 
             def train(name=name, seed=seed, dense=dense, out=out) -> dict:
                 found = train_variant(name, dense, out, data, args, seed)
-                return {**scores(out), **found}
+                return {**scored(out), **found}
 
             results.cell(f"seed{seed}/{name}", train)
         # Hidden states of a few thousand sentences are about a gigabyte.

@@ -16,12 +16,11 @@ import time
 from pathlib import Path
 
 import torch
+from accuracy import Results, scores
 from header import arguments_of
-from structured_pruning import Results
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.report.quality import evaluate_model
 from hf_compress.stages.models import open_classifier, open_tokenizer
 from hf_compress.tasks.inputs import calibration_batches, tokenize
 from hf_compress.tasks.sources import DataArguments, load_task
@@ -70,13 +69,8 @@ def main() -> None:
         "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "machine": platform.machine(),
     })  # fmt: skip
 
-    def scores(model) -> dict:
-        return {
-            name: evaluate_model(model, rows[name], tokenizer, 64) for name in ("validation", "test") if name in rows
-        }
-
     for seed, folder in enumerate(args.models):
-        results.cell(f"seed{seed}/dense", lambda folder=folder: scores(open_classifier(folder, task)))
+        results.cell(f"seed{seed}/dense", lambda folder=folder: scores(open_classifier(folder, task), rows, tokenizer))
         batches = calibration_batches(rows["train"], tokenizer, args.samples, seed)
         for name, values in variants_of(args).items():
 
@@ -86,7 +80,7 @@ def main() -> None:
                 hc.compress(model, hc.WeightPruningConfig(**values), data=batches)
                 seconds = round(time.perf_counter() - start, 2)
                 sparsity = hc.steps_of(model)[-1]["achieved_sparsity"]
-                return {**scores(model), "achieved_sparsity": sparsity, "prune_seconds": seconds}
+                return {**scores(model, rows, tokenizer), "achieved_sparsity": sparsity, "prune_seconds": seconds}
 
             results.cell(f"seed{seed}/{name}", prune)
 

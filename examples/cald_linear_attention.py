@@ -3,13 +3,15 @@
     python examples/cald_linear_attention.py --mode trajectory --model roberta-base --task_name imdb --max_length 512
 
 Modes: `unguided`, `target` and `hybrid` (need `--teacher`, a fine-tuned dense model), `trajectory` (the teacher is
-fine-tuned at the same time), `waypoint` (needs `--snapshots`, saved states of a dense fine-tuning, in quotes).
+fine-tuned at the same time), `waypoint` (needs `--snapshots`, saved states of a dense fine-tuning, in quotes; with
+`hf-compress finetune --save_total_limit 10` it keeps ten of them, otherwise one).
 Prints the accuracy on the validation split.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
@@ -21,7 +23,8 @@ from hf_compress.tasks.sources import DataArguments, load_task
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", default="trajectory")
+    modes = ("unguided", "target", "hybrid", "trajectory", "waypoint")
+    parser.add_argument("--mode", choices=modes, default="trajectory")
     parser.add_argument("--model", required=True, help="Pretrained encoder.")
     parser.add_argument("--teacher", help="Fine-tuned dense model, for target and hybrid.")
     parser.add_argument("--snapshots", help="Pattern of saved dense models, for waypoint.")
@@ -35,24 +38,25 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=-1)
     parser.add_argument("--out", default="linear")
     args = parser.parse_args()
+    for name, needed in (("teacher", ("target", "hybrid")), ("snapshots", ("waypoint",))):
+        if args.mode in needed and not getattr(args, name):
+            parser.error(f"--mode {args.mode} needs --{name}")
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir))
     train, valid = (tokenize(task.split(name), task, tokenizer, args.max_length) for name in ("train", "validation"))
     origin = args.teacher if args.mode in ("target", "hybrid") else args.model
     student = AutoModelForSequenceClassification.from_pretrained(origin, num_labels=task.num_labels)
-    prefix = student.base_model_prefix
-    head = {name: value for name, value in student.state_dict().items() if not name.startswith(prefix)}
+    dense = copy.deepcopy(student)
     hc.compress(student, hc.LinformerConfig(projected_length=args.slots, share=args.share))
 
     guided = {"alpha_layer": 0.0 if args.mode == "unguided" else args.alpha_layer, "alpha_output": 0.0}
     common = {"output_dir": args.out, "learning_rate": 3e-5, "max_steps": args.max_steps, **guided}
     rest = {"train_dataset": train, "data_collator": DataCollatorWithPadding(tokenizer), "processing_class": tokenizer}
     if args.mode == "trajectory":
-        teacher = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=task.num_labels)
-        teacher.load_state_dict(head, strict=False)  # both set out from one point
+        # Both set out from one point, a new head included.
         joint = hc.JointTeacherArguments(**common, teacher_learning_rate=3e-5)
-        trainer = hc.JointTeacherTrainer(model=student, teacher_model=teacher, args=joint, **rest)
+        trainer = hc.JointTeacherTrainer(model=student, teacher_model=dense, args=joint, **rest)
     elif args.mode == "waypoint":
         ladder = hc.SnapshotTeacherArguments(**common, teacher_snapshots=[args.snapshots])
         trainer = hc.SnapshotTeacherTrainer(model=student, args=ladder, **rest)

@@ -11,6 +11,8 @@ from hf_compress.methods.structured_pruning.decomposition import (
     CountSketch,
     interpolation_matrix,
     interpolative_decomposition,
+)
+from hf_compress.methods.structured_pruning.pivoting import (
     pivoted_blocks,
     pivoted_by_panels,
     pivoted_cholesky,

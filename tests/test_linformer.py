@@ -16,6 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 import hf_compress as hc
 from hf_compress.core.architectures import blocks_of
 from hf_compress.methods.linformer.modeling import rebuild
+from hf_compress.methods.linformer.projection import TimeProjection
 
 
 HEADS, SIZE, WIDTH = 4, 8, 32
@@ -393,6 +394,30 @@ def test_warning_beyond_the_longest_trained_input(model, tmp_path, caplog):
     reloaded = AutoModel.from_pretrained(tmp_path).eval()
     assert not look(12, reloaded)
     assert len(look(13, reloaded)) == 3
+
+
+@pytest.mark.parametrize("share", ["none", "layer"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_part_of_the_longest_input(model, caplog, share, side):
+    linear = hc.compress(model("bert"), hc.LinformerConfig(projected_length=4, share=share)).train()
+    projections = [module for module in linear.modules() if isinstance(module, TimeProjection)]
+    caplog.set_level(logging.WARNING)
+
+    def look(*lengths, width=30):
+        caplog.clear()
+        live = torch.arange(width) < torch.tensor(lengths)[:, None]
+        linear(torch.full(live.shape, 5), (live if side == "right" else live.flip(1)).long())
+        return [record.getMessage() for record in caplog.records]
+
+    look(7, 11)
+    look(9, 8)
+    assert [int(projection.longest) for projection in projections] == [11] * len(projections)
+    linear.eval()
+    assert not look(11, 3) + look(2, 10)
+    warned = look(5, 12)
+    assert len(warned) == len(projections)
+    assert "12 tokens, the longest in training had 11" in warned[0]
+    assert not look(5, 12)
 
 
 def test_causal_models_are_refused():

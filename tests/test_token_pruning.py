@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import hf_compress as hc
 from hf_compress.core.architectures import blocks_of
@@ -360,6 +360,30 @@ def test_stage_switch_in_one_run(model, rows, tokenizer, tmp_path):
     assert not torch.equal(seen[0][1], seen[2][1])
     assert all(torch.equal(seen[2][1], values) for _, values in seen[3:])
     assert student.config.token_prune_stage == "hard"
+
+
+@pytest.mark.parametrize("kind", [hc.CompressionTrainer, Trainer])
+def test_lambda_is_logged_in_time_for_trackers(model, rows, tokenizer, tmp_path, kind):
+    seen = []
+
+    class Tracker(TrainerCallback):
+        """As those of `report_to`, which come before a user's callbacks."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    student = hc.compress(model("bert", HEAD), hc.TokenPruningConfig(masking_mode="soft"))
+    callbacks = [Tracker(), hc.ThresholdAnnealingCallback(lambda_threshold=0.2, lambda_warmup=0.5)]
+    settings = arguments(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=4)
+    trainer = kind(
+        student, settings, train_dataset=rows, eval_dataset=rows[:8], processing_class=tokenizer, callbacks=callbacks
+    )
+    trainer.train()
+    expected = [0.0, 0.1, 0.2, 0.2]
+    assert [entry["prune/lambda"] for entry in trainer.state.log_history if "loss" in entry] == expected
+    if kind is hc.CompressionTrainer:
+        assert [entry["prune/lambda"] for entry in seen if "loss" in entry] == expected
+    assert not any("prune/lambda" in entry for entry in seen if "eval_loss" in entry)
 
 
 def test_callbacks_in_a_plain_trainer(model, rows, tokenizer, tmp_path):

@@ -16,6 +16,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from hf_compress.stages.models import (
@@ -110,7 +111,7 @@ def run(
     resume = args.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "1", "yes"):
         resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    if resume and not os.path.isdir(resume):
+    if resume and not os.path.isfile(os.path.join(resume, TRAINER_STATE_NAME)):
         raise ValueError(f"resume_from_checkpoint must be true or a checkpoint folder, got {resume!r}.")
     outcome = trainer.train(resume_from_checkpoint=resume)
     results = {"train_seconds": outcome.metrics["train_runtime"], "train_loss": outcome.metrics["train_loss"]}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_compress.api import compress, steps_of
 from hf_compress.core.cost import count_cost
@@ -99,19 +99,17 @@ def joint_distill(
 
 
 def _share_new_head_(teacher: PreTrainedModel, student: PreTrainedModel, teacher_name: str) -> None:
-    """Give a teacher whose head is new the student's, so that both set out from one point."""
-    kinds = AutoConfig.from_pretrained(teacher_name).architectures or []
-    if any("ForSequenceClassification" in kind for kind in kinds):
-        return
-    theirs = student.state_dict()
-    head = {name for name in teacher.state_dict() if not name.startswith(f"{teacher.base_model_prefix}.")}
+    """Give a teacher the student's values where its own files have none: both set out from one head and pooler."""
+    _, loaded = type(teacher).from_pretrained(teacher_name, config=teacher.config, output_loading_info=True)
+    ours, theirs = teacher.state_dict(), student.state_dict()
     values = {
         name: theirs[name]
-        for name in head
-        if name in theirs and theirs[name].shape == teacher.state_dict()[name].shape
+        for name in loaded["missing_keys"]
+        if name in theirs and theirs[name].shape == ours[name].shape
     }
-    teacher.load_state_dict(values, strict=False)
-    logger.info("The teacher starts with the student's head (%d tensors).", len(values))
+    if values:
+        teacher.load_state_dict(values, strict=False)
+        logger.info("The teacher starts with the student's head (%d tensors).", len(values))
 
 
 def snapshot_distill(

@@ -53,6 +53,15 @@ class TokenPruningArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.soft_fraction < 1:
             raise ValueError(f"soft_fraction must be in [0, 1), got {self.soft_fraction}.")
+        for name in ("temperature_start", "temperature_end"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.threshold_learning_rate is not None and not 0 <= self.threshold_learning_rate < float("inf"):
+            raise ValueError(f"threshold_learning_rate must not be negative, got {self.threshold_learning_rate}.")
+        if self.token_keep_rate != 1 and self.prune_mode == "absolute_threshold":
+            raise ValueError(f"token_keep_rate must go with prune_mode='topk', got {self.token_keep_rate}.")
+        if self.teacher_name_or_path is not None and self.alpha_output == 0:
+            raise ValueError("alpha_output must be above 0 with teacher_name_or_path: it would teach nothing.")
 
     def config(self) -> TokenPruningConfig:
         """What the model shall be."""
@@ -95,7 +104,14 @@ def prune_tokens(
         teacher = open_classifier(pruning.teacher_name_or_path, task)
         add_teacher_columns(common, task, data, pruning.teacher_name_or_path)
     callbacks = []
-    if model.config.masking_mode == "soft":
+    learns = model.config.masking_mode == "soft"
+    for name in () if learns else ("target_relative_macs", "threshold_learning_rate"):
+        if getattr(pruning, name) is not None:
+            raise ValueError(
+                f"{name} must go with learned thresholds (prune_mode='absolute_threshold', soft_fraction above 0, a "
+                f"model whose thresholds are not fixed yet), got {getattr(pruning, name)}."
+            )
+    if learns:
         callbacks.append(
             ThresholdAnnealingCallback(
                 temperature_start=pruning.temperature_start,

@@ -47,6 +47,29 @@ class _ExtraGradients(TrainerCallback):
             parameter.grad = None
 
 
+class _EpochOrder(TrainerCallback):
+    """Repeats the order of the examples when training goes on in the middle of an epoch.
+
+    `train_sampling_strategy="group_by_length"` draws it from torch's own random numbers, whose state at the epoch's
+    beginning `Trainer` does not save: resumed in any epoch but the first, it would see other batches.
+    """
+
+    def __init__(self) -> None:
+        self.state: Tensor | None = None
+        self.resumed: Path | None = None
+
+    @staticmethod
+    def file(args: Any) -> str:
+        return f"epoch_rng_state_{args.process_index}.pth"
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Where the checkpoint is one of an epoch's end, `Trainer` sets the right state after this.
+        if self.resumed is not None and (file := self.resumed / self.file(args)).exists():
+            torch.set_rng_state(torch.load(file, weights_only=True))
+        self.resumed = None
+        self.state = torch.get_rng_state()
+
+
 class CompressionTrainer(Trainer):
     """A `Trainer` whose loss is a sum of named terms, each logged as `loss/<term>`.
 
@@ -67,6 +90,8 @@ class CompressionTrainer(Trainer):
         self._terms: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._measures: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._checkpoint_root: str | None = None
+        self._epoch_order = _EpochOrder()
+        self.add_callback(self._epoch_order)
         self.add_callback(_ExtraGradients(self))
 
     def _methods_of(self, model: Any) -> list[Method]:
@@ -211,7 +236,13 @@ class CompressionTrainer(Trainer):
                 method.start_training(self.accelerator.unwrap_model(self.model))
             if method.check_resume is not None and checkpoint:
                 method.check_resume(self.model.config, AutoConfig.from_pretrained(checkpoint))
+        self._epoch_order.resumed = Path(checkpoint) if checkpoint else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._epoch_order.state is not None:
+            torch.save(self._epoch_order.state, Path(output_dir, _EpochOrder.file(self.args)))
 
     def _get_output_dir(self, trial: Any) -> str:
         root = super()._get_output_dir(trial)

@@ -51,5 +51,7 @@ class LinformerConfig(MethodConfig):
         for name in ("projected_length", "max_tokens", "slot_stride"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in 0..2**63 - 1, got {self.seed}.")
         if self.slot_stride not in (None, 1) and self.initialization != "pooling":
             raise ValueError(f"slot_stride must go with initialization='pooling', got {self.slot_stride}.")

@@ -29,7 +29,7 @@ class TimeProjection(nn.Module):
     Attributes:
         keys: E, [M, K].
         values: F, [M, K], or None when it is E.
-        longest: The longest input (padding included) seen in training; rows beyond it never had a gradient.
+        longest: Tokens of the longest input seen in training; rows beyond it never had a gradient.
     """
 
     def __init__(self, rows: int, slots: int, separate_values: bool, **place: object) -> None:
@@ -40,21 +40,33 @@ class TimeProjection(nn.Module):
         self._trained = self._checked = 0
 
     @torch.no_grad()
-    def note_length(self, length: int) -> None:
-        """In training remember the longest input, afterwards warn once about longer ones."""
-        if self.training and length > self._trained:
-            self._trained = length
+    def note_length(self, width: int, lengths: Tensor | None) -> None:
+        """In training remember the longest input, afterwards warn once about longer ones.
+
+        Args:
+            width: S, padding included.
+            lengths: [B] tokens of each example; None: S.
+        """
+        if self.training and width > self._trained:
+            # What was seen is kept on the device; the number beside it only saves work, so it may lag behind.
             self._checked = 0
-            self.longest.clamp_(min=length)
-        elif not self.training and length > self._checked:
-            # Reading the buffer waits for the device, so it happens only when a length is seen for the first time.
-            self._checked = length
-            longest = int(self.longest)
-            if 0 < longest < length:
+            if lengths is None:
+                self._trained = width
+                self.longest.clamp_(min=width)
+            else:
+                self.longest.copy_(torch.maximum(self.longest, lengths.max()))
+        elif not self.training and width > self._checked:
+            # Reading waits for an accelerator, so there it happens only when a width is seen for the first time.
+            longest, length = int(self.longest), width if lengths is None else int(lengths.max())
+            unseen = 0 < longest < length
+            if unseen:
                 logger.warning(
                     "An input has %d tokens, the longest in training had %d: the projections of later positions "
                     "were never trained.", length, longest,
                 )  # fmt: skip
+            # A wide batch of short inputs says nothing about the next one.
+            if unseen or not 0 < longest < width or self.longest.device.type != "cpu":
+                self._checked = width
 
     def extra_repr(self) -> str:
         return f"rows={self.keys.shape[0]}, slots={self.keys.shape[1]}, separate_values={self.values is not None}"
@@ -147,8 +159,8 @@ class LinformerCore(AttentionCore):
                 f"An input must have at most {self.max_tokens} tokens, got {seq_len}. "
                 "Convert with a larger max_tokens."
             )
-        projection.note_length(seq_len)
         lengths = None if mask is None else (mask if mask.dtype == torch.bool else mask >= 0).sum(1).clamp(min=1)
+        projection.note_length(seq_len, lengths)
         key_linear, value_linear = self._deferred(attention, seq_len)
         rows = read_rows(projection.keys, seq_len, mask)
         short_key = _shorten(key, rows)

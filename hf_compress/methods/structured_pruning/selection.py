@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_compress.core.architectures import Block
 from hf_compress.core.surgery import unit_columns
-from hf_compress.methods.structured_pruning.decomposition import (
+from hf_compress.methods.structured_pruning.pivoting import (
     PivotedColumns,
     pivoted_blocks,
     pivoted_cholesky,

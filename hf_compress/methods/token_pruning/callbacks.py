@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from hf_compress.core.calibration import accepted_arguments
 from hf_compress.core.layers import STATE, LiveTokens
-from hf_compress.methods.token_pruning.modeling import TokenThresholds, thresholds_of
+from hf_compress.methods.token_pruning.modeling import thresholds_of
+from hf_compress.methods.token_pruning.rule import TokenThresholds
 from hf_compress.methods.token_pruning.training import measures
 
 
@@ -87,17 +88,19 @@ class ThresholdAnnealingCallback(TrainerCallback):
         learning_rate: float | None = None,
     ) -> None:
         for name, value in (("temperature_start", temperature_start), ("temperature_end", temperature_end)):
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive, got {value}.")
         if (temperature_start is None) != (temperature_end is None):
             raise ValueError(
                 "temperature_start and temperature_end must be given together, "
                 f"got {temperature_start} and {temperature_end}."
             )
-        if lambda_threshold < 0:
+        if not 0 <= lambda_threshold < float("inf"):
             raise ValueError(f"lambda_threshold must not be negative, got {lambda_threshold}.")
         if not 0 <= lambda_warmup < 1:
             raise ValueError(f"lambda_warmup must be in [0, 1), got {lambda_warmup}.")
+        if learning_rate is not None and not 0 <= learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must not be negative, got {learning_rate}.")
         if target_relative_macs is not None and not 0 < target_relative_macs <= 1:
             raise ValueError(f"target_relative_macs must be in (0, 1], got {target_relative_macs}.")
         for name, value in (("measure_every", measure_every), ("measure_examples", measure_examples)):
@@ -113,6 +116,7 @@ class ThresholdAnnealingCallback(TrainerCallback):
         self.measure_examples = measure_examples
         self.learning_rate = learning_rate
         self._probe: dict[str, Any] | None = None
+        self._thresholds: TokenThresholds | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,7 +128,7 @@ class ThresholdAnnealingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        thresholds = _require_thresholds(kwargs["model"], "ThresholdAnnealingCallback")
+        thresholds = self._thresholds = _require_thresholds(kwargs["model"], "ThresholdAnnealingCallback")
         if self.learning_rate is not None:
             groups = getattr(kwargs.get("optimizer"), "param_groups", [])
             rates = [g["initial_lr"] for g in groups if any(p is thresholds.values for p in g["params"])]
@@ -157,10 +161,22 @@ class ThresholdAnnealingCallback(TrainerCallback):
             steered = self.lambda_threshold + self.gain * distance + float(thresholds.integral)
             thresholds.weight.fill_(warm * steered)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs, thresholds = kwargs.get("logs"), thresholds_of(kwargs["model"])
-        if logs is not None and thresholds is not None and "loss" in logs:
-            logs["prune/lambda"] = float(thresholds.weight)
+    def logged_values(self) -> dict[str, float]:
+        """What our trainers add to every entry of their training log."""
+        return {} if self._thresholds is None else {"prune/lambda": round(float(self._thresholds.weight), 6)}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or any(key.startswith("eval_") for key in logs):
+            return
+        for entry in (logs, *state.log_history[-1:]):
+            entry.update(self.logged_values())
 
 
 class StageSwitchCallback(TrainerCallback):

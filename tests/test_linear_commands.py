@@ -1,0 +1,295 @@
+"""`hf-compress linearize`, `joint-distill` and `snapshot-distill`, on a tiny encoder and generated sentences."""
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
+
+import hf_compress as hc
+from hf_compress.cli.main import main
+from hf_compress.stages import finetune
+from hf_compress.training.distillation import DistillationTrainer
+
+
+TINY = {
+    "vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
+    "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+TRAINING = "--data_dir data --max_length 16 --use_cpu --disable_tqdm true --per_device_train_batch_size 16"
+LINEARIZE = "linearize --model_name_or_path model --output_dir out --projected_length 4"
+JOINT = f"joint-distill --model_name_or_path start --teacher_name_or_path pretrained --output_dir out {TRAINING}"
+LADDER = (
+    f"snapshot-distill --model_name_or_path start --teacher_snapshots dense/checkpoint-* --output_dir out {TRAINING}"
+)
+TRAIN = "--num_train_epochs 2 --learning_rate 1e-3 --alpha_layer 1"
+
+
+def classifier(**options):
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**{**TINY, **options}))
+
+
+@pytest.fixture(scope="module")
+def place(sentences, tokenizer, tmp_path_factory):
+    """A folder with an encoder, a classifier, its snapshots, a linear student, and things that fit none of them."""
+    root = tmp_path_factory.mktemp("linear")
+    encoder = classifier().bert
+    # As many pretrained encoders are: the pooler belongs to the head, and is as new as that.
+    encoder.pooler = None
+    models = {
+        "model": classifier(),
+        "pretrained": encoder,
+        "three": classifier(num_labels=3),
+        "deep": classifier(num_hidden_layers=3),
+        "dense/checkpoint-4": classifier(initializer_range=0.03),
+        "dense/checkpoint-12": classifier(initializer_range=0.05),
+        "ladder3/epoch_1": classifier(num_labels=3),
+        "uneven/epoch_1": classifier(),
+        "uneven/epoch_2": classifier(num_hidden_layers=3),
+        "mixed/epoch_1": classifier(),
+        "mixed/best": classifier(),
+        "cut/epoch_1": classifier(),
+        "start": hc.compress(classifier(), hc.LinformerConfig(projected_length=4)),
+        "pruned": hc.compress(classifier(), hc.TokenPruningConfig()),
+        "gpt2": GPT2ForSequenceClassification(
+            GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=0)
+        ),
+    }
+    for name, model in models.items():
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    weights = root / "cut" / "epoch_1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for name in ("weightless", "unnamed"):
+        shutil.copytree(root / "model", root / name / "epoch_1")
+    (root / "weightless" / "epoch_1" / "model.safetensors").unlink()
+    (root / "unnamed" / "epoch_1" / "config.json").unlink()
+    (root / "file").write_text("a file, not a folder")
+    (root / "data").mkdir()
+    for name in ("train", "validation"):
+        pandas.DataFrame(sentences, columns=["sentence", "label"]).to_parquet(root / "data" / f"{name}.parquet")
+    return root
+
+
+@pytest.fixture
+def inside(place, tmp_path, monkeypatch):
+    """Commands run in a folder of this test's own, beside the models."""
+    for found in place.iterdir():
+        (tmp_path / found.name).symlink_to(found)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The models that a command has saved, as they were in memory."""
+    models = []
+
+    def keep(directory, model, *args, real=finetune.save_stage):
+        models.append(copy.deepcopy(model).eval())
+        real(directory, model, *args)
+
+    monkeypatch.setattr(finetune, "save_stage", keep)
+    return models
+
+
+def logits(model, tokenizer):
+    batch = tokenizer(["good film", "a very bad story was the plot"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def reopened(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("flags", "fields"), [
+    ("--share kv", {"share": "kv"}),
+    ("--share layer --initialization pooling --length_scaling false --slot_mask true --max_tokens 48",
+     {"share": "layer", "initialization": "pooling", "length_scaling": False, "slot_mask": True, "max_tokens": 48}),
+], ids=["published", "pooling"])  # fmt: skip
+def test_linearize(inside, tokenizer, capsys, flags, fields):
+    assert main(f"{LINEARIZE} {flags} --seed 3".split()) == 0
+    printed = capsys.readouterr().out
+    expected = hc.compress(reopened("model"), hc.LinformerConfig(projected_length=4, seed=3, **fields))
+    linear = reopened("out")
+    assert hc.steps_of(linear) == hc.steps_of(expected)
+    (step,) = hc.steps_of(linear)
+    assert {name: step[name] for name in fields} == fields
+    assert torch.equal(logits(linear, tokenizer), logits(expected, tokenizer))
+    assert AutoTokenizer.from_pretrained("out").model_max_length == step["max_tokens"] == fields.get("max_tokens", 32)
+    results = json.loads(Path("out/results.json").read_text())
+    assert results["params"] == {"before": reopened("model").num_parameters(), "after": linear.num_parameters()}
+    assert f"-> {linear.num_parameters():,d}" in printed
+    assert results["mac_ratio_by_length"]["512"] < 1
+    assert f"512 tokens: {results['mac_ratio_by_length']['512']:.3f} of the dense arithmetic" in printed
+
+
+def test_linearize_a_pretrained_encoder(inside):
+    """The head that it gets is the task's, and the same for the same seed."""
+    line = LINEARIZE.replace("path model", "path pretrained") + " --data_dir data"
+    assert main(line.split()) == 0
+    first = reopened("out")
+    assert main(line.replace("dir out", "dir again").split()) == 0
+    assert first.config.num_labels == 2
+    assert torch.equal(first.classifier.weight, reopened("again").classifier.weight)
+    assert torch.equal(first.bert.embeddings.word_embeddings.weight, reopened("model").get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("line", [JOINT, LADDER], ids=["joint", "ladder"])
+def test_guided_training(inside, saved, tokenizer, capsys, line):
+    assert main(f"{line} {TRAIN}".split()) == 0
+    printed = capsys.readouterr().out
+    student, start = reopened("out"), reopened("start")
+    assert hc.steps_of(student) == hc.steps_of(start)
+    assert torch.equal(logits(student, tokenizer), logits(saved[0], tokenizer))
+    for (name, before), after in zip(start.named_parameters(), student.parameters(), strict=True):
+        untouched = "position_embeddings" in name or "token_type" in name or name.endswith("projection.keys")
+        assert untouched or not torch.equal(before, after), name
+    results = json.loads(Path("out/results.json").read_text())
+    for name in ("eval_accuracy", "eval_loss/layer", "eval_loss/output", "train_loss"):
+        assert re.search(rf"^{name} +{results[name]:.4f}$", printed, re.M), name
+    assert "saved to out" in printed
+    assert Path("out/teacher").exists() == (line == JOINT)
+    if line == JOINT:
+        teacher = reopened("out/teacher")
+        assert hc.steps_of(teacher) == []
+        assert not torch.equal(teacher.classifier.weight, start.classifier.weight)
+        assert AutoTokenizer.from_pretrained("out/teacher").get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_joint_teacher_without_head_gets_the_students(inside, monkeypatch):
+    seen = []
+
+    def keep(self, teacher, real=DistillationTrainer._set_teacher):
+        seen.append({name: value.clone() for name, value in teacher.state_dict().items()})
+        real(self, teacher)
+
+    monkeypatch.setattr(DistillationTrainer, "_set_teacher", keep)
+    assert main(f"{JOINT} --max_steps 1 --save_teacher false --save_strategy no".split()) == 0
+    student = reopened("start").state_dict()
+    for name in ("classifier", "bert.pooler.dense"):
+        assert torch.equal(seen[0][f"{name}.weight"], student[f"{name}.weight"])
+        assert torch.equal(seen[0][f"{name}.bias"], student[f"{name}.bias"])
+    assert not Path("out/teacher").exists()
+
+
+@pytest.mark.parametrize("line", [JOINT, LADDER], ids=["joint", "ladder"])
+def test_an_interrupted_command_goes_on(inside, monkeypatch, capsys, line):
+    line += f" {TRAIN} --save_strategy steps --save_steps 3"
+    assert main(line.replace("dir out", "dir whole").split()) == 0
+
+    def dying(self, *args, real=DistillationTrainer.training_step, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "training_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            main(line.split())
+    assert not Path("out/model.safetensors").exists()
+    assert Path("out/checkpoint-3").is_dir()
+    assert main([*line.split(), "--resume_from_checkpoint", "true"]) == 0
+    for folder in ("", "/teacher") if line.startswith("joint") else ("",):
+        whole, resumed = (reopened(f"{name}{folder}").state_dict() for name in ("whole", "out"))
+        assert [name for name, value in whole.items() if not torch.equal(value, resumed[name])] == []
+    if line.startswith("snapshot"):
+        # A checkpoint of the other kind of training has no teacher that could go on learning.
+        assert (
+            main(f"{JOINT} {TRAIN} --resume_from_checkpoint out/checkpoint-8".replace("dir out", "dir x").split()) == 2
+        )
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.search("resume_from_checkpoint must hold the teacher", last), last
+
+
+def test_guidance_that_ends_before_the_training_does(inside):
+    """Hybrid guidance on a ladder: the last part of the training logs the task alone."""
+    assert main(f"{LADDER} {TRAIN} --max_distill_steps 3 --max_steps 5 --logging_steps 1".split()) == 0
+    state = json.loads(Path("out/checkpoint-5/trainer_state.json").read_text())
+    logged = ["loss/layer" in entry for entry in state["log_history"] if "loss" in entry]
+    assert logged == [True] * 3 + [False] * 2
+
+
+POOLING = f"{LINEARIZE} --initialization pooling"
+CASES = [
+    (f"{LINEARIZE} --projected_length 0", "projected_length must be at least 1, got 0"),
+    (f"{LINEARIZE} --projected_length many", "projected_length.*'many'"),
+    (f"{LINEARIZE} --projected_lenght 8", "'projected_lenght' is not an option. Did you mean 'projected_length'"),
+    (f"{LINEARIZE} --share head", "share: invalid choice: 'head'.*none.*kv.*layer"),
+    (f"{LINEARIZE} --initialization ones", "initialization: invalid choice: 'ones'"),
+    (f"{LINEARIZE} --max_tokens 0", "max_tokens must be at least 1, got 0"),
+    (f"{LINEARIZE} --slot_stride 0", "slot_stride must be at least 1, got 0"),
+    (f"{LINEARIZE} --slot_stride 2", "slot_stride must go with initialization='pooling', got 2"),
+    (f"{POOLING} --slot_stride 2", "slot_stride must be at least 8 for 32 tokens and 4 slots, got 2"),
+    (f"{LINEARIZE} --slot_mask perhaps", "slot_mask.*'perhaps'|Truthy value.*perhaps"),
+    (f"{LINEARIZE} --seed 99999999999999999999", "seed must be in 0.*got 99999999999999999999"),
+    (f"{LINEARIZE} --seed -1", "seed must be in 0.*got -1"),
+    (LINEARIZE.replace("path model", "path gpt2"), "bidirectional encoder|model_type must be one of"),
+    (LINEARIZE.replace("path model", "path start"), "must not repeat linformer"),
+    (LINEARIZE.replace("path model", "path pruned"), "ordinary layers"),
+    (LINEARIZE.replace("path model", "path nowhere"), "No classifier can be opened at 'nowhere'"),
+    (LINEARIZE.replace("path model", "path three") + " --data_dir data", "3 labels, the task 'data' has 2"),
+    (LINEARIZE.replace("--output_dir out", ""), "required: --output_dir"),
+    (LINEARIZE.replace("dir out", "dir file"), "output_dir 'file' cannot be written"),
+    (JOINT.replace("--teacher_name_or_path pretrained", ""), "teacher_name_or_path must name the model that teaches"),
+    (JOINT.replace("path pretrained", "path nowhere"), "No classifier can be opened at 'nowhere'"),
+    (JOINT.replace("path pretrained", "path three"), "3 labels, the task 'data' has 2"),
+    (f"{JOINT} --teacher_learning_rate -1", "teacher_learning_rate must be zero or positive, got -1"),
+    (f"{JOINT} --teacher_learning_rate nan", "teacher_learning_rate must be zero or positive, got nan"),
+    (f"{JOINT} --teacher_update_cycle 0", "teacher_update_cycle must be at least 1, got 0"),
+    (f"{JOINT} --teacher_schedule fast", "teacher_schedule.*invalid choice: 'fast'"),
+    (f"{JOINT} --teacher_cache_dir cache", "teacher_cache_dir must be unset: a learning teacher"),
+    (f"{JOINT} --label_smoothing_factor 0.1", "label_smoothing_factor must be 0.*got 0.1"),
+    (f"{JOINT} --lr_scheduler_type reduce_lr_on_plateau --eval_strategy epoch", "lr_scheduler_type must not depend"),
+    (f"{JOINT} --max_distill_steps -1", "max_distill_steps must not be negative, got -1"),
+    (f"{JOINT} --max_distill_steps 2 --alpha_task 0", "alpha_task must be above 0 with max_distill_steps"),
+    (f"{JOINT} --alpha_layer nan", "alpha_layer must be zero or positive, got nan"),
+    (f"{JOINT} --alpha_task 0 --alpha_output 0", "alpha_task, alpha_output and alpha_layer must not all be 0"),
+    (f"{JOINT} --compat paper", "compat.*'paper'"),
+    (f"{JOINT} --alpha_layer 1 --layer_map 0 7", "layer_map must hold teacher layers 0..1.*7"),
+    (JOINT.replace("path pretrained", "path deep") + " --alpha_layer 1 --compat cald", "must have equally deep"),
+    (f"{JOINT} --resume_from_checkpoint dense/checkpoint-4", "must be true or a checkpoint folder, got 'dense"),
+    (f"{JOINT} --teacher_snapshots dense", "'teacher_snapshots' is not an option"),
+    (LADDER.replace("--teacher_snapshots dense/checkpoint-*", ""), "teacher_snapshots must match.*got nothing"),
+    (LADDER.replace("dense/checkpoint-*", "dense/epoch-*"), "teacher_snapshots must match.*dense/epoch"),
+    (LADDER.replace("dense/checkpoint-*", "dense"), "teacher_snapshots must be saved models, got 'dense' without"),
+    (LADDER.replace("dense/checkpoint-*", "unnamed/*"), "got 'unnamed/epoch_1' without a config.json"),
+    (LADDER.replace("dense/checkpoint-*", "weightless/*"), "got 'weightless/epoch_1' without weights"),
+    (LADDER.replace("dense/checkpoint-*", "cut/*"), "teacher_snapshots must be saved models, got 'cut/epoch_1'"),
+    (LADDER.replace("dense/checkpoint-*", "mixed/*"), "teacher_snapshots must all end in a number or none"),
+    (LADDER.replace("dense/checkpoint-*", "uneven/*"), "teacher_snapshots must be states of one model"),
+    (LADDER.replace("dense/checkpoint-*", "ladder3/*"), "must have the student's 2 labels, got 3"),
+    (f"{LADDER} --max_steps 1", "teacher_snapshots must be at most the 1 updates of the training, got 2"),
+    (f"{LADDER} --teacher_cache_dir cache", "teacher_cache_dir must be unset: it holds the outputs of one teacher"),
+    (f"{LADDER} --max_distill_steps -1", "max_distill_steps must not be negative, got -1"),
+    (f"{LADDER} --max_distill_steps 1.5", "max_distill_steps.*1.5"),
+    (f"{LADDER} --alpha_output -1", "alpha_output must be zero or positive, got -1"),
+    (f"{LADDER} --teacher_name_or_path model", "'teacher_name_or_path' is not an option"),
+    (LADDER.replace("path start", "path nowhere"), "can be opened at 'nowhere'"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("line", "expected"), CASES, ids=[f"{i:02d}" for i in range(len(CASES))])
+def test_bad_input(inside, capsys, line, expected):
+    assert main(line.split()) == 2
+    captured = capsys.readouterr()
+    last = captured.err.strip().splitlines()[-1]
+    assert last.startswith("hf-compress: ")
+    assert re.search(expected, last), last
+    assert "Traceback" not in captured.err
+    assert not Path("out/model.safetensors").exists()
