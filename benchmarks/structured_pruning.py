@@ -9,6 +9,7 @@ Every finished cell is written to the result file at once and skipped when the c
 from __future__ import annotations
 
 import argparse
+import json
 import time
 
 from accuracy import Results as Results
@@ -35,7 +36,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recovery_learning_rate", type=float, default=2e-4)
     parser.add_argument("--alpha_layer", type=float, default=1.0)
     parser.add_argument("--uncorrected", action="store_true", help="Also without correction, for every selection.")
-    parser.add_argument("--centered", action="store_true", help="Also `center=True`, where it is offered.")
+    parser.add_argument(
+        "--also", nargs="*", default=[], type=json.loads, metavar="JSON",
+        help="Also interpolative with these fields of the config, e.g. '{\"center\": true}'.",
+    )  # fmt: skip
     parser.add_argument("--no_recovery", action="store_true")
     return parser.parse_args()
 
@@ -45,8 +49,9 @@ def variants(selection: str, args: argparse.Namespace) -> list[tuple[str, dict]]
     found = [(selection, {})]
     if args.uncorrected:
         found.append((f"{selection}-uncorrected", {"correction": False}))
-    if args.centered and selection != "fisher":
-        found.append((f"{selection}-centered", {"center": True}))
+    if selection == "interpolative":
+        for fields in args.also:
+            found.append((f"{selection}-{'-'.join(f'{name}={value}' for name, value in fields.items())}", fields))
     return found
 
 
