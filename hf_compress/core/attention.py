@@ -180,6 +180,9 @@ def attach_core_(attention: nn.Module, core: AttentionCore) -> None:
 def use_cores_(model: PreTrainedModel) -> None:
     """Let a model call the cores of its layers."""
     model.set_attn_implementation(ATTENTION)
+    if model.config._attn_implementation != ATTENTION:
+        # Older releases look for a phrase that ModernBERT's source lacks, although it does dispatch by name.
+        model.config._attn_implementation = ATTENTION
 
 
 AttentionInterface.register(ATTENTION, _attention)
