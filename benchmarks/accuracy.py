@@ -50,6 +50,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--max_length", type=int, default=64)
     parser.add_argument("--max_train_samples", type=int)
+    parser.add_argument("--max_eval_samples", type=int)
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-4)
@@ -60,7 +61,7 @@ def open_task(args: argparse.Namespace) -> tuple[DataArguments, Task, PreTrained
     """Where the data is, the task, the model's tokenizer, and the tokenized rows of every split."""
     data = DataArguments(
         task_name=args.task_name, data_dir=args.data_dir, max_length=args.max_length,
-        max_train_samples=args.max_train_samples,
+        max_train_samples=args.max_train_samples, max_eval_samples=args.max_eval_samples,
     )  # fmt: skip
     task, tokenizer = load_task(data), open_tokenizer(args.model)
     return data, task, tokenizer, {x: tokenize(task.split(x), task, tokenizer, args.max_length) for x in task.splits}

@@ -26,6 +26,7 @@ _TEXT_COLUMNS = (
     ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"),
     ("sentence",), ("text",),
 )  # fmt: skip
+_EVALUATED = ("validation", "test")
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -39,7 +40,7 @@ class DataArguments:
         train_file, validation_file, test_file: Single files with columns
             `sentence | sentence1, sentence2 | text` and `label`.
         max_length: Longest input in tokens; longer ones are cut.
-        max_train_samples, max_eval_samples: Use only the first so many rows (after a seeded shuffle for training).
+        max_train_samples, max_eval_samples: Use only so many rows, drawn with a fixed seed.
     """
 
     task_name: str | None = None
@@ -119,7 +120,7 @@ def _from_hub(path: str, configuration: str | None) -> DatasetDict:
         raise ValueError(
             f"Cannot read {path} from the hub ({type(error).__name__}); give data_dir to read files."
         ) from error
-    for matched in ("validation", "test"):
+    for matched in _EVALUATED:
         if f"{matched}_matched" in splits:
             splits[matched] = splits.pop(f"{matched}_matched")
     return splits
@@ -207,10 +208,8 @@ def _checked(splits: DatasetDict, name: str, args: DataArguments) -> Task:
             raise ValueError(f"label must have at least two classes, got {len(names)}.")
     # Unlabelled GLUE test rows carry -1: a metric on them would be meaningless.
     splits = DatasetDict({k: rows for k, rows in splits.items() if -1 not in rows.unique("label") or not names})
-    if args.max_train_samples and "train" in splits:
-        keep = min(args.max_train_samples, len(splits["train"]))
-        splits["train"] = splits["train"].shuffle(seed=0).select(range(keep))
-    for split in {"validation", "test"} & set(splits):
-        if args.max_eval_samples:
-            splits[split] = splits[split].select(range(min(args.max_eval_samples, len(splits[split]))))
+    for split, limit in (("train", args.max_train_samples), *((x, args.max_eval_samples) for x in _EVALUATED)):
+        if limit and split in splits:
+            # Drawn, not cut off: files sorted by label (IMDB's are) would leave a single class.
+            splits[split] = splits[split].shuffle(seed=0).select(range(min(limit, len(splits[split]))))
     return Task(name, splits, columns, names)
