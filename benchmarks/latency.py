@@ -5,12 +5,15 @@
 
 Batch 1 and 32, neighbours in length together, so that batch 1 has no padding and batch 32 next to none. The models
 take turns on every batch; speed-ups are medians of the ratios of rounds. The first model is the baseline. With
-`--profile`, where the time of a batch goes is recorded afterwards, by kinds of operations.
+`--token_thresholds`, every model is also measured with tokens dropped by hand-set thresholds; 0 keeps them all, which
+shows what the shorter last layer of such a model gives alone. With `--profile`, where the time of a batch goes is
+recorded afterwards, by kinds of operations.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+import hf_compress as hc
 from hf_compress.core.cost import count_cost
 from hf_compress.core.saving import write_json
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
@@ -42,6 +46,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=256, help="Timed examples, evenly spread over the lengths.")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--max_eval_samples", type=int)
+    parser.add_argument("--token_thresholds", type=float, nargs="*", default=[], help="Tops of the ramp.")
     parser.add_argument("--profile", action="store_true", help="Also split the time by kinds of operations.")
     parser.add_argument("--threads", type=int, help="Of torch; default: as many as torch takes.")
     parser.add_argument("--out")
@@ -69,7 +75,10 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     place = environment()
-    task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir, max_length=args.max_length))
+    task = load_task(DataArguments(
+        task_name=args.task_name, data_dir=args.data_dir, max_length=args.max_length,
+        max_eval_samples=args.max_eval_samples,
+    ))  # fmt: skip
     tokenizer = open_tokenizer(args.models[0])
     rows = tokenize(task.split(args.split), task, tokenizer, args.max_length)
     models = {}
@@ -77,9 +86,14 @@ def main() -> None:
         name = Path(folder).name if Path(folder).name not in models else folder
         models[name] = open_classifier(folder, task)
         check_vocabulary(models[name].config, tokenizer)
+    for name, model in list(models.items()):
+        for top in args.token_thresholds:
+            dropping = hc.TokenPruningConfig(final_token_threshold=top)
+            models[f"{name}, tokens {top:g}"] = hc.compress(copy.deepcopy(model), dropping).eval()
     baseline = next(iter(models))
     seq_len = sum(len(ids) for ids in rows["input_ids"]) / len(rows)
-    macs = {name: count_cost(model, seq_len).macs for name, model in models.items()}
+    timed_examples = unpadded_batches(rows, tokenizer, max(args.batch_sizes), args.examples)
+    macs = {name: count_cost(model, data=timed_examples).macs for name, model in models.items()}
     results = {name: {"macs": macs[name], "mac_ratio": macs[name] / macs[baseline], "batch": {}} for name in models}
     for size in args.batch_sizes:
         batches = unpadded_batches(rows, tokenizer, size, args.examples)

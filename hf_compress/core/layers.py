@@ -25,15 +25,20 @@ class LiveTokens:
         whole: Compute the rows of the last layer that no head reads, too: calibration wants them.
         attended: Layer -> [B] number of tokens its attention saw.
         fed: Layer -> [B] number of tokens its feed-forward block saw.
-        kept: Layer -> [B, S] bool of the tokens that leave it.
+        packings: Layer -> where the tokens that leave it stand.
         soft: Layer -> ([B, S] soft keep probabilities, [B, S] bool where they count).
     """
 
     whole: bool = False
     attended: dict[int, Tensor] = field(default_factory=dict)
     fed: dict[int, Tensor] = field(default_factory=dict)
-    kept: dict[int, Tensor] = field(default_factory=dict)
+    packings: dict[int, Packing] = field(default_factory=dict)
     soft: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[int, Tensor]:
+        """Layer -> [B, S] bool of the tokens that leave it, made anew at every call."""
+        return {layer: packing.live() for layer, packing in self.packings.items()}
 
 
 def specialise_(layer: nn.Module, behaviour: type) -> None:
@@ -69,28 +74,74 @@ class Packing:
     Args:
         rows: [N] index of each token in the flattened [B * S]; None when all positions are live.
         lengths: [B] tokens of each example.
-        longest: n, the largest of them.
+        width: S.
+        longest: n, the largest of the lengths.
         slots: [N] index of each token in the flattened, left-aligned [B * n]; None when all lengths are equal.
     """
 
     rows: Tensor | None
     lengths: Tensor
+    width: int
     longest: int
     slots: Tensor | None
 
     @staticmethod
+    def full(batch: int, width: int, device: torch.device) -> Packing:
+        """Every position is live."""
+        return Packing(None, torch.full((batch,), width, device=device), width, width, None)
+
+    @staticmethod
     def of(live: Tensor) -> Packing:
-        """The packing of a [B, S] bool mask. Waits for the device once."""
-        batch, width = live.shape
-        lengths = live.sum(1)
-        shortest, longest = (int(x) for x in torch.stack([lengths.min(), lengths.max()]).tolist())
+        """The packing of a [B, S] bool mask. Waits for the device twice, once when nothing is missing."""
+        lengths, shortest, longest = _counted(live)
+        width = live.shape[1]
         if shortest == width:
-            return Packing(None, lengths, width, None)
+            return Packing(None, lengths, width, width, None)
         rows = live.flatten().nonzero().squeeze(1)
-        if shortest == longest:
-            return Packing(rows, lengths, longest, None)
-        ranks = (live.cumsum(1) - 1 + torch.arange(batch, device=live.device)[:, None] * longest).flatten()
-        return Packing(rows, lengths, longest, ranks[rows])
+        slots = None if shortest == longest else _left_aligned(live, longest)[rows]
+        return Packing(rows, lengths, width, longest, slots)
+
+    def only(self, keep: Tensor) -> tuple[Packing, Tensor | None]:
+        """What remains of the tokens of a left-aligned batch, and which of the packed ones that are.
+
+        Args:
+            keep: [B, n] bool, False behind the end of each example.
+
+        Returns:
+            The packing, and [N'] positions among the N packed tokens; None when all stay. Waits for the device once
+            when all stay or there is one example, else twice.
+        """
+        chosen = self.unalign(keep).nonzero().squeeze(1)
+        total = len(chosen)
+        if total == (keep.numel() if self.slots is None else len(self.slots)):
+            return self, None
+        rows = chosen if self.rows is None else self.rows[chosen]
+        if len(keep) == 1:
+            return Packing(rows, torch.full_like(self.lengths, total), self.width, total, None), chosen
+        lengths, shortest, longest = _counted(keep)
+        slots = None
+        if shortest != longest:
+            slots = _left_aligned(keep, longest)[chosen if self.slots is None else self.slots[chosen]]
+        return Packing(rows, lengths, self.width, longest, slots), chosen
+
+    def first(self) -> Packing:
+        """Only the first token of each example."""
+        batch = len(self.lengths)
+        if self.rows is None:
+            rows = torch.arange(0, batch * self.width, self.width, device=self.lengths.device)
+        elif self.slots is None:
+            rows = self.rows.view(batch, -1)[:, 0]
+        else:
+            rows = self.rows[self.lengths.cumsum(0) - self.lengths]
+        return Packing(rows, torch.ones_like(self.lengths), self.width, 1, None)
+
+    def live(self) -> Tensor:
+        """[B, S] bool."""
+        shape = (len(self.lengths), self.width)
+        if self.rows is None:
+            return torch.ones(shape, dtype=torch.bool, device=self.lengths.device)
+        live = torch.zeros(shape, dtype=torch.bool, device=self.lengths.device)
+        return live.view(-1).index_fill(0, self.rows, True).view(shape)
 
     def pack(self, states: Tensor) -> Tensor:
         """[N, D] from [B, S, D]."""
@@ -115,3 +166,16 @@ class Packing:
         if self.slots is None:
             return None
         return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
+
+
+def _counted(live: Tensor) -> tuple[Tensor, int, int]:
+    """Tokens of each example, the fewest and the most."""
+    lengths = live.sum(1)
+    shortest, longest = torch.stack(lengths.aminmax()).tolist()
+    return lengths, shortest, longest
+
+
+def _left_aligned(live: Tensor, longest: int) -> Tensor:
+    """[B * S] place of each live token when every example starts at a multiple of `longest`."""
+    starts = torch.arange(0, len(live) * longest, longest, device=live.device)
+    return (live.cumsum(1) - 1 + starts[:, None]).flatten()

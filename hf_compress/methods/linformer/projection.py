@@ -93,9 +93,7 @@ def read_rows(matrix: Tensor, seq_len: int, mask: Tensor | None) -> Tensor:
 def _shorten(states: Tensor, rows: Tensor) -> Tensor:
     """[B, K, H d] from [B, H, S, d] and [S, K] or [B, S, K]."""
     merged = states.transpose(1, 2).flatten(2)
-    across = rows.transpose(-1, -2).to(merged.dtype)
-    # One matrix for the whole batch is repeated for each example by matmul, and transposed every time: twice the time.
-    return (across.contiguous() if across.dim() == 2 else across) @ merged
+    return rows.transpose(-1, -2).to(merged.dtype) @ merged
 
 
 class LinformerCore(AttentionCore):

@@ -19,7 +19,7 @@ SMALLEST_SCORE = 1e-5
 
 def token_importance(
     probs: Tensor,
-    live: Tensor,
+    live: Tensor | None,
     norm: Literal["reference", "live", "initial"] = "reference",
     reference_length: int = 128,
     initial: Tensor | None = None,
@@ -28,7 +28,7 @@ def token_importance(
 
     Args:
         probs: [B, H, S, S] softmax weights, query before key. Not changed.
-        live: [B, S] bool, True for tokens that are neither padding nor dropped.
+        live: [B, S] bool, True for tokens that are neither padding nor dropped; None: all are there.
         norm: What the sum over live queries is divided by: `reference_length`, so that thresholds mean the same for
             every length and batch; the number of live tokens; or the number of tokens before any pruning.
         reference_length: Tokens.
@@ -47,11 +47,18 @@ def token_importance(
         tensor([[0.5000, 0.5000]])
     """
     precise = probs if probs.dtype == torch.float64 else probs.float()
-    received = torch.einsum("bhqk,bq->bk", precise, live.to(precise.dtype)) / probs.shape[1]
+    heads, length = probs.shape[1], probs.shape[3]
+    if live is None:
+        received = precise.sum((1, 2))
+    else:
+        # A product with a row of ones and zeros reads the weights once and copies nothing.
+        received = (live[:, None, None].to(precise.dtype) @ precise).sum((1, 2)) * live
     if norm == "reference":
-        return received * live / reference_length
+        return received / (heads * reference_length)
+    if norm == "live" and live is None:
+        return received / (heads * length)
     count = live.sum(1) if norm == "live" else initial
-    return received * live / count.clamp(min=1)[:, None]
+    return received / (heads * count.clamp(min=1)[:, None])
 
 
 def threshold_ramp(
@@ -113,35 +120,40 @@ def kept_counts(initial: Tensor, rate: float) -> Tensor:
     return product.round().to(torch.int64).clamp(min=1)
 
 
-def keep_above(scores: Tensor, live: Tensor, threshold: Tensor | float) -> Tensor:
+def keep_above(scores: Tensor, live: Tensor | None, threshold: Tensor | float) -> Tensor:
     """[B, S] bool: live tokens whose score reaches the threshold; the first one always stays.
 
     Args:
         scores: [B, S].
-        live: [B, S] bool.
+        live: [B, S] bool; None: all.
         threshold: Scalar; equality keeps.
     """
     bound = torch.as_tensor(threshold, device=scores.device, dtype=scores.dtype).clamp(min=SMALLEST_SCORE)
-    keep = live & (scores >= bound)
+    keep = scores >= bound
+    if live is None:
+        keep[:, 0] = True
+        return keep
+    keep &= live
     keep[:, 0] = live[:, 0]
     return keep
 
 
-def keep_top(scores: Tensor, live: Tensor, counts: Tensor) -> Tensor:
+def keep_top(scores: Tensor, live: Tensor | None, counts: Tensor) -> Tensor:
     """[B, S] bool: the live tokens with the highest scores; the first one always stays, ties go to the lower index.
 
     Args:
         scores: [B, S].
-        live: [B, S] bool.
+        live: [B, S] bool; None: all.
         counts: [B] how many of each example, the first token included.
     """
-    ranked = scores.masked_fill(~live, -torch.inf)
+    ranked = scores.clone() if live is None else scores.masked_fill(~live, -torch.inf)
     ranked[:, 0] = torch.inf
     order = ranked.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     )
-    return live & (rank < counts[:, None])
+    keep = rank < counts[:, None]
+    return keep if live is None else keep & live
 
 
 def soft_mask(scores: Tensor, threshold: Tensor, temperature: float) -> Tensor:

@@ -33,20 +33,20 @@ class PrunedLayer:
         rule, state = self.token_rule, kwargs.get(STATE)
         state = LiveTokens() if state is None else state
         # Looked up by layer, not carried along: gradient checkpointing runs a layer a second time, out of order.
-        live = state.kept.get(rule.index - 1)
-        if live is None or rule.index == 0:
-            live = _initial(hidden_states, attention_mask)
+        packing = state.packings.get(rule.index - 1) if rule.index else None
+        if packing is None:
+            packing = _initial(hidden_states, attention_mask)
         if self.training and rule.config.masking_mode == "soft":
-            return _soft_forward(self, rule, state, live, hidden_states)
-        return _hard_forward(self, rule, state, live, hidden_states)
+            return _soft_forward(self, rule, state, packing, hidden_states)
+        return _hard_forward(self, rule, state, packing, hidden_states)
 
 
-def _initial(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+def _initial(hidden_states: Tensor, mask: Tensor | None) -> Packing:
     if mask is None:
-        return torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+        return Packing.full(*hidden_states.shape[:2], hidden_states.device)
     if mask.ndim != 2:
         raise ValueError(f"attention_mask must be [batch, tokens] to prune tokens, got shape {tuple(mask.shape)}.")
-    return mask if mask.dtype == torch.bool else mask >= 0
+    return Packing.of(mask if mask.dtype == torch.bool else mask >= 0)
 
 
 def _project(layer: nn.Module, rule: TokenRule, path: str, packing: Packing, rows: Tensor) -> Tensor:
@@ -61,14 +61,13 @@ def _attend(
     """Context [B, n, H d] (or values, when weights are wanted), and the attention weights."""
     row = rule.architecture
     query, key, value = (_project(layer, rule, path, packing, rows) for path in (row.queries, row.keys, row.values))
-    inside = packing.inside()
-    mask = None if inside is None else inside[:, None, None, :]
+    mask = _key_mask(packing)
     dropout = layer.get_submodule(row.attention).dropout.p if layer.training else 0.0
     scaling = rule.head_size**-0.5
     if not want_weights:
         context = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
         return context.transpose(1, 2).flatten(2), value, None
-    scores = query @ key.transpose(-1, -2) * scaling
+    scores = (query * scaling) @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     # Single precision also under autocast: scores near 1/128 lie closer together than bfloat16 can tell.
@@ -76,44 +75,48 @@ def _attend(
     return F.dropout(weights, dropout).to(value.dtype), value, weights
 
 
-def _importance(rule: TokenRule, weights: Tensor, inside: Tensor | None, initial: Tensor) -> tuple[Tensor, Tensor]:
-    if inside is None:
-        inside = torch.ones(weights.shape[0], weights.shape[2], dtype=torch.bool, device=weights.device)
-    scores = token_importance(weights, inside, rule.norm, rule.config.score_reference_length, initial)
-    return scores, inside
+def _key_mask(packing: Packing) -> Tensor | None:
+    """[B, 1, 1, n] bool, None when there is no padding."""
+    inside = packing.inside()
+    return None if inside is None else inside[:, None, None]
 
 
-def _hard_forward(layer: nn.Module, rule: TokenRule, state: LiveTokens, live: Tensor, hidden_states: Tensor) -> Tensor:
-    packing = Packing.of(live)
+def _importance(rule: TokenRule, weights: Tensor, inside: Tensor | None, initial: Tensor) -> Tensor:
+    return token_importance(weights, inside, rule.norm, rule.config.score_reference_length, initial)
+
+
+def _hard_forward(
+    layer: nn.Module, rule: TokenRule, state: LiveTokens, packing: Packing, hidden_states: Tensor
+) -> Tensor:
     state.attended[rule.index] = packing.lengths
     rows = packing.pack(hidden_states)
     if rule.first_only and not layer.training and not state.whole:
-        return _first_token_forward(layer, rule, state, live, hidden_states, packing, rows)
+        return _first_token_forward(layer, rule, state, packing, hidden_states, rows)
     prunes = rule.prunes()
     attended, value, weights = _attend(layer, rule, packing, rows, prunes)
+    left = packing
     if not prunes:
-        context, chosen = packing.unalign(attended), None
+        context = packing.unalign(attended)
     else:
-        initial = state.attended[0]
-        scores, inside = _importance(rule, weights, packing.inside(), initial)
+        inside, initial = packing.inside(), state.attended[0]
+        scores = _importance(rule, weights, inside, initial)
         if rule.config.prune_mode == "topk":
             keep = keep_top(scores, inside, kept_counts(initial, rule.keep_rate))
         else:
             keep = keep_above(scores, inside, rule.threshold().detach())
-        chosen = packing.unalign(keep).nonzero().squeeze(1)
-        if len(keep) == 1:
+        left, chosen = packing.only(keep)
+        if chosen is not None and len(keep) == 1:
             # Scores come first, so that the context is only computed for the queries that stay.
-            context = (attended[:, :, chosen] @ value).transpose(1, 2).flatten(2)[0]
-        else:
-            context = packing.unalign((attended @ value).transpose(1, 2).flatten(2))[chosen]
-        rows = rows[chosen]
+            attended = attended[:, :, chosen]
+        context = (attended @ value).transpose(1, 2).flatten(2)
+        context = context[0] if len(keep) == 1 else packing.unalign(context)
+        if chosen is not None:
+            rows = rows[chosen]
+            context = context if len(keep) == 1 else context[chosen]
     out = rule.finish(layer, context, rows)
-    index = packing.rows if chosen is None else chosen if packing.rows is None else packing.rows[chosen]
-    if chosen is not None:
-        live = torch.zeros_like(live).view(-1).index_fill(0, index, True).view_as(live)
-    state.kept[rule.index] = live
-    state.fed[rule.index] = live.sum(1)
-    return _write(hidden_states, index, out)
+    state.packings[rule.index] = left
+    state.fed[rule.index] = left.lengths
+    return _write(hidden_states, left.rows, out)
 
 
 def _write(hidden_states: Tensor, index: Tensor | None, rows: Tensor) -> Tensor:
@@ -126,33 +129,26 @@ def _write(hidden_states: Tensor, index: Tensor | None, rows: Tensor) -> Tensor:
 
 
 def _first_token_forward(
-    layer: nn.Module,
-    rule: TokenRule,
-    state: LiveTokens,
-    live: Tensor,
-    hidden_states: Tensor,
-    packing: Packing,
-    rows: Tensor,
+    layer: nn.Module, rule: TokenRule, state: LiveTokens, packing: Packing, hidden_states: Tensor, rows: Tensor
 ) -> Tensor:
     """The last layer for a head that reads the first token only: one query an example."""
     row = rule.architecture
     key, value = (_project(layer, rule, path, packing, rows) for path in (row.keys, row.values))
     first = packing.align(rows)[:, 0]
     query = layer.get_submodule(row.queries)(first).unflatten(-1, (-1, rule.head_size)).unsqueeze(2)
-    inside = packing.inside()
-    mask = None if inside is None else inside[:, None, None, :]
+    mask = _key_mask(packing)
     context = F.scaled_dot_product_attention(query, key, value, mask, scale=rule.head_size**-0.5)
     out = rule.finish(layer, context.flatten(1), first)
-    at = live.to(torch.int8).argmax(1) + torch.arange(len(out), device=out.device) * live.shape[1]
-    state.kept[rule.index] = torch.zeros_like(live).view(-1).index_fill(0, at, True).view_as(live)
-    state.fed[rule.index] = torch.ones_like(packing.lengths)
-    return _write(hidden_states, at, out)
+    left = state.packings[rule.index] = packing.first()
+    state.fed[rule.index] = left.lengths
+    return _write(hidden_states, left.rows, out)
 
 
-def _soft_forward(layer: nn.Module, rule: TokenRule, state: LiveTokens, live: Tensor, hidden_states: Tensor) -> Tensor:
+def _soft_forward(
+    layer: nn.Module, rule: TokenRule, state: LiveTokens, packing: Packing, hidden_states: Tensor
+) -> Tensor:
     """All tokens stay; the layer's output is multiplied by how much each would be kept."""
-    packing = Packing.of(live)
-    state.kept[rule.index] = live
+    state.packings[rule.index] = packing
     state.attended[rule.index] = state.fed[rule.index] = packing.lengths
     rows = packing.pack(hidden_states)
     prunes = rule.prunes()
@@ -160,11 +156,12 @@ def _soft_forward(layer: nn.Module, rule: TokenRule, state: LiveTokens, live: Te
     aligned = (attended @ value).transpose(1, 2).flatten(2) if prunes else attended
     out = rule.finish(layer, packing.unalign(aligned), rows)
     if prunes:
-        scores, inside = _importance(rule, weights, packing.inside(), state.attended[0])
+        inside = packing.inside()
+        scores = _importance(rule, weights, inside, state.attended[0])
         mask = soft_mask(scores, rule.threshold(), rule.thresholds.temperature)
         # The first token always stays, so nothing is to be learned about it.
         mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
-        state.soft[rule.index] = mask, inside
+        state.soft[rule.index] = mask, torch.ones_like(mask, dtype=torch.bool) if inside is None else inside
         out = out * packing.unalign(mask).unsqueeze(-1).to(out.dtype)
     return _write(hidden_states, packing.rows, out)
 
