@@ -46,19 +46,33 @@ def token_importance(
         >>> token_importance(probs, torch.ones(1, 2, dtype=torch.bool), "live")
         tensor([[0.5000, 0.5000]])
     """
+    return normalised(received_attention(probs, live), live, norm, reference_length, initial)
+
+
+def received_attention(probs: Tensor, live: Tensor | None) -> Tensor:
+    """[B, S] attention that each token received: summed over live queries, averaged over heads, 0 where none is live.
+
+    Args:
+        probs: [B, H, S, S] softmax weights.
+        live: [B, S] bool; None: all.
+    """
     precise = probs if probs.dtype == torch.float64 else probs.float()
-    heads, length = probs.shape[1], probs.shape[3]
     if live is None:
-        received = precise.sum((1, 2))
-    else:
-        # A product with a row of ones and zeros reads the weights once and copies nothing.
-        received = (live[:, None, None].to(precise.dtype) @ precise).sum((1, 2)) * live
+        return precise.sum((1, 2)) / probs.shape[1]
+    # A product with a row of ones and zeros reads the weights once and copies nothing.
+    return (live[:, None, None].to(precise.dtype) @ precise).sum((1, 2)) * live / probs.shape[1]
+
+
+def normalised(
+    received: Tensor, live: Tensor | None, norm: str, reference_length: int, initial: Tensor | None
+) -> Tensor:
+    """[B, S] scores from `received_attention`; the other arguments are those of `token_importance`."""
     if norm == "reference":
-        return received / (heads * reference_length)
+        return received / reference_length
     if norm == "live" and live is None:
-        return received / (heads * length)
+        return received / received.shape[1]
     count = live.sum(1) if norm == "live" else initial
-    return received / (heads * count.clamp(min=1)[:, None])
+    return received / count.clamp(min=1)[:, None]
 
 
 def threshold_ramp(

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.core.layers import STATE, LiveTokens, Packing
+from hf_compress.methods.token_pruning.attention import attend, key_mask, project
 from hf_compress.methods.token_pruning.importance import (
     keep_above,
     keep_top,
     kept_counts,
+    normalised,
     soft_mask,
-    token_importance,
 )
 from hf_compress.methods.token_pruning.rule import TokenRule
 
@@ -49,40 +50,8 @@ def _initial(hidden_states: Tensor, mask: Tensor | None) -> Packing:
     return Packing.of(mask if mask.dtype == torch.bool else mask >= 0)
 
 
-def _project(layer: nn.Module, rule: TokenRule, path: str, packing: Packing, rows: Tensor) -> Tensor:
-    """[B, H, n, d]."""
-    aligned = packing.align(layer.get_submodule(path)(rows))
-    return aligned.unflatten(-1, (-1, rule.head_size)).transpose(1, 2)
-
-
-def _attend(
-    layer: nn.Module, rule: TokenRule, packing: Packing, rows: Tensor, want_weights: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Context [B, n, H d] (or values, when weights are wanted), and the attention weights."""
-    row = rule.architecture
-    query, key, value = (_project(layer, rule, path, packing, rows) for path in (row.queries, row.keys, row.values))
-    mask = _key_mask(packing)
-    dropout = layer.get_submodule(row.attention).dropout.p if layer.training else 0.0
-    scaling = rule.head_size**-0.5
-    if not want_weights:
-        context = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
-        return context.transpose(1, 2).flatten(2), value, None
-    scores = (query * scaling) @ key.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    # Single precision also under autocast: scores near 1/128 lie closer together than bfloat16 can tell.
-    weights = scores.softmax(-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
-    return F.dropout(weights, dropout).to(value.dtype), value, weights
-
-
-def _key_mask(packing: Packing) -> Tensor | None:
-    """[B, 1, 1, n] bool, None when there is no padding."""
-    inside = packing.inside()
-    return None if inside is None else inside[:, None, None]
-
-
-def _importance(rule: TokenRule, weights: Tensor, inside: Tensor | None, initial: Tensor) -> Tensor:
-    return token_importance(weights, inside, rule.norm, rule.config.score_reference_length, initial)
+def _importance(rule: TokenRule, received: Tensor, inside: Tensor | None, initial: Tensor) -> Tensor:
+    return normalised(received, inside, rule.norm, rule.config.score_reference_length, initial)
 
 
 def _hard_forward(
@@ -93,26 +62,18 @@ def _hard_forward(
     if rule.first_only and not layer.training and not state.whole:
         return _first_token_forward(layer, rule, state, packing, hidden_states, rows)
     prunes = rule.prunes()
-    attended, value, weights = _attend(layer, rule, packing, rows, prunes)
-    left = packing
-    if not prunes:
-        context = packing.unalign(attended)
-    else:
+    context, received = attend(layer, rule, packing, rows, prunes)
+    context, left = packing.unalign(context), packing
+    if prunes:
         inside, initial = packing.inside(), state.attended[0]
-        scores = _importance(rule, weights, inside, initial)
+        scores = _importance(rule, received, inside, initial)
         if rule.config.prune_mode == "topk":
             keep = keep_top(scores, inside, kept_counts(initial, rule.keep_rate))
         else:
             keep = keep_above(scores, inside, rule.threshold().detach())
         left, chosen = packing.only(keep)
-        if chosen is not None and len(keep) == 1:
-            # Scores come first, so that the context is only computed for the queries that stay.
-            attended = attended[:, :, chosen]
-        context = (attended @ value).transpose(1, 2).flatten(2)
-        context = context[0] if len(keep) == 1 else packing.unalign(context)
         if chosen is not None:
-            rows = rows[chosen]
-            context = context if len(keep) == 1 else context[chosen]
+            context, rows = context[chosen], rows[chosen]
     out = rule.finish(layer, context, rows)
     state.packings[rule.index] = left
     state.fed[rule.index] = left.lengths
@@ -133,10 +94,10 @@ def _first_token_forward(
 ) -> Tensor:
     """The last layer for a head that reads the first token only: one query an example."""
     row = rule.architecture
-    key, value = (_project(layer, rule, path, packing, rows) for path in (row.keys, row.values))
+    key, value = (project(layer, rule, path, packing, rows) for path in (row.keys, row.values))
     first = packing.align(rows)[:, 0]
     query = layer.get_submodule(row.queries)(first).unflatten(-1, (-1, rule.head_size)).unsqueeze(2)
-    mask = _key_mask(packing)
+    mask = key_mask(packing)
     context = F.scaled_dot_product_attention(query, key, value, mask, scale=rule.head_size**-0.5)
     out = rule.finish(layer, context.flatten(1), first)
     left = state.packings[rule.index] = packing.first()
@@ -152,12 +113,11 @@ def _soft_forward(
     state.attended[rule.index] = state.fed[rule.index] = packing.lengths
     rows = packing.pack(hidden_states)
     prunes = rule.prunes()
-    attended, value, weights = _attend(layer, rule, packing, rows, prunes)
-    aligned = (attended @ value).transpose(1, 2).flatten(2) if prunes else attended
-    out = rule.finish(layer, packing.unalign(aligned), rows)
+    context, received = attend(layer, rule, packing, rows, prunes)
+    out = rule.finish(layer, packing.unalign(context), rows)
     if prunes:
         inside = packing.inside()
-        scores = _importance(rule, weights, inside, state.attended[0])
+        scores = _importance(rule, received, inside, state.attended[0])
         mask = soft_mask(scores, rule.threshold(), rule.thresholds.temperature)
         # The first token always stays, so nothing is to be learned about it.
         mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
