@@ -69,7 +69,7 @@ def open_task(args: argparse.Namespace) -> tuple[DataArguments, Task, PreTrained
 
 def open_results(args: argparse.Namespace, rows: dict[str, Any], **more: Any) -> Results:
     """The result file of a command; of models and data the name is kept and the folder is not."""
-    kept = {k: v for k, v in vars(args).items() if k not in ("out", "work_dir", "model", "data_dir")}
+    kept = {k: v for k, v in vars(args).items() if k not in ("out", "plot", "work_dir", "model", "data_dir")}
     return Results(args.out, {
         "arguments": kept, "model": Path(args.model).name, "data": Path(args.data_dir).name, **more,
         "rows": {name: len(split) for name, split in rows.items()}, "torch": torch.__version__,

@@ -10,6 +10,7 @@ unpadded batches. Every finished cell is written to the result file at once and 
 from __future__ import annotations
 
 import argparse
+import statistics
 from dataclasses import asdict
 
 from accuracy import argument_parser, mean_tokens, open_results, open_task, scores, stem, training
@@ -33,15 +34,46 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threshold_learning_rate", type=float, default=2e-4)
     parser.add_argument("--no_teacher", action="store_true")
     parser.add_argument("--latency", action="store_true", help="Of the first seed's models.")
+    parser.add_argument("--plot", help="PNG file: accuracy against relative MACs, of whatever the result file holds.")
     return parser.parse_args()
+
+
+def plot(cells: dict[str, dict], file: str) -> None:
+    """Means and standard deviations over seeds; a line joins the settings of one kind."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, cell in cells.items():
+        if name.startswith("seed"):
+            point = (cell["relative_macs"], 100 * cell["test"]["accuracy"])
+            points.setdefault(name.split("/", 1)[1], []).append(point)
+    kinds: dict[str, list[list[float]]] = {}
+    for name, found in points.items():
+        macs, accuracy = zip(*found, strict=True)
+        spread = statistics.stdev(accuracy) if len(found) > 1 else 0.0
+        kinds.setdefault(name.split("/")[0], []).append([statistics.mean(macs), statistics.mean(accuracy), spread])
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours = {"dense": "#000000", "learned": "#0072B2", "manual": "#D55E00", "topk": "#009E73"}
+    for kind, rows in kinds.items():
+        macs, accuracy, spread = zip(*sorted(rows), strict=True)
+        axes.errorbar(macs, accuracy, spread, color=colours[kind], marker="o", capsize=3, label=kind)
+    axes.axhline(kinds["dense"][0][1] - 1, color="#999999", linestyle=":", label="dense - 1 point")
+    axes.set(xlabel="multiply-accumulates, relative to dense", ylabel="test accuracy x 100")
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.legend(fontsize=8)
+    figure.savefig(file)
 
 
 def main() -> None:
     args = parse()
     transformers_logging.set_verbosity_error()
     data, task, tokenizer, rows = open_task(args)
-    results = open_results(args, rows, mean_tokens=mean_tokens(rows["validation"]))
-    batches = list(length_sorted(rows["validation"], 64, tokenizer))
+    measured_on = rows["validation" if "validation" in rows else "test"]
+    results = open_results(args, rows, mean_tokens=mean_tokens(measured_on))
+    batches = list(length_sorted(measured_on, 64, tokenizer))
 
     def measured(folder: str, dense: str) -> dict:
         model = open_classifier(folder, task)
@@ -87,13 +119,15 @@ def main() -> None:
         models["keep-all"] = hc.compress(
             open_classifier(folders["dense"], task), hc.TokenPruningConfig(final_token_threshold=0.0)
         )
-        timed = measure_latency(models, unpadded_batches(rows["validation"], tokenizer, size, 256), 10, 1)
+        timed = measure_latency(models, unpadded_batches(measured_on, tokenizer, size, 256), 10, 1)
         ratios = speedups(timed, "dense")
         return {x.name: {"p50_ms": 1e3 * x.p50, "speedup": asdict(ratios[x.name])} for x in timed}
 
     if args.latency:
         for size in (1, 8, 32):
             results.cell(f"latency/batch{size}", lambda size=size: time_models(size))
+    if args.plot:
+        plot(results.content["cells"], args.plot)
 
 
 if __name__ == "__main__":
