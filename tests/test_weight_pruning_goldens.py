@@ -12,7 +12,7 @@ import hf_compress as hc
 from hf_compress.core.schedules import SparsitySchedule, sparsity_at
 from hf_compress.methods.weight_pruning.groups import Layer
 from hf_compress.methods.weight_pruning.modeling import prune_layers
-from hf_compress.methods.weight_pruning.patterns import parse_pattern
+from hf_compress.methods.weight_pruning.patterns import Blocks, parse_pattern
 from hf_compress.methods.weight_pruning.reconstruction import inverse_factor, prune_and_reconstruct
 
 
@@ -74,6 +74,40 @@ def test_masks_of_one_call(goldens):
         masks = prune_layers(config, layers, kept, [None, None], case["ratio_this_call"])
         for name, mask in zip(LAYERS, masks, strict=True):
             assert np.array_equal(~mask.numpy(), archive[f"mask{case['id']}_{name}"]), (case, name)
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_heads(goldens, scope):
+    """Two attention blocks of four heads at 0.5: scores of heads and which of them go.
+
+    Ranked together, the original takes all four heads of the first block. Here a layer keeps what
+    `max_sparsity_ratio_per_op` says, so its best head stays and the next one in the ranking goes instead.
+    """
+    archive, d = np.load(goldens / "mha.npz"), 4
+    names = [(block, part) for block in (0, 1) for part in "qkvo"]
+    layers = [
+        Layer(
+            f"l{block}.{part}", nn.Parameter(torch.zeros(16, 16)),
+            heads=Blocks(None, d) if part == "o" else Blocks(d, None), block=block,
+        )
+        for block, part in names
+    ]  # fmt: skip
+    config = hc.WeightPruningConfig(pattern="mha", scope=scope, target_sparsity=0.5)
+    scores = [torch.tensor(archive[f"score_l{block}.{part}"]) for block, part in names]
+    kept = [layer.pattern(config).reduce(score, "mean") for layer, score in zip(layers, scores, strict=True)]
+    for block in (0, 1):
+        ours = torch.stack([kept[4 * block + i].flatten() for i in range(4)]).mean(0)
+        np.testing.assert_allclose(ours, archive[f"headscore_l{block}"].ravel(), rtol=0, atol=1e-6)
+    masks = prune_layers(config, layers, kept, [None] * 8, 0.5)
+    for (block, part), mask in zip(names, masks, strict=True):
+        stays = torch.tensor(archive[f"headmask_{scope}_l{block}"]).flatten()
+        if scope == "global":
+            assert stays.any() == (block == 1)
+            score = archive[f"headscore_l{block}"].ravel()
+            stays[score.argmax() if block == 0 else score.argmin()] ^= True
+        stays = stays.repeat_interleave(d)
+        expected = stays.expand(16, -1) if part == "o" else stays[:, None].expand(-1, 16)
+        assert torch.equal(~mask, expected), (block, part)
 
 
 class TwoLayers(nn.Module):

@@ -75,7 +75,7 @@ def prune_weights(
     """
     if pruning.slim and not (pruning.do_prune and config.prunes_channels):
         raise ValueError(
-            "slim must go with do_prune and a pattern 'Nxchannel' or 'channelxN', got "
+            "slim must go with do_prune and a pattern 'Nxchannel', 'channelxN' or 'mha', got "
             f"pattern={config.pattern!r}: others leave no whole channel to cut out."
         )
     at_once = pruning.do_prune and args.num_train_epochs == 0 and args.max_steps <= 0

@@ -110,7 +110,7 @@ def wanda_scores(
     for config, layer in layers:
         weight = layer.matrix(layer.weight.detach()).float()
         elements = wanda(weight, norms[layer.name].value.to(weight))
-        scores[layer] = config.parsed_pattern.reduce(elements, config.criterion_reduce_type)
+        scores[layer] = layer.pattern(config).reduce(elements, config.criterion_reduce_type)
     return scores
 
 

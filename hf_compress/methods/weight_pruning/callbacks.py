@@ -18,8 +18,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_compress.core.record import append_step, record_of
 from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA
-from hf_compress.methods.weight_pruning.groups import Group, Layer, groups_of, pruned_units, sparsity_of
+from hf_compress.methods.weight_pruning.groups import Group, Layer, groups_of, pruned_units, sparsity_of, unit_counts
 from hf_compress.methods.weight_pruning.modeling import expected_units, prune_layers, step_scores
+from hf_compress.methods.weight_pruning.patterns import Heads
 from hf_compress.methods.weight_pruning.timetable import PruningRun, schedule_of
 
 
@@ -98,8 +99,10 @@ class WeightPruningCallback(TrainerCallback):
                     "which the optimizer does not have (frozen, or sharded by FSDP or DeepSpeed)."
                 )
             if len(layers) < len(group.layers):
-                frozen = [layer.name for layer in group.layers if layer not in layers]
-                logger.warning("Not pruned, because not trained: %s", ", ".join(frozen))
+                frozen = ", ".join(layer.name for layer in group.layers if layer not in layers)
+                if isinstance(group.config.parsed_pattern, Heads):
+                    raise ValueError(f"pattern='mha' must find all projections of attention trained, frozen: {frozen}.")
+                logger.warning("Not pruned, because not trained: %s", frozen)
             self._runs.append(
                 PruningRun(Group(group.config, layers), schedule_of(group.config, state.max_steps, steps_per_epoch))
             )
@@ -272,9 +275,9 @@ class WeightPruningCallback(TrainerCallback):
             self._clear()
 
     def _check_target(self, run: PruningRun) -> None:
-        config, pattern = run.group.config, run.group.config.parsed_pattern
+        config = run.group.config
         layers = [layer for layer in run.group.layers if layer in self._pruned]
-        sizes = [len(pattern.pruned_units(layer.matrix(self._pruned[layer]))) for layer in layers]
+        sizes = unit_counts(config, layers)
         gone, _ = pruned_units(Group(config, layers))
         expected = expected_units(config, sizes)
         if gone < expected:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from hf_compress.core.method import MethodConfig
 from hf_compress.methods.weight_pruning.criteria import needs_gradients, needs_inputs
-from hf_compress.methods.weight_pruning.patterns import Blocks, NOfM, Pattern, parse_pattern
+from hf_compress.methods.weight_pruning.patterns import Blocks, Heads, NOfM, Pattern, parse_pattern
 
 
 NAME = "weight_pruning"
@@ -23,7 +23,8 @@ class WeightPruningConfig(MethodConfig):
 
     Args:
         pattern: `N:M`: N of every M neighbouring inputs are **zero**. `NxM`: blocks of N outputs and M inputs;
-            `1x1` is unstructured. `Nxchannel`, `channelxN`: whole rows, whole columns.
+            `1x1` is unstructured. `Nxchannel`, `channelxN`: whole rows, whole columns. `mha`: attention heads, in all
+            four projections; scores are averaged over them.
         target_sparsity: Fraction of the pattern's units to prune (of the weights for N:M, where it is at most N/M).
         criterion: How important a weight is: `magnitude` |W|, `gradient` |G|, `snip` |W G| of the last step,
             `snip_momentum` a decayed sum of it over all steps. Only in `compress`, with calibration data: `wanda`
@@ -143,7 +144,7 @@ class WeightPruningConfig(MethodConfig):
             return
         pattern = self.parsed_pattern
         # What is left in a row of W makes up for what goes there, one column after the other.
-        if isinstance(pattern, Blocks) and pattern.columns != 1:
+        if not isinstance(pattern, NOfM) and getattr(pattern, "columns", None) != 1:
             raise ValueError(f"pattern must be 'N:M' or 'Nx1' with criterion='sparsegpt', got {self.pattern!r}.")
         if self.scope != "local":
             raise ValueError(
@@ -185,9 +186,12 @@ class WeightPruningConfig(MethodConfig):
 
     @property
     def prunes_channels(self) -> bool:
-        """Whether a pattern takes whole rows or columns, of which `slim` makes smaller layers."""
+        """Whether a pattern takes whole rows or columns or heads, of which `slim` makes smaller layers."""
         patterns = [entry.parsed_pattern for entry in self.resolved()]
-        return any(isinstance(pattern, Blocks) and None in (pattern.rows, pattern.columns) for pattern in patterns)
+        return any(
+            isinstance(pattern, Heads) or (isinstance(pattern, Blocks) and None in (pattern.rows, pattern.columns))
+            for pattern in patterns
+        )
 
     @property
     def needs_gradients(self) -> bool:

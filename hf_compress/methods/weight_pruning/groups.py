@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.core.architectures import blocks_of
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
+from hf_compress.methods.weight_pruning.patterns import Blocks, Heads, NOfM
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +24,19 @@ class Layer:
         name: Qualified module name.
         weight: The live parameter.
         transposed: The module stores inputs as rows (GPT-2's `Conv1D`).
+        heads: Of an attention projection that loses heads: the rows or columns of one.
+        block: Of such a projection: which layer of the model it belongs to.
     """
 
     name: str
     weight: nn.Parameter
     transposed: bool = False
+    heads: Blocks | None = None
+    block: int | None = None
+
+    def pattern(self, config: WeightPruningConfig) -> Blocks | NOfM:
+        """What is pruned together in this matrix."""
+        return self.heads or config.parsed_pattern
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape as [outputs, inputs]; a convolution's inputs run with its positions."""
@@ -50,8 +61,21 @@ class Group:
 
     @property
     def num_units(self) -> int:
-        pattern = self.config.parsed_pattern
-        return sum(len(pattern.pruned_units(nothing_pruned(layer))) for layer in self.layers)
+        return sum(unit_counts(self.config, self.layers))
+
+
+def tied(layers: Sequence[Layer]) -> list[list[int]]:
+    """Positions of layers that lose the same units: the projections of one attention block, else each alone."""
+    found: dict[Any, list[int]] = {}
+    for index, layer in enumerate(layers):
+        found.setdefault((layer.block, None if layer.heads else index), []).append(index)
+    return list(found.values())
+
+
+def unit_counts(config: WeightPruningConfig, layers: Sequence[Layer]) -> list[int]:
+    """How many units each set of tied layers has."""
+    firsts = [layers[together[0]] for together in tied(layers)]
+    return [len(layer.pattern(config).pruned_units(nothing_pruned(layer))) for layer in firsts]
 
 
 def nothing_pruned(layer: Layer) -> Tensor:
@@ -84,6 +108,35 @@ def _select(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Paramet
     return layers
 
 
+def _select_heads(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Parameter]) -> list[Layer]:
+    """The four projections of every attention block whose names are all selected."""
+    names = {module: name for name, module in model.named_modules()}
+    layers = []
+    for block in blocks_of(model):
+        row = block.architecture
+        if row.fused_attention:
+            raise ValueError(
+                f"pattern must be another one than 'mha' for {type(model).__name__}: its queries, keys and values "
+                "are one matrix. StructuredPruningConfig removes its heads."
+            )
+        rows = {row.queries: block.unit_size, row.keys: block.head_size, row.values: block.head_size}
+        blocks = {path: Blocks(size, None) for path, size in rows.items()}
+        blocks[row.attention_out] = Blocks(None, block.unit_size)
+        found = {path: names[block.linear(path)] for path in blocks}
+        if config.op_names is not None and not all(_matches(name, config.op_names) for name in found.values()):
+            continue
+        if any(_matches(name, config.excluded_op_names or ()) for name in found.values()):
+            continue
+        weights = [block.linear(path).weight for path in blocks]
+        if taken.isdisjoint(weights):
+            taken.update(weights)
+            layers += [
+                Layer(found[path], weight, heads=blocks[path], block=block.index)
+                for path, weight in zip(blocks, weights, strict=True)
+            ]
+    return layers
+
+
 def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[Group]:
     """The sets of layers that a config prunes; no layer is in two.
 
@@ -101,7 +154,8 @@ def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[Group]:
     taken: set[nn.Parameter] = set()
     groups = []
     for entry in config.resolved():
-        layers = _select(model, entry, taken)
+        select = _select_heads if isinstance(entry.parsed_pattern, Heads) else _select
+        layers = select(model, entry, taken)
         if not layers:
             raise ValueError(
                 f"op_names must select a layer of {', '.join(entry.pruning_op_types)}, got {entry.op_names} without "
@@ -113,9 +167,11 @@ def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[Group]:
 
 def pruned_units(group: Group) -> tuple[int, int]:
     """How many of a group's units are zero in the live weights, and how many it has."""
-    pattern = group.config.parsed_pattern
-    units = [pattern.pruned_units(layer.matrix(layer.weight.detach() == 0)) for layer in group.layers]
-    return sum(int(gone.sum()) for gone in units), sum(len(gone) for gone in units)
+    units = [
+        layer.pattern(group.config).pruned_units(layer.matrix(layer.weight.detach() == 0)) for layer in group.layers
+    ]
+    sets = [torch.stack([units[i] for i in together]).all(0) for together in tied(group.layers)]
+    return sum(int(gone.sum()) for gone in sets), sum(len(gone) for gone in sets)
 
 
 def sparsity_of(groups: Sequence[Group]) -> float:

@@ -14,7 +14,7 @@ from hf_compress.core.calibration import accepted_arguments, require_data
 from hf_compress.methods.weight_pruning.calibrated import check_linear, reconstruct_, wanda_scores
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA, accumulate
-from hf_compress.methods.weight_pruning.groups import Group, Layer, groups_of, nothing_pruned, sparsity_of
+from hf_compress.methods.weight_pruning.groups import Group, Layer, groups_of, nothing_pruned, sparsity_of, tied
 from hf_compress.methods.weight_pruning.selection import floor_count, select_units
 
 
@@ -59,34 +59,38 @@ def prune_layers(
     Raises:
         ValueError: If a score is not finite.
     """
-    pattern, reduction = config.parsed_pattern, config.criterion_reduce_type
+    patterns, reduction = [layer.pattern(config) for layer in layers], config.criterion_reduce_type
     before = [
         nothing_pruned(layer) if gone is None else layer.matrix(gone)
         for layer, gone in zip(layers, pruned, strict=True)
     ]
-    scores = [pattern.unit_scores(k, b, reduction).float() for k, b in zip(kept, before, strict=True)]
+    scores = [
+        pattern.unit_scores(k, b, reduction).float() for pattern, k, b in zip(patterns, kept, before, strict=True)
+    ]
     for layer, values in zip(layers, scores, strict=True):
         if not torch.isfinite(values).all():
             raise ValueError(f"Scores must be finite, got NaN or infinity in {layer.name}: check weights and loss.")
-    gone = [pattern.pruned_units(b) for b in before]
-    indices = range(len(layers))
-    scopes = [list(indices)] if config.scope == "global" else [[index] for index in indices]
+    gone = [pattern.pruned_units(b) for pattern, b in zip(patterns, before, strict=True)]
+    sets = tied(layers)
+    scopes = [sets] if config.scope == "global" else [[together] for together in sets]
     result: list[Tensor] = [torch.empty(0)] * len(layers)
     for scope in scopes:
-        count, lower, upper = _targets(config, [len(scores[i]) for i in scope], sparsity)
-        device = scores[scope[0]].device
-        chosen = select_units(
-            [scores[i].to(device) for i in scope], [gone[i].to(device) for i in scope], count, lower, upper
-        )
-        for i, units in zip(scope, chosen, strict=True):
-            matrix = pattern.spread(units.to(before[i].device), kept[i], before[i])
-            result[i] = layers[i].like_weight(matrix)
+        device = scores[scope[0][0]].device
+        # Tied layers lose the same units: those that matter least on average.
+        ranked = [torch.stack([scores[i].to(device) for i in together]).mean(0) for together in scope]
+        already = [torch.stack([gone[i].to(device) for i in together]).all(0) for together in scope]
+        count, lower, upper = _targets(config, [len(values) for values in ranked], sparsity)
+        chosen = select_units(ranked, already, count, lower, upper)
+        for together, units in zip(scope, chosen, strict=True):
+            for i in together:
+                matrix = patterns[i].spread(units.to(before[i].device), kept[i], before[i])
+                result[i] = layers[i].like_weight(matrix)
     return result
 
 
 def step_scores(config: WeightPruningConfig, layer: Layer, gradient: Tensor | None, stored: Tensor | None) -> Tensor:
     """Scores after one more step (or, for `magnitude`, of the weights as they are), in the weight's dtype."""
-    pattern = config.parsed_pattern
+    pattern = layer.pattern(config)
     weight = layer.matrix(layer.weight.detach())
     gradient = None if gradient is None else layer.matrix(gradient.detach())
     scores = pattern.reduce(CRITERIA[config.criterion](weight, gradient), config.criterion_reduce_type)

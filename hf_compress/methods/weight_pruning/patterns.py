@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 _BLOCK = re.compile(r"^(\d+|channel)x(\d+|channel)$")
 _GROUP = re.compile(r"^(\d+):(\d+)$")
-_FORMS = "'N:M', 'NxM', 'Nxchannel' or 'channelxN' with N and M at least 1, and N < M in 'N:M'"
+_FORMS = "'N:M', 'NxM', 'Nxchannel', 'channelxN' or 'mha' with N and M at least 1, and N < M in 'N:M'"
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,18 @@ class NOfM:
         return chosen.flatten(1)[:, : pruned.shape[1]].contiguous()
 
 
-Pattern = Blocks | NOfM
+@dataclass(frozen=True)
+class Heads:
+    """Whole attention heads: rows of queries, keys and values, columns of the output projection.
+
+    In each of the four matrices that is a pattern of blocks, which the layer knows; they go together.
+    """
+
+    # The largest fraction of the heads that the pattern can remove.
+    ceiling = 1.0
+
+
+Pattern = Blocks | NOfM | Heads
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -160,7 +171,7 @@ def parse_pattern(text: str) -> Pattern:
 
     Args:
         text: `2:4`: two of four neighbouring inputs are zero. `4x1`: blocks of four outputs and one input.
-            `1xchannel`: whole rows (outputs); `channelx1`: whole columns (inputs).
+            `1xchannel`: whole rows (outputs); `channelx1`: whole columns (inputs). `mha`: attention heads.
 
     Raises:
         ValueError: If it names none.
@@ -169,6 +180,8 @@ def parse_pattern(text: str) -> Pattern:
         >>> parse_pattern("1xchannel")
         Blocks(rows=1, columns=None)
     """
+    if text == "mha":
+        return Heads()
     if match := _GROUP.match(text):
         zeros, group = map(int, match.groups())
         if 0 < zeros < group:

@@ -1,0 +1,108 @@
+"""Whole attention heads as a pattern of weight pruning."""
+
+import copy
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+import hf_compress as hc
+from hf_compress.core.architectures import blocks_of
+
+
+HEAD = "sequence_classification"
+WITH_HEADS = pytest.mark.parametrize("architecture", ["bert", "distilbert", "llama", "opt"])
+
+
+def parts(block):
+    """The four matrices of a layer, each as [units, rest]: what one unit owns of it."""
+    row = block.architecture
+    found = [block.linear(path).weight.detach() for path in (row.queries, row.keys, row.values)]
+    return [x.reshape(block.num_units, -1) for x in (*found, block.attention_out.weight.detach().T)]
+
+
+@WITH_HEADS
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_the_heads_of_least_average_magnitude_go(model, architecture, scope):
+    dense = model(architecture, HEAD)
+    scores = [sum(x.abs().mean(1) for x in parts(block)) / 4 for block in blocks_of(dense)]
+    config = hc.WeightPruningConfig(pattern="mha", target_sparsity=0.5, criterion="magnitude", scope=scope)
+    pruned = hc.compress(copy.deepcopy(dense), config)
+    if scope == "global":
+        bound = torch.cat(scores).sort().values[len(torch.cat(scores)) // 2]
+        expected = [score < bound for score in scores]
+    else:
+        expected = [score < score.sort().values[len(score) // 2] for score in scores]
+    for before, after, gone in zip(blocks_of(dense), blocks_of(pruned), expected, strict=True):
+        for old, new in zip(parts(before), parts(after), strict=True):
+            assert torch.equal(new, torch.where(gone[:, None], 0.0, old))
+    assert hc.steps_of(pruned)[-1]["achieved_sparsity"] == pytest.approx(torch.cat(expected).double().mean().item())
+
+
+def test_slimmed_heads_are_gone(model, batches):
+    dense = model("bert", HEAD).double()
+    pruned = hc.compress(dense, hc.WeightPruningConfig(pattern="mha", target_sparsity=0.5, criterion="magnitude"))
+    heads = [block.num_units for block in blocks_of(pruned)]
+    batch = batches(pruned.config, count=1)[0]
+    with torch.no_grad():
+        expected = pruned(**batch).logits
+        slim = hc.slim(copy.deepcopy(pruned))
+        torch.testing.assert_close(slim(**batch).logits, expected, rtol=0, atol=1e-10)
+    assert sum(block.num_units for block in blocks_of(slim)) == sum(heads) // 2
+
+
+def test_a_trainer_prunes_heads_and_resumes(model, sentences, tokenizer, tmp_path):
+    rows = [{**tokenizer(text), "labels": label} for text, label in sentences]
+    config = hc.WeightPruningConfig(pattern="mha", target_sparsity=0.5, start_step=2, end_step=6, pruning_frequency=2)
+
+    def train(folder, resume=None):
+        args = TrainingArguments(
+            str(tmp_path / folder), report_to="none", use_cpu=True, disable_tqdm=True, max_steps=8, save_steps=5,
+            per_device_train_batch_size=8, seed=0,
+        )  # fmt: skip
+        trainer = Trainer(
+            model("bert", HEAD), args, train_dataset=rows, processing_class=tokenizer,
+            callbacks=[hc.WeightPruningCallback(config)],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    whole = train("whole")
+    gone = [torch.stack([(x == 0).all(1) for x in parts(block)]) for block in blocks_of(whole)]
+    assert all(torch.equal(x, x[:1].expand_as(x)) for x in gone), "a head must go from all four matrices"
+    units = torch.cat([x[0] for x in gone])
+    assert int(units.sum()) == len(units) // 2
+    resumed = train("again", str(tmp_path / "whole" / "checkpoint-5"))
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def test_what_cannot_lose_heads_is_refused(model):
+    config = hc.WeightPruningConfig(pattern="mha", target_sparsity=0.5, criterion="magnitude")
+    with pytest.raises(ValueError, match="its queries, keys and values are one matrix"):
+        hc.compress(model("modernbert", HEAD), config)
+    with pytest.raises(ValueError, match="pattern must be 'N:M' or 'Nx1' with criterion='sparsegpt', got 'mha'"):
+        hc.WeightPruningConfig(pattern="mha", target_sparsity=0.5, criterion="sparsegpt", scope="local")
+
+
+def test_only_the_layers_asked_for_lose_heads(model):
+    dense = model("bert", HEAD)
+    config = hc.WeightPruningConfig(
+        pattern="mha", target_sparsity=0.5, criterion="magnitude", op_names=(r"layer\.1\.attention",)
+    )
+    pruned = hc.compress(copy.deepcopy(dense), config)
+    for before, after in zip(blocks_of(dense), blocks_of(pruned), strict=True):
+        same = all(torch.equal(x, y) for x, y in zip(parts(before), parts(after), strict=True))
+        assert same == (before.index != 1)
+
+
+def test_half_frozen_attention_is_refused(model, sentences, tokenizer, tmp_path):
+    student = model("bert", HEAD)
+    frozen = blocks_of(student)[1].linear("attention.self.value")
+    frozen.weight.requires_grad_(False)
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, max_steps=4)
+    rows = [{**tokenizer(text), "labels": label} for text, label in sentences]
+    callback = hc.WeightPruningCallback(hc.WeightPruningConfig(pattern="mha", target_sparsity=0.5, start_step=1))
+    trainer = Trainer(student, args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback])
+    with pytest.raises(ValueError, match=r"projections of attention trained, frozen: .*layer\.1\..*value"):
+        trainer.train()
