@@ -10,6 +10,7 @@ from torch import nn
 
 import hf_compress as hc
 from hf_compress.core.schedules import SparsitySchedule, sparsity_at
+from hf_compress.methods.structured_pruning.fisher import rearrange_mask
 from hf_compress.methods.weight_pruning.groups import Layer
 from hf_compress.methods.weight_pruning.modeling import prune_layers
 from hf_compress.methods.weight_pruning.patterns import Blocks, parse_pattern
@@ -108,6 +109,18 @@ def test_heads(goldens, scope):
         stays = stays.repeat_interleave(d)
         expected = stays.expand(16, -1) if part == "o" else stays[:, None].expand(-1, 16)
         assert torch.equal(~mask, expected), (block, part)
+
+
+def test_retrain_free_rearrangement(goldens):
+    """The original's `retrain_free` is Kwon's exchange of units, which structured pruning offers as `fisher`."""
+    archive = np.load(goldens / "retrain_free.npz")
+    gradients = torch.tensor(archive["grads"]).squeeze(1)
+    fisher = gradients.square().sum(0)
+    np.testing.assert_allclose(fisher, archive["fisher"][0], rtol=1e-6)
+    keep = torch.ones(12, dtype=torch.bool)
+    keep[fisher.argsort()[: int(archive["num_pruned"])]] = False
+    assert np.array_equal(keep, archive["mask_before"][0].astype(bool))
+    assert np.array_equal(rearrange_mask(gradients, keep), archive["mask_after"][0].astype(bool))
 
 
 class TwoLayers(nn.Module):

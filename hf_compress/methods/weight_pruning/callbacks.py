@@ -101,7 +101,7 @@ class WeightPruningCallback(TrainerCallback):
             if len(layers) < len(group.layers):
                 frozen = ", ".join(layer.name for layer in group.layers if layer not in layers)
                 if isinstance(group.config.parsed_pattern, Heads):
-                    raise ValueError(f"pattern='mha' must find all projections of attention trained, frozen: {frozen}.")
+                    raise ValueError(f"pattern='mha' must find all attention projections trained, frozen: {frozen}.")
                 logger.warning("Not pruned, because not trained: %s", frozen)
             self._runs.append(
                 PruningRun(Group(group.config, layers), schedule_of(group.config, state.max_steps, steps_per_epoch))
