@@ -16,7 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 import hf_compress as hc
 from hf_compress.core.architectures import blocks_of
 from hf_compress.methods.linformer.modeling import rebuild
-from hf_compress.methods.linformer.projection import TimeProjection
+from hf_compress.methods.linformer.projection import TimeProjection, _shorten
 
 
 HEADS, SIZE, WIDTH = 4, 8, 32
@@ -529,3 +529,11 @@ def test_pooling_reaches_every_token(model):
     config = hc.LinformerConfig(projected_length=4, initialization="pooling", slot_stride=2, max_tokens=16)
     with pytest.raises(ValueError, match="slot_stride must be at least 4 for 16 tokens and 4 slots, got 2"):
         hc.compress(model("bert"), config)
+
+
+def test_shortening_can_be_traced_for_other_batch_sizes():
+    few, many = (torch.randn(batch, 3, 12, 4) for batch in (2, 5))
+    rows = torch.nn.Parameter(torch.randn(12, 8))
+    traced = torch.jit.trace(_shorten, (few, rows), check_trace=False)
+    expected = torch.einsum("bhsd,sk->bkhd", many, rows).flatten(2)
+    torch.testing.assert_close(traced(many, rows), expected)

@@ -6,7 +6,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import hf_compress as hc
 from hf_compress.core.layers import LiveTokens, Packing
-from hf_compress.methods.token_pruning import attention
+from hf_compress.methods.token_pruning import attention, importance
 
 
 def outputs(model, batch):
@@ -22,15 +22,14 @@ def test_pieces_give_what_gradients_give(batches, monkeypatch, limit, equal, pru
     """With gradients the weights of the whole batch are built at once, by another function."""
     monkeypatch.setattr(attention, "_WEIGHTS_AT_A_TIME", limit)
     fields = {"token_keep_rate": -1.0} if prune_mode == "topk" else {"final_token_threshold": 0.02}
-    torch.manual_seed(0)
-    dense = BertForSequenceClassification(BertConfig(
-        vocab_size=1200, hidden_size=24, num_hidden_layers=5, num_attention_heads=3, intermediate_size=48,
-        initializer_range=0.4,
-    )).double().eval()  # fmt: skip
+    dense = tiny(length=64)
     pruned = hc.compress(dense, hc.TokenPruningConfig(prune_mode=prune_mode, **fields))
     batch = batches(dense.config, count=1)[0]
     if equal:
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    else:
+        batch["attention_mask"][0] = batch["attention_mask"][0].flip(0)  # padding on the left ...
+        batch["attention_mask"][1, 3:6] = 0  # ... and in between
     with torch.enable_grad():
         expected, expected_kept = outputs(pruned, batch)
     with torch.no_grad():
@@ -46,13 +45,16 @@ def test_what_remains_is_what_a_loop_finds(seed):
     torch.manual_seed(seed)
     batch, width = 1 + seed % 4, 7
     live = torch.rand(batch, width) < (1.0 if seed % 3 == 0 else 0.7)
-    live[:, 0] = True
+    live[0, seed % width] = True
+    if seed % 4 > 1:
+        live[seed % 2 :: 2] = False
+        live[(seed + 1) % 2, 3] = True
     packing = Packing.of(live)
     assert torch.equal(packing.live(), live)
     keep = (torch.rand(batch, packing.longest) < (1.0 if seed % 5 == 0 else 0.5)) & (
         torch.arange(packing.longest) < packing.lengths[:, None]
     )
-    keep[:, 0] = True
+    keep[:, 0] = packing.lengths > 0
     left, chosen = packing.only(keep)
 
     states = torch.randn(batch, width, 3)
@@ -74,5 +76,41 @@ def test_what_remains_is_what_a_loop_finds(seed):
         assert torch.equal(aligned[i, : left.lengths[i]], states[i, remaining[i]])
     assert torch.equal(left.unalign(aligned), rows)
     first = left.first()
-    assert torch.equal(first.pack(states), states[torch.arange(batch), live.int().argmax(1)])
-    assert first.live().sum(1).tolist() == [1] * batch
+    expected = torch.zeros_like(live)
+    for i in range(batch):
+        expected[i, min((j for j in range(width) if live[i, j]), default=0)] = True
+    assert torch.equal(first.live(), expected)
+    assert torch.equal(first.pack(states), states[expected])
+
+
+def tiny(length=16, heads=3):
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(
+        vocab_size=1200, hidden_size=8 * heads, num_hidden_layers=5, num_attention_heads=heads, intermediate_size=48,
+        max_position_embeddings=length, initializer_range=0.4,
+    )).double().eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", [[3, 0], [0, 3], [3, 0, 2], [3, 0, 3], [0, 3, 0]], ids=str)
+@pytest.mark.parametrize("limit", [1, 2**22])
+def test_an_example_without_tokens_changes_no_other(monkeypatch, lengths, limit):
+    monkeypatch.setattr(attention, "_WEIGHTS_AT_A_TIME", limit)
+    model = hc.compress(tiny(), hc.TokenPruningConfig(final_token_threshold=0.02))
+    ids = torch.randint(5, 1200, (len(lengths), 8))
+    mask = (torch.arange(8) < torch.tensor(lengths)[:, None]).long()
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=mask).logits
+        for i, length in enumerate(lengths):
+            if length:
+                alone = model(input_ids=ids[i : i + 1, :length]).logits[0]
+                torch.testing.assert_close(found[i], alone, rtol=0, atol=1e-10)
+    assert torch.isfinite(found).all()
+
+
+def test_scores_are_single_precision_under_autocast():
+    weights, live = torch.rand(2, 3, 6, 6), torch.arange(6) < torch.tensor([[6], [4]])
+    expected = importance.received_attention(weights.double(), live)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = importance.received_attention(weights, live)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)

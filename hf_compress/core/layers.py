@@ -125,14 +125,15 @@ class Packing:
         return Packing(rows, lengths, self.width, longest, slots), chosen
 
     def first(self) -> Packing:
-        """Only the first token of each example."""
-        batch = len(self.lengths)
-        if self.rows is None:
-            rows = torch.arange(0, batch * self.width, self.width, device=self.lengths.device)
-        elif self.slots is None:
+        """Only the first token of each example, the first position where an example has none."""
+        batch = self.lengths.shape[0]
+        rows = torch.arange(0, batch * self.width, self.width, device=self.lengths.device)
+        if self.rows is not None and self.slots is None and self.longest:
             rows = self.rows.view(batch, -1)[:, 0]
-        else:
-            rows = self.rows[self.lengths.cumsum(0) - self.lengths]
+        elif self.slots is not None:
+            # An example without tokens starts where the next one does, or behind the last one.
+            starts = (self.lengths.cumsum(0) - self.lengths).clamp(max=self.rows.shape[0] - 1)
+            rows = torch.where(self.lengths > 0, self.rows[starts], rows)
         return Packing(rows, torch.ones_like(self.lengths), self.width, 1, None)
 
     def live(self) -> Tensor:

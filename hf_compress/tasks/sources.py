@@ -209,7 +209,7 @@ def _checked(splits: DatasetDict, name: str, args: DataArguments) -> Task:
     # Unlabelled GLUE test rows carry -1: a metric on them would be meaningless.
     splits = DatasetDict({k: rows for k, rows in splits.items() if -1 not in rows.unique("label") or not names})
     for split, limit in (("train", args.max_train_samples), *((x, args.max_eval_samples) for x in _EVALUATED)):
-        if limit and split in splits:
+        if limit and split in splits and limit < len(splits[split]):
             # Drawn, not cut off: files sorted by label (IMDB's are) would leave a single class.
-            splits[split] = splits[split].shuffle(seed=0).select(range(min(limit, len(splits[split]))))
+            splits[split] = splits[split].shuffle(seed=0).select(range(limit))
     return Task(name, splits, columns, names)

@@ -95,7 +95,7 @@ def _shorten(states: Tensor, rows: Tensor) -> Tensor:
     merged = states.transpose(1, 2).flatten(2)
     across = rows.transpose(-1, -2).to(merged.dtype)
     # `@` would copy all states into another order, only because E has a gradient: two to three times the time.
-    return torch.bmm(across.expand(len(merged), -1, -1), merged)
+    return torch.bmm(across.expand(merged.shape[0], -1, -1), merged)
 
 
 class LinformerCore(AttentionCore):

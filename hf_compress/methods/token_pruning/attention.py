@@ -59,7 +59,8 @@ def attend(
         context = F.scaled_dot_product_attention(query, key, value, key_mask(packing), dropout, scale=scaling)
         return context.transpose(1, 2).flatten(2), None
     precise = query.dtype in (torch.float32, torch.float64)
-    if query.device.type == "cpu" and precise and not dropout and not torch.is_grad_enabled():
+    plain = precise and not dropout and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if query.device.type == "cpu" and plain:
         return _in_pieces(query * scaling, key, value, packing)
     scores = (query * scaling) @ key.transpose(-1, -2)
     mask = key_mask(packing)
@@ -77,15 +78,17 @@ def _in_pieces(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> t
     context = query.new_empty(batch, longest, heads, size)
     received = query.new_zeros(batch, longest)
     mask = key_mask(packing)
-    piece = max(1, _WEIGHTS_AT_A_TIME // (heads * longest**2 * query.element_size()))
+    piece = max(1, _WEIGHTS_AT_A_TIME // max(1, heads * longest**2 * query.element_size()))
     lengths = packing.lengths.tolist() if mask is not None and piece == 1 else None
     for start in range(0, batch, piece):
         here = slice(start, start + piece)
         tokens = slice(0, longest if lengths is None else lengths[start])
+        if not tokens.stop:
+            continue
         weights = query[here, :, tokens] @ key[here, :, tokens].transpose(-1, -2)
         inside = mask[here] if mask is not None and lengths is None else None
         if inside is not None:
-            weights.masked_fill_(~inside, -torch.inf)
+            weights.masked_fill_(~inside, torch.finfo(weights.dtype).min)
         # The division is left for the two products: both are much smaller.
         weights.sub_(weights.amax(-1, keepdim=True)).exp_()
         share = weights.sum(-1, keepdim=True).reciprocal_()

@@ -59,8 +59,9 @@ def received_attention(probs: Tensor, live: Tensor | None) -> Tensor:
     precise = probs if probs.dtype == torch.float64 else probs.float()
     if live is None:
         return precise.sum((1, 2)) / probs.shape[1]
-    # A product with a row of ones and zeros reads the weights once and copies nothing.
-    return (live[:, None, None].to(precise.dtype) @ precise).sum((1, 2)) * live / probs.shape[1]
+    with torch.autocast(precise.device.type, enabled=False):
+        # A product with a row of ones and zeros reads the weights once and copies nothing.
+        return (live[:, None, None].to(precise.dtype) @ precise).sum((1, 2)) * live / probs.shape[1]
 
 
 def normalised(
