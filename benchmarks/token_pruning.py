@@ -73,13 +73,15 @@ def main() -> None:
     data, task, tokenizer, rows = open_task(args)
     measured_on = rows["validation" if "validation" in rows else "test"]
     results = open_results(args, rows, mean_tokens=mean_tokens(measured_on))
-    batches = list(length_sorted(measured_on, 64, tokenizer))
+    texts = {name: list(length_sorted(split, 64, tokenizer)) for name, split in rows.items() if name != "train"}
 
     def measured(folder: str, dense: str) -> dict:
-        model = open_classifier(folder, task)
-        before = hc.count_cost(open_classifier(dense, task), data=batches).macs
+        model, teacher = open_classifier(folder, task), open_classifier(dense, task)
         found = scores(model, rows, tokenizer)
-        return {**found, "relative_macs": hc.count_cost(model, data=batches).macs / before}
+        for name, batches in texts.items():
+            macs = (hc.count_cost(x, data=batches).macs for x in (model, teacher))
+            found[name]["relative_macs"] = next(macs) / next(macs)
+        return {**found, "relative_macs": next(iter(found.values()))["relative_macs"]}
 
     rate = {"threshold_learning_rate": args.threshold_learning_rate}
     variants = {
