@@ -3,7 +3,7 @@
     python benchmarks/length_halves.py --data_dir DATA/imdb --task_name imdb --max_train_samples 2000 \
         --max_eval_samples 800 --out runs/imdb_halves
 
-`train` and `validation` are the shorter halves of the task's training and test rows, `test` the longer half of its test
+`train` and `validation` are the shorter halves of the training and test rows, `test` the longer half of the test
 rows; halves are split at the median number of characters. For `token_pruning.py`: what is learned on short texts must
 hold on long ones.
 """

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 import hf_compress as hc
 from hf_compress.core.architectures import blocks_of
 from hf_compress.core.layers import LiveTokens
-from hf_compress.methods.token_pruning.callbacks import relative_macs
+from hf_compress.methods.token_pruning.control import relative_macs, scale_thresholds
 from hf_compress.methods.token_pruning.importance import keep_above, keep_top, token_importance
 from hf_compress.methods.token_pruning.modeling import thresholds_of
 from hf_compress.methods.token_pruning.training import regularizer
@@ -333,6 +333,70 @@ def test_resumed_soft_stage_equals_unbroken(model, rows, tokenizer, tmp_path):
             trainer.train(resume_from_checkpoint=resume)
         final.append(student.state_dict())
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+
+
+@pytest.mark.parametrize("stop", [3, 5], ids=["soft", "hard"])
+def test_resumed_run_to_a_target_equals_unbroken(model, rows, tokenizer, tmp_path, stop):
+    final = []
+    for name in ("unbroken", "stopped"):
+        for resume in (False, True) if name == "stopped" else (False,):
+            student = hc.compress(
+                model("bert", HEAD), hc.TokenPruningConfig(masking_mode="soft", final_token_threshold=0.02)
+            )
+            steer = hc.ThresholdAnnealingCallback(target_relative_macs=0.8, measure_every=2, measure_examples=16)
+            trainer = hc.CompressionTrainer(
+                student, arguments(tmp_path / name, max_steps=7, save_strategy="steps", save_steps=stop),
+                train_dataset=rows, processing_class=tokenizer, callbacks=[steer, hc.StageSwitchCallback(0.5)],
+            )  # fmt: skip
+            if name == "stopped" and not resume:
+                trainer.add_callback(_StopAt(stop))
+            trainer.train(resume_from_checkpoint=resume)
+        final.append(student.state_dict())
+    assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
+
+
+@pytest.mark.parametrize("target", [0.9, 0.75, 0.6])
+def test_thresholds_scaled_to_a_target(model, rows, tokenizer, target):
+    student = hc.compress(model("bert"), hc.TokenPruningConfig(final_token_threshold=0.05))
+    batch = dict(
+        tokenizer.pad([{k: row[k] for k in ("input_ids", "attention_mask")} for row in rows], return_tensors="pt")
+    )
+    before = thresholds_of(student).values.detach().clone()
+    factor = scale_thresholds(student, batch, target)
+    assert torch.equal(thresholds_of(student).values, before * factor)
+    # By another way: one example at a time, its own length.
+    macs, dense = 0.0, 0.0
+    plain = model("bert")
+    for row in rows:
+        one = {k: torch.tensor([row[k]]) for k in ("input_ids", "attention_mask")}
+        macs += hc.count_cost(student, data=[one]).macs
+        dense += hc.count_cost(plain, data=[one]).macs
+    assert abs(macs / dense - target) <= 0.015
+    assert scale_thresholds(student, batch, target) == 1  # It is there already.
+
+
+def test_thresholds_that_no_factor_can_help_stay(model, rows, tokenizer, caplog):
+    student = hc.compress(model("bert"), hc.TokenPruningConfig(final_token_threshold=0.05))
+    batch = dict(
+        tokenizer.pad([{k: row[k] for k in ("input_ids", "attention_mask")} for row in rows], return_tensors="pt")
+    )
+    before = thresholds_of(student).values.detach().clone()
+    assert scale_thresholds(student, batch, 0.01) == 1
+    assert torch.equal(thresholds_of(student).values, before)
+    assert "No factor on the thresholds leaves 0.010" in caplog.text
+
+
+@pytest.mark.parametrize("switch", [True, False], ids=["soft and hard", "soft alone"])
+def test_a_training_ends_at_its_target(model, rows, tokenizer, tmp_path, switch):
+    student = hc.compress(model("bert", HEAD), hc.TokenPruningConfig(masking_mode="soft", final_token_threshold=0.05))
+    callbacks = [hc.ThresholdAnnealingCallback(target_relative_macs=0.7, measure_examples=len(rows))]
+    callbacks += [hc.StageSwitchCallback(0.5)] if switch else []
+    trainer = hc.CompressionTrainer(
+        student, arguments(tmp_path, max_steps=4), train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
+        callbacks=callbacks,
+    )  # fmt: skip
+    trainer.train()
+    assert abs(trainer.evaluate()["eval_relative_macs"] - 0.7) <= 0.015
 
 
 class _StopAt(hc.StageSwitchCallback.__mro__[1]):

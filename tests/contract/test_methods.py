@@ -139,7 +139,7 @@ def test_fresh_process(compressed, batch, tmp_path, program):
             model.save_pretrained(folder)
             (folder / "seen").mkdir()
             seen = batch(model)
-            logits = logits_of(model, seen)[0]  # Without gradients, like the other process: rounding differs with them.
+            logits = logits_of(model, seen)[0]  # Gradients round differently.
             save_file({**seen, "logits": logits}, folder / "seen" / "batch.safetensors")
     done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

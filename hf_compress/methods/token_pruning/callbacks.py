@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_compress.core.calibration import accepted_arguments
-from hf_compress.core.layers import STATE, LiveTokens
+from hf_compress.methods.token_pruning.control import relative_macs, scale_thresholds
 from hf_compress.methods.token_pruning.modeling import thresholds_of
 from hf_compress.methods.token_pruning.rule import TokenThresholds
-from hf_compress.methods.token_pruning.training import measures
 
 
 logger = logging.getLogger(__name__)
@@ -28,24 +25,6 @@ def _require_thresholds(model: PreTrainedModel, who: str) -> TokenThresholds:
     return thresholds
 
 
-@torch.no_grad()
-def relative_macs(model: PreTrainedModel, batch: dict[str, Any]) -> float:
-    """The fraction of the multiply-accumulates that really dropping tokens leaves on a batch.
-
-    Args:
-        model: With token pruning; is left in the mode it had.
-        batch: Model inputs; labels are ignored.
-    """
-    training, core = model.training, model.base_model
-    model.eval()
-    state = LiveTokens()
-    inputs = {k: v.to(core.device) for k, v in accepted_arguments(core, batch).items() if torch.is_tensor(v)}
-    core(**inputs, **{STATE: state})
-    model.train(training)
-    macs, dense = measures(model, state)["relative_macs"]
-    return float(macs / dense)
-
-
 class ThresholdAnnealingCallback(TrainerCallback):
     """Anneals the temperature, warms lambda up, and steers it to a wanted amount of arithmetic.
 
@@ -57,11 +36,13 @@ class ThresholdAnnealingCallback(TrainerCallback):
         lambda_threshold: Weight of the regulariser.
         lambda_warmup: Fraction of the training over which it rises from 0.
         target_relative_macs: When given, lambda is what a proportional-integral controller makes of the distance to
-            it, on top of `lambda_threshold`; it may become negative.
+            it, on top of `lambda_threshold`; it may become negative. What the soft stage leaves of the distance is
+            taken away by one factor on all thresholds, at every measurement of the hard stage and at the end of the
+            training, where the distance is above 0.01.
         gain: Of the controller: lambda for a distance of 1.
         integral_gain: Added to the integral of the distance at every measurement.
         measure_every: Updates between measurements.
-        measure_examples: Training examples that are measured on, always the same.
+        measure_examples: Training examples that are measured on, always the same, evenly spread over the set.
         learning_rate: Of the thresholds; None: that of the weights.
 
     Raises:
@@ -139,8 +120,10 @@ class ThresholdAnnealingCallback(TrainerCallback):
                 )
         if self.target_relative_macs is not None:
             loader = kwargs["train_dataloader"]
-            rows = [loader.dataset[i] for i in range(min(self.measure_examples, len(loader.dataset)))]
-            self._probe = dict(loader.collate_fn(rows))
+            size = len(loader.dataset)
+            count = min(self.measure_examples, size)
+            # Spread out: files are often sorted by label.
+            self._probe = dict(loader.collate_fn([loader.dataset[i * size // count] for i in range(count)]))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -154,12 +137,27 @@ class ThresholdAnnealingCallback(TrainerCallback):
         if self.target_relative_macs is None:
             thresholds.weight.fill_(warm * self.lambda_threshold)
             return
-        if model.config.masking_mode == "soft" and state.global_step % self.measure_every == 0:
+        if state.global_step % self.measure_every:
+            return
+        if model.config.masking_mode == "hard":
+            self._scale(model, state.global_step)
+        else:
             distance = relative_macs(model, self._probe) - self.target_relative_macs
             # Both live in buffers, so that a resumed run steers on from where it was.
             thresholds.integral += self.integral_gain * distance
             steered = self.lambda_threshold + self.gain * distance + float(thresholds.integral)
             thresholds.weight.fill_(warm * steered)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.target_relative_macs is not None:
+            self._scale(kwargs["model"], state.global_step)
+
+    def _scale(self, model: PreTrainedModel, step: int) -> None:
+        factor = scale_thresholds(model, self._probe, self.target_relative_macs)
+        if factor != 1:
+            logger.info("Update %d: all thresholds times %.4f.", step, factor)
 
     def logged_values(self) -> dict[str, float]:
         """What our trainers add to every entry of their training log."""

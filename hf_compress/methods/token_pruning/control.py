@@ -1,0 +1,85 @@
+"""What thresholds leave of the arithmetic, and a factor on them that leaves a wanted part."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from scipy.optimize import brentq
+from transformers import PreTrainedModel
+
+from hf_compress.core.calibration import accepted_arguments
+from hf_compress.core.layers import STATE, LiveTokens
+from hf_compress.methods.token_pruning.modeling import thresholds_of
+from hf_compress.methods.token_pruning.training import measures
+
+
+logger = logging.getLogger(__name__)
+
+_LARGEST_FACTOR = 64.0
+
+
+@torch.no_grad()
+def relative_macs(model: PreTrainedModel, batch: dict[str, Any]) -> float:
+    """The fraction of the multiply-accumulates that really dropping tokens leaves on a batch.
+
+    Args:
+        model: With token pruning; is left in the mode it had.
+        batch: Model inputs; labels are ignored.
+    """
+    training, core = model.training, model.base_model
+    model.eval()
+    state = LiveTokens()
+    inputs = {k: v.to(core.device) for k, v in accepted_arguments(core, batch).items() if torch.is_tensor(v)}
+    core(**inputs, **{STATE: state})
+    model.train(training)
+    macs, dense = measures(model, state)["relative_macs"]
+    return float(macs / dense)
+
+
+@torch.no_grad()
+def scale_thresholds(model: PreTrainedModel, batch: dict[str, Any], target: float, tolerance: float = 0.01) -> float:
+    """Multiply all thresholds by one factor, so that dropping tokens leaves the wanted part of the arithmetic.
+
+    What the layers have learned about each other stays: only the common scale moves. Thresholds that are close enough
+    already are left alone.
+
+    Args:
+        model: With thresholds.
+        batch: Model inputs that it is measured on.
+        target: Wanted relative multiply-accumulates, in (0, 1].
+        tolerance: Distance from it that is close enough.
+
+    Returns:
+        The factor, 1.0 where nothing was changed.
+    """
+    values = thresholds_of(model).values
+    learned = values.detach().clone()
+
+    def distance(log_factor: float) -> float:
+        values.copy_(learned * math.exp(log_factor))
+        found = relative_macs(model, batch) - target
+        return 0.0 if abs(found) <= tolerance else found
+
+    now = distance(0.0)
+    if now == 0:
+        return 1.0
+    step = math.copysign(0.1, now)  # Higher thresholds leave less.
+    near, far = 0.0, step
+    while (there := distance(far)) * now > 0:
+        near, step = far, 2 * step
+        far += step
+        if abs(far) > math.log(_LARGEST_FACTOR):
+            values.copy_(learned)
+            logger.warning(
+                "No factor on the thresholds leaves %.3f of the arithmetic (learned: %.3f); they stay as they are.",
+                target,
+                now + target,
+            )
+            return 1.0
+    # What is left is a step function: the root finder may stop at a step that is higher than the tolerance.
+    root = brentq(distance, near, far, xtol=1e-3, maxiter=20, disp=False) if there else far
+    values.copy_(learned * math.exp(root))
+    return math.exp(root)
