@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +14,9 @@ from hf_compress.core.calibration import require_data
 from hf_compress.core.method import Method, MethodConfig
 from hf_compress.core.record import append_step, record_of
 from hf_compress.methods import METHODS
+
+
+logger = logging.getLogger(__name__)
 
 
 def _parse(step: Mapping[str, Any], config: PretrainedConfig, position: int) -> tuple[Method, MethodConfig]:
@@ -52,6 +57,8 @@ def steps_of(model_or_config: PreTrainedModel | PretrainedConfig) -> list[dict[s
 def check_finite(model: PreTrainedModel) -> None:
     """Raise `ValueError` when a weight is NaN or infinite: everything computed from it would be."""
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"Weights must be loaded, got {name} on the meta device. For shapes alone: rebuild().")
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise ValueError(f"Weights must be finite, got NaN or infinity in {name}.")
 
@@ -77,7 +84,8 @@ def compress(
             need several passes ask for something that can be read again.
 
     Returns:
-        The same model.
+        The same model. With several configs a copy is kept until all are done, so that a failure leaves the model as
+        it was (with other parameter objects).
 
     Raises:
         ValueError: Before the model is touched, when a config is impossible for it or its weights are not finite.
@@ -107,8 +115,34 @@ def compress(
             method.check(model, config)
     if data is not None:
         require_data(data, len(configs))
-    for method, config in zip(methods, configs, strict=True):
-        append_step(model.config, method.name, method.compress(model, config, data))
+    # Whether a later step can be done may only show in the data, after an earlier one has changed the model.
+    backup = copy.deepcopy(model) if len(configs) > 1 else None
+    try:
+        for method, config in zip(methods, configs, strict=True):
+            append_step(model.config, method.name, method.compress(model, config, data))
+    except BaseException:
+        if backup is not None:
+            model.__dict__ = backup.__dict__
+        raise
+    return model
+
+
+def apply_implied(model: PreTrainedModel) -> PreTrainedModel:
+    """Do what flat fields ask for that somebody wrote into `config.json` by hand, as published workflows do.
+
+    Returns:
+        The same model, on the device it was on.
+
+    Raises:
+        ValueError: If such a field has an impossible value or the model cannot be changed so.
+    """
+    done = [step["method"] for step in steps_of(model)]
+    for method in METHODS.values():
+        wanted = method.implied(model.config) if method.implied and method.name not in done else None
+        if wanted is not None:
+            logger.info("The model's config asks for %s: applied.", method.name)
+            device = model.device
+            compress(model, wanted).to(device)
     return model
 
 

@@ -6,7 +6,15 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import hf_compress as hc
 from hf_compress.core.architectures import blocks_of
@@ -514,7 +522,7 @@ def test_cost_on_data(pruned, batches):
     s, d = 32, 32
     expected = total = 0.0
     for batch in data:
-        state = LiveTokens()
+        state = LiveTokens(whole=True)
         with torch.no_grad():
             model(**batch, live_tokens=state)
         for layer in range(3):
@@ -538,3 +546,16 @@ def test_page_of_surviving_words(model, tokenizer, tmp_path):
     assert "<b>" not in page
     with pytest.raises(ValueError, match="model must drop tokens"):
         trace_tokens(model("bert"), tokenizer, "good")
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(1.0, 1.0), (0.4, 0.7659), (0.2, 0.6881)])
+@pytest.mark.parametrize("kind", [RobertaModel, RobertaForSequenceClassification])
+def test_published_relative_macs(kind, rate, expected):
+    # RoBERTa-base, 40 tokens, specification 7.3: what the head of a classifier does not read is not counted as saved.
+    config = RobertaConfig(vocab_size=99, max_position_embeddings=64)
+    ids = torch.randint(5, 99, (1, 40))
+    dense = kind(config).eval()
+    before = hc.count_cost(dense, 40).macs
+    pruned = hc.compress(dense, hc.TokenPruningConfig(prune_mode="topk", token_keep_rate=rate))
+    data = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    assert hc.count_cost(pruned, data=data).macs / before == pytest.approx(expected, abs=5e-5)

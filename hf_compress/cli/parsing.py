@@ -104,6 +104,10 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], program: str, default
         _reject_unknown(list(content), known, f"config {config!r}")
         preset.update(content)
     preset = {name: value for name, value in preset.items() if name not in given}
+    single = {action.dest for action in parser._actions if action.nargs in (None, "?")}
+    for name, value in preset.items():
+        if name in single and isinstance(value, list):
+            raise BadInput(f"config {config!r}: {name} must be one value, got {value}.")
     try:
         namespaces = parser.parse_args_into_dataclasses([*_as_flags(preset), *arguments], look_for_args_file=False)
     except (argparse.ArgumentTypeError, TypeError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -219,6 +220,11 @@ class Block:
         return (3 if self.architecture.gated else 2) * seq_len * self.hidden_size
 
 
+def base_of(model: Any) -> Any:
+    """The transformers model below adapters; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def architecture_of(model: PreTrainedModel) -> Architecture:
     """The row of a model.
 
@@ -233,8 +239,12 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     return ARCHITECTURES[kind]
 
 
-def blocks_of(model: PreTrainedModel) -> list[Block]:
+def blocks_of(model: PreTrainedModel, adapted: bool = False) -> list[Block]:
     """The transformer layers of a model, from the first to the last.
+
+    Args:
+        model: A supported architecture.
+        adapted: Whether adapters around the projections do no harm, because only shapes are read.
 
     Raises:
         ValueError: If the architecture is not supported, or if a projection is not an ordinary `nn.Linear` (an
@@ -249,7 +259,7 @@ def blocks_of(model: PreTrainedModel) -> list[Block]:
     row = architecture_of(model)
     layers = model.base_model.get_submodule(row.layers)
     blocks = [Block(index, layer, row) for index, layer in enumerate(layers)]
-    for block in blocks:
+    for block in () if adapted else blocks:
         for path in {row.queries, row.keys, row.values, row.attention_out, *row.ffn_in, row.ffn_out}:
             module = block.linear(path)
             if type(module) not in (nn.Linear, DeferredLinear) or torch.nn.utils.parametrize.is_parametrized(module):

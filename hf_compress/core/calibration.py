@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
+from hf_compress.core.modes import evaluating
 
 
 logger = logging.getLogger(__name__)
@@ -147,6 +148,8 @@ def require_data(data: Iterable[Mapping[str, Any]] | None, passes: int) -> Itera
         raise ValueError(
             "data must be given: this method looks at a few hundred examples (an iterable of input dicts)."
         )
+    if isinstance(data, Mapping):
+        raise ValueError("data must be an iterable of input dicts, got one dict: put it into a list.")
     if passes > 1 and iter(data) is data:
         raise ValueError(
             f"data must be readable {passes} times for these settings, got a one-shot {type(data).__name__}. "
@@ -155,12 +158,23 @@ def require_data(data: Iterable[Mapping[str, Any]] | None, passes: int) -> Itera
     return data
 
 
-def _inputs_of(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the base model takes of a batch, on its device."""
-    if "input_ids" not in batch:
+def on_device(module: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a batch that a model's `forward` names, on its device."""
+    return {k: v.to(module.device) for k, v in accepted_arguments(module, batch).items() if torch.is_tensor(v)}
+
+
+def base_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the base model takes of a batch, on its device; choices [B, C, S] become examples [B C, S].
+
+    Raises:
+        ValueError: If the batch is not a dict with `input_ids`.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"data must be an iterable of dicts of tensors, got {type(batch).__name__} in it.")
+    if not torch.is_tensor(batch.get("input_ids")):
         raise ValueError(f"data must hold dicts with input_ids, got the keys {sorted(batch)}.")
-    base = model.base_model
-    return {k: v.to(base.device) for k, v in accepted_arguments(base, batch).items() if torch.is_tensor(v)}
+    inputs, choices = on_device(model.base_model, batch), batch["input_ids"].ndim == 3
+    return {k: v.flatten(0, 1) if choices and v.ndim >= 3 else v for k, v in inputs.items()}
 
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
@@ -202,7 +216,7 @@ def call_order(
     """
     calls: list[tuple[Hashable, int]] = []
     last: list[Tensor] = []
-    inputs_of_base, drops_tokens = _inputs_of(model, batch), carries_state(model)
+    inputs_of_base, drops_tokens = base_inputs(model, batch), carries_state(model)
     num_tokens = live_tokens(inputs_of_base).numel()
 
     def observer(key: Hashable) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -216,14 +230,12 @@ def call_order(
         return hook
 
     handles = [module.register_forward_pre_hook(observer(key)) for key, module in modules.items()]
-    was_training = model.training
-    model.eval()
     try:
-        _run(model, inputs_of_base)
+        with evaluating(model):
+            _run(model, inputs_of_base)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
     return calls
 
 
@@ -274,24 +286,22 @@ def collect_inputs(
         return hook
 
     handles = [module.register_forward_pre_hook(observer(key)) for key, module in modules.items()]
-    was_training = model.training
-    model.eval()
     seen = 0
     try:
-        for batch in _batches(data, description):
-            moved = _inputs_of(model, batch)
-            live["tokens"] = live_tokens(moved).flatten()
-            pending.update(modules)
-            seen += 1
-            if on_batch is not None:
-                on_batch(moved)
-            try:
-                _run(model, moved)
-            except _Stop:
-                continue
+        with evaluating(model):
+            for batch in _batches(data, description):
+                moved = base_inputs(model, batch)
+                live["tokens"] = live_tokens(moved).flatten()
+                pending.update(modules)
+                seen += 1
+                if on_batch is not None:
+                    on_batch(moved)
+                try:
+                    _run(model, moved)
+                except _Stop:
+                    continue
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
     if not seen:
         raise ValueError("data must hold at least one batch, got none.")

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block, blocks_of, named_projections
-from hf_compress.core.calibration import accepted_arguments, live_tokens
+from hf_compress.core.calibration import base_inputs, live_tokens, require_data
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
+from hf_compress.core.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -74,21 +75,20 @@ def live_macs(blocks: list[Block], state: LiveTokens) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _macs_on(model: PreTrainedModel, blocks: list[Block], data: Iterable[Mapping[str, Any]]) -> list[float]:
     """Mean multiply-accumulates a sequence in each layer, on real inputs."""
-    base, training = model.base_model, model.training
     total, sequences = [0.0] * len(blocks), 0
-    model.eval()
-    for batch in data:
-        inputs = {k: v.to(base.device) for k, v in accepted_arguments(base, batch).items() if torch.is_tensor(v)}
-        lengths = live_tokens(inputs).sum(1)
-        sequences += len(lengths)
-        if carries_state(model):
-            state = LiveTokens()
-            base(**inputs, **{STATE: state})
-            layers = live_macs(blocks, state)[0].tolist()
-        else:
-            layers = [sum(block_macs(block, length) for length in lengths.tolist()) for block in blocks]
-        total = [sum(pair) for pair in zip(total, layers, strict=True)]
-    model.train(training)
+    with evaluating(model):
+        for batch in data:
+            inputs = base_inputs(model, batch)
+            lengths = live_tokens(inputs).sum(1)
+            sequences += len(lengths)
+            if carries_state(model):
+                # All of the last layer: what a head does not read is not the method's merit.
+                state = LiveTokens(whole=True)
+                model.base_model(**inputs, **{STATE: state})
+                layers = live_macs(blocks, state)[0].tolist()
+            else:
+                layers = [sum(block_macs(block, length) for length in lengths.tolist()) for block in blocks]
+            total = [sum(pair) for pair in zip(total, layers, strict=True)]
     if not sequences:
         raise ValueError("data must hold at least one batch, got none.")
     return [macs / sequences for macs in total]
@@ -123,6 +123,10 @@ def count_cost(
     """
     if seq_len <= 0 or batch_size <= 0:
         raise ValueError(f"seq_len and batch_size must be positive, got {seq_len} and {batch_size}.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("Weights must be loaded to be counted, got a model on the meta device.")
+    if data is not None:
+        require_data(data, 1)
     blocks = blocks_of(model)
     each = [float(block_macs(block, seq_len)) for block in blocks] if data is None else _macs_on(model, blocks, data)
     by_layer = [batch_size * macs for macs in each]

@@ -5,6 +5,7 @@ Letters: B batch, S padded length.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,8 +48,24 @@ def specialise_(layer: nn.Module, behaviour: type) -> None:
     The new class derives from both and keeps the layer's class name: names of parameters, `isinstance`, hidden-state
     capture, gradient checkpointing and wrap policies that look classes up by name all go on working.
     """
-    old = type(layer)
-    layer.__class__ = type(old.__name__, (behaviour, old), {"__module__": old.__module__, "is_specialised": True})
+    layer.__class__ = _specialised(behaviour, type(layer))
+
+
+@functools.cache
+def _specialised(behaviour: type, old: type) -> type:
+    fields = {"__module__": old.__module__, "is_specialised": True, "__reduce_ex__": _reduce}
+    return type(old.__name__, (behaviour, old), fields)
+
+
+def _reduce(layer: nn.Module, protocol: int) -> tuple:
+    # Pickle looks classes up by name, and under this name it would find the layer's own class.
+    behaviour, old = type(layer).__bases__
+    return _unpickled, (behaviour, old), layer.__dict__
+
+
+def _unpickled(behaviour: type, old: type) -> nn.Module:
+    kind = _specialised(behaviour, old)
+    return kind.__new__(kind)
 
 
 def _add_state(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -59,6 +59,8 @@ def check_field_types(config: Any) -> None:
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name} must be finite, got {value}.")
         if not _fits(value, hints[field.name]):
             raise ValueError(f"{field.name} must be {_describe(hints[field.name])}, got {value!r}.")
 
@@ -107,6 +109,8 @@ class Method:
         implied: `(model config) -> config or None`; the method config that flat fields written by hand ask for, for
             models that have no such step yet.
         start_training: `(model) -> None`; called before training.
+        training_callback: `(callbacks of the trainer) -> callback or None`, for training a model that went through the
+            method.
         check_resume: `(model config, config of the checkpoint) -> None`; raises `ValueError` when the checkpoint is
             of another kind of training.
         loss_terms: `(model, live tokens of the forward pass) -> weighted terms` added to the loss in training.
@@ -124,6 +128,7 @@ class Method:
     repeatable: bool = True
     implied: Callable[..., MethodConfig | None] | None = None
     start_training: Callable[..., None] | None = None
+    training_callback: Callable[..., Any] | None = None
     check_resume: Callable[..., None] | None = None
     loss_terms: Callable[..., dict[str, Tensor]] | None = None
     measures: Callable[..., dict[str, tuple[Tensor, Tensor]]] | None = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_compress.core.calibration import accepted_arguments
+from hf_compress.core.modes import evaluating
 from hf_compress.report.memory import peak_memory
 from hf_compress.tasks.inputs import length_sorted
 
@@ -163,19 +164,12 @@ def measure_latency(
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
     if warmup < 0:
         raise ValueError(f"warmup must not be negative, got {warmup}.")
-    # One object under two names has one mode to restore.
-    modes = {id(model): (model, model.training) for model in named.values()}
-    try:
-        for model, _ in modes.values():
-            model.eval()
+    with evaluating(*named.values()):
         inputs = {name: _prepared(model, batches) for name, model in named.items()}
         with torch.inference_mode():
             _run_rounds(named, inputs, warmup)
             totals = _run_rounds(named, inputs, repeats)
         return [_summary(name, model, inputs[name], totals[name]) for name, model in named.items()]
-    finally:
-        for model, training in modes.values():
-            model.train(training)
 
 
 def _summary(name: str, model: nn.Module, inputs: list[dict[str, Tensor]], totals: list[float]) -> Latency:

@@ -6,7 +6,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.core.calibration import accepted_arguments
+from hf_compress.core.calibration import on_device
+from hf_compress.core.modes import evaluating
 from hf_compress.tasks.inputs import length_sorted
 from hf_compress.tasks.metrics import task_metrics
 
@@ -16,18 +17,15 @@ def predict(
     model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32
 ) -> torch.Tensor:
     """Logits [rows, classes] in the order of the rows, computed on length-sorted batches in eval mode."""
-    was_training = model.training
-    model.eval()
     result: torch.Tensor | None = None
-    for batch in length_sorted(rows, batch_size, tokenizer):
-        index = batch.pop("index")
-        batch.pop("labels", None)
-        inputs = {k: v.to(model.device) for k, v in accepted_arguments(model, batch).items()}
-        logits = model(**inputs).logits.float().cpu()
-        if result is None:
-            result = torch.empty(len(rows), logits.shape[-1])
-        result[index] = logits
-    model.train(was_training)
+    with evaluating(model):
+        for batch in length_sorted(rows, batch_size, tokenizer):
+            index = batch.pop("index")
+            batch.pop("labels", None)
+            logits = model(**on_device(model, batch)).logits.float().cpu()
+            if result is None:
+                result = torch.empty(len(rows), logits.shape[-1])
+            result[index] = logits
     if result is None:
         raise ValueError("rows must hold at least one example, got none.")
     return result

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.core.architectures import blocks_of
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
+from hf_compress.core.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,9 @@ def trace_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
     if not carries_state(model):
         raise ValueError(f"model must drop tokens, got a {type(model).__name__} without token pruning.")
     inputs = tokenizer(text, return_tensors="pt", truncation=True)
-    state, training = LiveTokens(whole=True), model.training
-    base = model.base_model
-    model.eval()
-    base(input_ids=inputs["input_ids"].to(base.device), **{STATE: state})
-    model.train(training)
+    state, base = LiveTokens(whole=True), model.base_model
+    with evaluating(model):
+        base(input_ids=inputs["input_ids"].to(base.device), **{STATE: state})
     tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
     return TokenTrace(tokens, [state.kept[block.index][0].tolist() for block in blocks_of(model)])
 

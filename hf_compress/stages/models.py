@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_compress.api import check_finite
+from hf_compress.api import apply_implied, check_finite
 from hf_compress.core.saving import complete_or_absent, write_json
 from hf_compress.tasks.sources import Task
 
@@ -54,7 +54,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def open_classifier(name: str, task: Task | None = None) -> PreTrainedModel:
-    """A sequence classifier or regressor for a task, compressed or not.
+    """A sequence classifier or regressor for a task, compressed or not, or as its config asks for by hand.
 
     Args:
         name: Hub name or folder.
@@ -79,7 +79,7 @@ def open_classifier(name: str, task: Task | None = None) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"No classifier can be opened at {name!r}: {_first_line(error)}") from error
     check_finite(model)
-    return model
+    return apply_implied(model)
 
 
 def freeze_embeddings_(model: PreTrainedModel) -> None:

@@ -167,6 +167,10 @@ def _first_line(error: BaseException) -> str:
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
+def _is_empty(label: Any) -> bool:
+    return label is None or label != label  # noqa: PLR0124  (NaN)
+
+
 def _checked(splits: DatasetDict, name: str, args: DataArguments) -> Task:
     some = next(iter(splits.values()))
     known = TASKS[name][2] if name in TASKS else None
@@ -185,6 +189,9 @@ def _checked(splits: DatasetDict, name: str, args: DataArguments) -> Task:
             )
         if not len(rows):
             raise ValueError(f"{split} must hold at least one row, got none.")
+        if any(_is_empty(label) for label in rows.unique("label")):
+            empty = sum(map(_is_empty, rows["label"]))
+            raise ValueError(f"label must be filled in every row, got {empty} empty in {split}.")
     label = some.features["label"]
     if isinstance(label, ClassLabel):
         names = tuple(label.names)

@@ -65,6 +65,11 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"max_distill_steps must not be negative, got {self.max_distill_steps}.")
         if self.max_distill_steps is not None and not self.alpha_task:
             raise ValueError("alpha_task must be above 0 with max_distill_steps: nothing would be learned afterwards.")
+        for layer in self.layer_map or ():
+            if type(layer) is not int:
+                raise ValueError(
+                    f"layer_map must hold one teacher layer (an int) for each student layer, got {layer!r} in it."
+                )
         for name, choices in (("layer_reduction", ("mean", "sum")), ("compat", (None, "cald"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")

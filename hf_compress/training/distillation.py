@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import has_length
 
+from hf_compress.api import apply_implied
+from hf_compress.core.architectures import base_of
 from hf_compress.core.calibration import forward_names
 from hf_compress.core.layers import STATE
 from hf_compress.training.arguments import DistillationArguments
@@ -85,6 +87,12 @@ class DistillationTrainer(CompressionTrainer):
             self._set_teacher(teacher_model)
 
     def _set_teacher(self, teacher: PreTrainedModel) -> None:
+        if teacher is self.model or teacher is base_of(self.model):
+            raise ValueError(
+                "teacher_model must be another object than model, got the same (compress changes a model in place: "
+                "open the teacher a second time, or copy.deepcopy it first)."
+            )
+        apply_implied(teacher)
         student_config, teacher_config = self.model.config, teacher.config
         if self.args.alpha_output:
             self._check_labels(student_config, teacher_config)

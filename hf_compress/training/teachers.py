@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from hf_compress.api import apply_implied
 from hf_compress.core.calibration import accepted_arguments
 from hf_compress.training.cache import TeacherCache, example_keys
 
@@ -224,7 +225,7 @@ def open_snapshot(folder: str) -> PreTrainedModel:
         kind = getattr(transformers, (config.architectures or ["none"])[0], None)
         if kind is None:
             raise ValueError(f"its config.json names no class of transformers: {config.architectures}")
-        return kind.from_pretrained(folder)
+        return apply_implied(kind.from_pretrained(folder))
     except (OSError, ValueError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"teacher_snapshots must be saved models, got {folder!r}: {first}") from error

@@ -15,9 +15,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import CONFIG_NAME
 
-from hf_compress.api import compress, steps_of
+from hf_compress.api import apply_implied, steps_of
+from hf_compress.core.architectures import base_of
 from hf_compress.core.layers import STATE, LiveTokens
 from hf_compress.core.method import Method
 from hf_compress.core.saving import complete_or_absent
@@ -83,30 +86,48 @@ class CompressionTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Before anything else sees the model: callbacks look for what the config asks for.
-        self._methods = self._methods_of(kwargs.get("model", args[0] if args else None))
+        self._adopt(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
         # The same for releases before that attribute, which ask the model's signature only.
         self.model_accepts_loss_kwargs = False
         self._terms: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._measures: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._evaluates = False
         self._checkpoint_root: str | None = None
         self._epoch_order = _EpochOrder()
         self.add_callback(self._epoch_order)
         self.add_callback(_ExtraGradients(self))
 
-    def _methods_of(self, model: Any) -> list[Method]:
-        """The methods that made the model; flat fields written into its config by hand are applied first."""
-        if not isinstance(model, PreTrainedModel):
-            return []
-        names = [step["method"] for step in steps_of(model)]
-        for method in METHODS.values():
-            wanted = method.implied(model.config) if method.implied and method.name not in names else None
-            if wanted is not None:
-                logger.info("The model's config asks for %s: applied.", method.name)
-                names.append(method.name)
-                device = model.device
-                compress(model, wanted).to(device)
-        return [METHODS[name] for name in dict.fromkeys(names)]
+    def _adopt(self, model: Any) -> None:
+        """Find out which methods made the model; flat fields written into its config by hand are applied first."""
+        self._methods: list[Method] = []
+        core = base_of(model)
+        if isinstance(core, PreTrainedModel):
+            names = [step["method"] for step in steps_of(apply_implied(core))]
+            self._methods = [METHODS[name] for name in dict.fromkeys(names)]
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        model = super().call_model_init(trial)
+        self._adopt(model)
+        # A model for every trial: what was prepared when the trainer was made is to be prepared again.
+        self._start_training(model)
+        for callback in getattr(getattr(self, "callback_handler", None), "callbacks", ()):
+            getattr(callback, "on_new_model", lambda model: None)(model)
+        return model
+
+    def _core(self) -> PreTrainedModel:
+        return base_of(self.accelerator.unwrap_model(self.model))
+
+    def _start_training(self, model: Any) -> None:
+        core = base_of(model)
+        for method in self._methods:
+            if method.start_training is not None:
+                method.start_training(core)
+            if core is not model and method.parameter_groups is not None and method.parameter_groups(core):
+                raise ValueError(
+                    f"A model with adapters must have {method.name} finished, got one whose {method.name} is still "
+                    "to be learned: an adapter would not save it. Train it without adapters first."
+                )
 
     def loss_terms(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """The weighted terms of the loss and the student's outputs.
@@ -132,10 +153,11 @@ class CompressionTrainer(Trainer):
         Raises:
             ValueError: If the loss is NaN or infinite.
         """
-        state = LiveTokens()
+        # All of the last layer in evaluation too: what the head does not read is not the method's merit.
+        state = LiveTokens(whole=True)
         watched = [method for method in self._methods if method.loss_terms or method.measures]
         terms, outputs = self.loss_terms(model, {**inputs, STATE: state} if watched else inputs)
-        core = self.accelerator.unwrap_model(model)
+        core = base_of(self.accelerator.unwrap_model(model))
         for method in watched:
             if method.loss_terms is not None and model.training:
                 terms = {**terms, **method.loss_terms(core, state)}
@@ -146,9 +168,12 @@ class CompressionTrainer(Trainer):
         if loss.device.type == "cpu" and not torch.isfinite(loss):
             self._not_finite({name: float(value.detach()) for name, value in terms.items()})
         if model.training or len(terms) > 1:
+            # As `Trainer` weighs losses: steps of a training alike, batches of an evaluation by their examples.
+            weight = 1 if model.training else find_batch_size(inputs) or 1
             buffer = self._terms["train" if model.training else "eval"]
             for name, value in terms.items():
-                buffer[name].append(value.detach())
+                value = value.detach()
+                buffer[name].append(torch.stack([value * weight, torch.full_like(value, weight)]))
         return (loss, outputs) if return_outputs else loss
 
     def _not_finite(self, terms: Mapping[str, float]) -> None:
@@ -159,22 +184,8 @@ class CompressionTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        averages = {name: torch.stack(values).float().mean() for name, values in self._terms[mode].items()}
-        self._terms[mode].clear()
-        for name, value in averages.items():
-            # One synchronisation for each logged number, none for each step.
-            mean = (
-                self.accelerator.reduce(value.to(self.args.device), reduction="mean")
-                if self.args.world_size > 1
-                else value
-            )
-            logs[f"{'eval_' if mode == 'eval' else ''}loss/{name}"] = round(float(mean), 6)
-        for name, pairs in self._measures[mode].items():
-            amount, reference = torch.stack(pairs).double().sum(0).tolist()
-            logs[f"eval_{name}" if mode == "eval" else f"prune/{name}"] = round(amount / max(reference, 1e-12), 6)
-        self._measures[mode].clear()
-        if mode == "train":
+        if not self._evaluates:
+            logs.update(self._averages("train", "", "prune/"))
             # Loggers were registered before a user's callbacks: what those add in `on_log` would come too late.
             for callback in self.callback_handler.callbacks:
                 logs.update(getattr(callback, "logged_values", dict)())
@@ -182,6 +193,42 @@ class CompressionTrainer(Trainer):
         if any(not torch.isfinite(torch.tensor(value)) for value in terms.values()):
             self._not_finite(terms)
         super().log(logs, start_time)
+
+    def _averages(self, mode: str, loss_prefix: str, measure_prefix: str) -> dict[str, float]:
+        """What was seen since the last call; one synchronisation for each number, none for each step."""
+        found = {}
+        for prefix, buffer in ((f"{loss_prefix}loss/", self._terms[mode]), (measure_prefix, self._measures[mode])):
+            for name, pairs in buffer.items():
+                sums = torch.stack(pairs).double().sum(0)
+                if self.args.world_size > 1:
+                    sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
+                amount, reference = sums.tolist()
+                found[f"{prefix}{name}"] = round(amount / max(reference, 1e-12), 6)
+            buffer.clear()
+        return found
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`; loss terms and measures come under the prefix of this evaluation."""
+        self._evaluates = True
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._evaluates = False
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Every evaluation and prediction has its own averages of loss terms and measures among its metrics."""
+        self._terms["eval"].clear()
+        self._measures["eval"].clear()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output.metrics.update(self._averages("eval", f"{metric_key_prefix}_", f"{metric_key_prefix}_"))
+        return output
 
     def extra_parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters outside the model that the optimizer shall also train."""
@@ -201,7 +248,7 @@ class CompressionTrainer(Trainer):
         return optimizer
 
     def _separate_groups(self) -> list[dict[str, Any]]:
-        core = self.accelerator.unwrap_model(self.model)
+        core = self._core()
         return [g for method in self._methods if method.parameter_groups for g in method.parameter_groups(core)]
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
@@ -231,13 +278,22 @@ class CompressionTrainer(Trainer):
         if resume_from_checkpoint is True and not (os.path.isdir(folder) and get_last_checkpoint(folder)):
             resume_from_checkpoint = None
         checkpoint = get_last_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
+        self._start_training(self.accelerator.unwrap_model(self.model))
+        # Checkpoints of adapters have no config of the model.
+        configured = bool(checkpoint) and os.path.isfile(os.path.join(checkpoint, CONFIG_NAME))
         for method in self._methods:
-            if method.start_training is not None:
-                method.start_training(self.accelerator.unwrap_model(self.model))
-            if method.check_resume is not None and checkpoint:
-                method.check_resume(self.model.config, AutoConfig.from_pretrained(checkpoint))
+            if method.check_resume is not None and configured:
+                method.check_resume(self._core().config, AutoConfig.from_pretrained(checkpoint))
         self._epoch_order.resumed = Path(checkpoint) if checkpoint else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        asked = [method.training_callback for method in self._methods if method.training_callback is not None]
+        added = [x for x in (ask(self.callback_handler.callbacks) for ask in asked) if x is not None]
+        for callback in added:
+            self.add_callback(callback)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            for callback in added:
+                self.remove_callback(callback)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -17,14 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block
-from hf_compress.core.calibration import require_data
+from hf_compress.core.calibration import on_device, require_data
+from hf_compress.core.modes import evaluating
 from hf_compress.methods.structured_pruning.mask_tuning import (
     Data,
     Masks,
     adds_own_input,
-    evaluating,
     masked,
-    move_accepted,
     tune_masks,
 )
 
@@ -75,7 +74,7 @@ def collect_gradients(
             parameter.requires_grad_(False)
         with evaluating(model), masked(blocks, ones), torch.enable_grad():
             for batch in data:
-                loss = getattr(model(**move_accepted(model, batch)), "loss", None)
+                loss = getattr(model(**on_device(model, batch)), "loss", None)
                 if loss is None:
                     raise ValueError(
                         f"data must hold labels with which {type(model).__name__} returns a loss, "

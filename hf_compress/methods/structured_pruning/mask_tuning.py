@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block
-from hf_compress.core.calibration import SecondMoments, accepted_arguments, live_tokens
+from hf_compress.core.calibration import SecondMoments, live_tokens, on_device
+from hf_compress.core.modes import evaluating
 from hf_compress.core.surgery import unit_columns
 
 
@@ -44,11 +45,6 @@ class Masks:
     neurons: list[Tensor]
 
 
-def move_accepted(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a batch that a model takes, on its device."""
-    return {k: v.to(model.device) for k, v in accepted_arguments(model, batch).items() if torch.is_tensor(v)}
-
-
 @contextmanager
 def masked(blocks: Sequence[Block], masks: Masks) -> Iterator[None]:
     """Multiply the inputs of the output projections while the context is open."""
@@ -68,17 +64,6 @@ def masked(blocks: Sequence[Block], masks: Masks) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode while the context is open, then the mode the model had."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 class _Stop(Exception):
@@ -190,7 +175,7 @@ def normal_equations(
     cross, target_sum = torch.zeros_like(moments.total), 0.0
     with torch.no_grad(), evaluating(model):
         for batch in data:
-            inputs = move_accepted(model.base_model, batch)
+            inputs = on_device(model.base_model, batch)
             rows = _fitted_rows(model, inputs, pooled)
             with masked(blocks, teacher):
                 _, output, residual = _sublayer(model, block, part, inputs, rows)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block, blocks_of
 from hf_compress.core.calibration import SecondMoments, collect_inputs, live_tokens, require_data
+from hf_compress.core.record import record_of
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
 from hf_compress.methods.structured_pruning.allocation import Sublayer, allocate, check_budget
 from hf_compress.methods.structured_pruning.config import StructuredPruningConfig
@@ -56,6 +57,11 @@ def check(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
         ValueError: Unsupported architecture, a budget below the minima, or centring without biases to fold into.
     """
     blocks = blocks_of(model)
+    if config.correction and any(step["method"] == "weight_pruning" for step in record_of(model.config)["steps"]):
+        logger.warning(
+            "The correction of structured pruning fills zeros of the output projections again: prune weights "
+            "afterwards, or set correction=False."
+        )
     for block in blocks:
         if config.min_heads > block.num_units or config.min_neurons > block.num_neurons:
             raise ValueError(

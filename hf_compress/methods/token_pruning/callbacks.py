@@ -102,9 +102,12 @@ class ThresholdAnnealingCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model = kwargs["model"]
-        if model is not None:
-            _require_thresholds(model, "ThresholdAnnealingCallback").learning_rate = self.learning_rate
+        if kwargs["model"] is not None:
+            self.on_new_model(kwargs["model"])
+
+    def on_new_model(self, model: PreTrainedModel) -> None:
+        """Called by trainers of this package whenever `model_init` has made a model."""
+        _require_thresholds(model, "ThresholdAnnealingCallback").learning_rate = self.learning_rate
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -197,14 +200,15 @@ class StageSwitchCallback(TrainerCallback):
     ) -> None:
         # Before the optimizer is made: also a run that resumes in its hard stage has the thresholds in it.
         if kwargs["model"] is not None:
-            self._mark(kwargs["model"])
+            self.on_new_model(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._mark(kwargs["model"])
+        self.on_new_model(kwargs["model"])
 
-    def _mark(self, model: PreTrainedModel) -> None:
+    def on_new_model(self, model: PreTrainedModel) -> None:
+        """Called by trainers of this package whenever `model_init` has made a model."""
         _require_thresholds(model, "StageSwitchCallback").values.requires_grad_(True)
         model.config.token_prune_stage = "switching"
 

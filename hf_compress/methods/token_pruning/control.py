@@ -10,8 +10,9 @@ import torch
 from scipy.optimize import brentq
 from transformers import PreTrainedModel
 
-from hf_compress.core.calibration import accepted_arguments
+from hf_compress.core.calibration import base_inputs
 from hf_compress.core.layers import STATE, LiveTokens
+from hf_compress.core.modes import evaluating
 from hf_compress.methods.token_pruning.modeling import thresholds_of
 from hf_compress.methods.token_pruning.training import measures
 
@@ -29,12 +30,9 @@ def relative_macs(model: PreTrainedModel, batch: dict[str, Any]) -> float:
         model: With token pruning; is left in the mode it had.
         batch: Model inputs; labels are ignored.
     """
-    training, core = model.training, model.base_model
-    model.eval()
-    state = LiveTokens()
-    inputs = {k: v.to(core.device) for k, v in accepted_arguments(core, batch).items() if torch.is_tensor(v)}
-    core(**inputs, **{STATE: state})
-    model.train(training)
+    state = LiveTokens(whole=True)
+    with evaluating(model):
+        model.base_model(**base_inputs(model, batch), **{STATE: state})
     macs, dense = measures(model, state)["relative_macs"]
     return float(macs / dense)
 

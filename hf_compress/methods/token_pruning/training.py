@@ -81,7 +81,7 @@ def measures(model: PreTrainedModel, state: LiveTokens) -> dict[str, tuple[Tenso
     """Multiply-accumulates and kept tokens against those of the unpruned model on the same real lengths."""
     if not state.attended or state.soft:
         return {}
-    blocks = blocks_of(model)
+    blocks = blocks_of(model, adapted=True)
     macs, dense = (by_layer.sum() for by_layer in live_macs(blocks, state))
     initial = state.attended[0].sum()
     kept = torch.stack([state.fed[block.index].sum() for block in blocks]).sum()

@@ -4,6 +4,7 @@ from hf_compress.core.method import Method, Paper
 from hf_compress.methods.weight_pruning.acceleration import Acceleration as Acceleration
 from hf_compress.methods.weight_pruning.acceleration import accelerate_for_inference as accelerate_for_inference
 from hf_compress.methods.weight_pruning.callbacks import WeightPruningCallback as WeightPruningCallback
+from hf_compress.methods.weight_pruning.callbacks import keep_zeros
 from hf_compress.methods.weight_pruning.config import NAME
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig as WeightPruningConfig
 from hf_compress.methods.weight_pruning.modeling import check, compress
@@ -18,6 +19,7 @@ METHOD = Method(
     rebuild=rebuild,
     check=check,
     plain=plain,
+    training_callback=keep_zeros,
     paper=Paper(
         title="SNIP: Single-shot Network Pruning based on Connection Sensitivity",
         identifier="1810.02340",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.core.calibration import accepted_arguments, require_data
+from hf_compress.core.calibration import on_device, require_data
+from hf_compress.core.modes import evaluating
 from hf_compress.methods.weight_pruning.calibrated import check_linear, reconstruct_, wanda_scores
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA, accumulate
@@ -176,32 +177,29 @@ def _scores_of_data(
     """Scores from backward passes over labelled data; layers that the loss does not reach have none."""
     weights = [layer.weight for _, layer in layers]
     trainable = [weight.requires_grad for weight in weights]
-    was_training = model.training
     scores: dict[Layer, Tensor] = {}
     sums: dict[Layer, Tensor] = {}
-    model.eval()
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        for batch in data:
-            inputs = {k: v.to(model.device) for k, v in accepted_arguments(model, batch).items() if torch.is_tensor(v)}
-            loss = getattr(model(**inputs), "loss", None)
-            if loss is None:
-                raise ValueError(
-                    f"data must hold labels with criterion={layers[0][0].criterion!r}, got {sorted(batch)}."
-                )
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-            for (config, layer), gradient in zip(layers, gradients, strict=True):
-                if gradient is None:
-                    continue
-                if config.criterion == "snip_momentum":
-                    scores[layer] = step_scores(config, layer, gradient, scores.get(layer))
-                else:
-                    sums[layer] = gradient if layer not in sums else sums[layer] + gradient
+        with evaluating(model):
+            for batch in data:
+                loss = getattr(model(**on_device(model, batch)), "loss", None)
+                if loss is None:
+                    raise ValueError(
+                        f"data must hold labels with criterion={layers[0][0].criterion!r}, got {sorted(batch)}."
+                    )
+                gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+                for (config, layer), gradient in zip(layers, gradients, strict=True):
+                    if gradient is None:
+                        continue
+                    if config.criterion == "snip_momentum":
+                        scores[layer] = step_scores(config, layer, gradient, scores.get(layer))
+                    else:
+                        sums[layer] = gradient if layer not in sums else sums[layer] + gradient
     finally:
         for weight, flag in zip(weights, trainable, strict=True):
             weight.requires_grad_(flag)
-        model.train(was_training)
     if not (scores or sums):
         raise ValueError("data must hold at least one batch whose loss depends on the layers to prune, got none.")
     for config, layer in layers:

@@ -1,0 +1,92 @@
+"""Weights that stay zero whatever an optimizer does to them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_compress.core.architectures import base_of
+from hf_compress.core.record import record_of
+from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
+from hf_compress.methods.weight_pruning.groups import Layer, groups_of
+
+
+logger = logging.getLogger(__name__)
+
+# Integers of the size of a weight.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Zeros:
+    """Which weights of some layers are to be zero."""
+
+    def __init__(self) -> None:
+        self._kept_bits: dict[Layer, Tensor] = {}
+
+    def hold(self, layer: Layer, mask: Tensor) -> None:
+        """From now on a layer's weights are zero where the mask, of the weight's shape, is True."""
+        self._kept_bits[layer] = (~mask).to(_BITS[layer.weight.element_size()]).neg_()
+
+    def enforce(self) -> None:
+        # All bits of what stays, none of what goes: ten times as fast as `masked_fill_` on the CPU, and 0 times NaN or
+        # a negative number is a plain zero, too.
+        for layer, bits in self._kept_bits.items():
+            layer.weight.data.view(bits.dtype).bitwise_and_(bits)
+
+
+class HeldZerosCallback(TrainerCallback):
+    """Keeps the zeros of a model that went through weight pruning, while it is trained for something else.
+
+    Trainers of this package add it by themselves unless a `WeightPruningCallback` decides anew what is pruned.
+
+    Example:
+        >>> # Trainer(pruned_model, args, train_dataset=..., callbacks=[HeldZerosCallback()]).train()
+    """
+
+    def __init__(self) -> None:
+        self._zeros = Zeros()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._zeros, core = Zeros(), base_of(model)
+        for layer in _pruned_layers(core):
+            mask = layer.weight.detach() == 0
+            if layer.weight.requires_grad and bool(mask.any()):
+                self._zeros.hold(layer, mask)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._zeros.enforce()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._zeros = Zeros()
+
+
+def _pruned_layers(model: nn.Module) -> Iterable[Layer]:
+    """The layers that the weight pruning steps of a model's record chose from."""
+    found: dict[str, Layer] = {}
+    for step in record_of(model.config)["steps"]:
+        if step["method"] != NAME:
+            continue
+        try:
+            groups = groups_of(model, WeightPruningConfig(**{k: v for k, v in step.items() if k != "method"}))
+        except ValueError as error:
+            # A later step may have taken away what this one speaks of.
+            logger.warning("Zeros of weight pruning cannot be held any more: %s", error)
+            continue
+        found.update((layer.name, layer) for group in groups for layer in group.layers)
+    return found.values()
