@@ -16,6 +16,7 @@ _EXPORTS = {
     "Cost": "hf_compress.core.cost",
     "DistillationArguments": "hf_compress.training.arguments",
     "DistillationTrainer": "hf_compress.training.distillation",
+    "HeldZerosCallback": "hf_compress.methods.weight_pruning",
     "JointTeacherArguments": "hf_compress.training.arguments",
     "JointTeacherTrainer": "hf_compress.training.guided",
     "LinformerConfig": "hf_compress.methods.linformer",

@@ -7,7 +7,13 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification, BertConfig, TrainingArguments
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 import hf_compress as hc
 from hf_compress.core.modes import evaluating
@@ -33,7 +39,7 @@ def train(tokenizer, rows, tmp_path):
 
     def make(kind=hc.CompressionTrainer, callbacks=None, steps=4, **kwargs):
         settings = {**QUIET, "max_steps": steps, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
-        args = TrainingArguments if kind is hc.CompressionTrainer else hc.DistillationArguments
+        args = hc.DistillationArguments if kind is hc.DistillationTrainer else TrainingArguments
         trainer = kind(
             args=args(str(tmp_path / "out"), **settings), train_dataset=rows, eval_dataset=rows[:16],
             processing_class=tokenizer, callbacks=callbacks, **kwargs,
@@ -131,12 +137,14 @@ def test_every_evaluation_has_its_own_terms(model, train, rows):
     assert len(trainer._terms["train"]["task"]) == 1
 
 
-@pytest.mark.parametrize("kind", [hc.CompressionTrainer, hc.DistillationTrainer])
+@pytest.mark.parametrize("kind", [hc.CompressionTrainer, hc.DistillationTrainer, Trainer])
 def test_zeros_survive_another_training(model, train, kind):
     config = hc.WeightPruningConfig(pattern="2:4", target_sparsity=0.5, criterion="magnitude")
     student = hc.compress(model("bert", HEAD), config)
     before = copy.deepcopy(student.state_dict())
     teacher = {"teacher_model": model("bert", HEAD)} if kind is hc.DistillationTrainer else {}
+    if kind is Trainer:
+        teacher["callbacks"] = [hc.HeldZerosCallback()]
     trainer = train(kind=kind, model=student, **teacher)
     pruned = 0
     for name, parameter in student.named_parameters():
@@ -147,7 +155,8 @@ def test_zeros_survive_another_training(model, train, kind):
             if bool(zero.any()):
                 assert not torch.equal(parameter.detach(), before[name]), name
     assert pruned > 1000
-    assert not any("HeldZeros" in type(x).__name__ for x in trainer.callback_handler.callbacks)
+    added = [x for x in trainer.callback_handler.callbacks if isinstance(x, hc.HeldZerosCallback)]
+    assert len(added) == (kind is Trainer)
 
 
 def test_a_pruning_callback_decides_anew(model, train):

@@ -10,6 +10,7 @@ from hf_compress.methods.weight_pruning.config import WeightPruningConfig as Wei
 from hf_compress.methods.weight_pruning.modeling import check, compress
 from hf_compress.methods.weight_pruning.slimming import plain, rebuild
 from hf_compress.methods.weight_pruning.slimming import slim as slim
+from hf_compress.methods.weight_pruning.zeros import HeldZerosCallback as HeldZerosCallback
 
 
 METHOD = Method(

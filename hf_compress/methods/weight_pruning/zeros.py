@@ -45,7 +45,7 @@ class HeldZerosCallback(TrainerCallback):
     Trainers of this package add it by themselves unless a `WeightPruningCallback` decides anew what is pruned.
 
     Example:
-        >>> # Trainer(pruned_model, args, train_dataset=..., callbacks=[HeldZerosCallback()]).train()
+        >>> held = HeldZerosCallback()   # Trainer(pruned_model, args, train_dataset=..., callbacks=[held]).train()
     """
 
     def __init__(self) -> None:
