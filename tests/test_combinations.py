@@ -132,7 +132,7 @@ def test_every_evaluation_has_its_own_terms(model, train, rows):
     assert both["eval_short_relative_macs"] == alone["eval_relative_macs"]
     assert both["eval_long_relative_macs"] == predicted["test_relative_macs"] != alone["eval_relative_macs"]
     # A test during training neither takes nor gives the training's averages.
-    trainer._terms["train"]["task"].append(torch.tensor(5.0))
+    trainer._note("train", "task", torch.tensor(5.0))
     assert "loss/task" not in trainer.evaluate(metric_key_prefix="test")
     assert len(trainer._terms["train"]["task"]) == 1
 

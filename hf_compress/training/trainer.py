@@ -170,11 +170,13 @@ class CompressionTrainer(Trainer):
         if model.training or len(terms) > 1:
             # As `Trainer` weighs losses: steps of a training alike, batches of an evaluation by their examples.
             weight = 1 if model.training else find_batch_size(inputs) or 1
-            buffer = self._terms["train" if model.training else "eval"]
             for name, value in terms.items():
-                value = value.detach()
-                buffer[name].append(torch.stack([value * weight, torch.full_like(value, weight)]))
+                self._note("train" if model.training else "eval", name, value.detach(), weight)
         return (loss, outputs) if return_outputs else loss
+
+    def _note(self, mode: str, name: str, value: Tensor, weight: int = 1) -> None:
+        """Remember a term of the loss for the next entry of the log."""
+        self._terms[mode][name].append(torch.stack([value * weight, torch.full_like(value, weight)]))
 
     def _not_finite(self, terms: Mapping[str, float]) -> None:
         listed = ", ".join(f"{name} {value:g}" for name, value in terms.items())
