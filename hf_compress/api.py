@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.core.calibration import require_data
 from hf_compress.core.method import Method, MethodConfig
-from hf_compress.core.record import append_step, record_of
+from hf_compress.core.record import append_step, quantized_by_another, record_of
 from hf_compress.methods import METHODS
 
 
@@ -136,7 +136,8 @@ def apply_implied(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: If such a field has an impossible value or the model cannot be changed so.
     """
-    done = [step["method"] for step in steps_of(model)]
+    foreign = quantized_by_another(model.config)
+    done = [] if foreign else [step["method"] for step in steps_of(model)]
     for method in METHODS.values():
         wanted = method.implied(model.config) if method.implied and method.name not in done else None
         if wanted is not None:

@@ -258,3 +258,20 @@ def test_structured_pruning_says_that_it_fills_zeros(model, batches, caplog):
     sparse = hc.compress(model("bert", HEAD), config)
     hc.compress(sparse, hc.StructuredPruningConfig(mac_ratio=0.7), data=batches(sparse.config))
     assert "fills zeros of the output projections again" in caplog.text
+
+
+@ADAPTERS
+def test_models_quantised_by_others_still_teach_and_learn(model, train):
+    other = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    teacher, student = model("bert", HEAD), model("bert", HEAD)
+    teacher.config.quantization_config = student.config.quantization_config = other
+    trainer = train(kind=hc.DistillationTrainer, model=get_peft_model(student, LORA), teacher_model=teacher)
+    assert trainer.state.global_step == 4
+    assert trainer._methods == []
+
+
+def test_terms_of_half_precision_do_not_overflow(model, train):
+    trainer = train(model=model("bert", HEAD), steps=1)
+    for _ in range(2):
+        trainer._note("eval", "task", torch.tensor(2000.0, dtype=torch.float16), 64)
+    assert trainer._averages("eval", "eval_", "eval_") == {"eval_loss/task": 2000.0}

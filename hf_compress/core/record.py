@@ -72,6 +72,13 @@ def record_of(config: PretrainedConfig) -> dict[str, Any]:
     return record
 
 
+def quantized_by_another(config: PretrainedConfig) -> bool:
+    """Whether the model was quantised by another package, so that its config has no room for a record of ours."""
+    found = getattr(config, "quantization_config", None)
+    kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return found is not None and kind != QUANT_METHOD
+
+
 def append_step(
     config: PretrainedConfig, method: str, completed: MethodConfig, *, instead_of_last: bool = False
 ) -> None:

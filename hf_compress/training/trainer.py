@@ -23,6 +23,7 @@ from hf_compress.api import apply_implied, steps_of
 from hf_compress.core.architectures import base_of
 from hf_compress.core.layers import STATE, LiveTokens
 from hf_compress.core.method import Method
+from hf_compress.core.record import quantized_by_another
 from hf_compress.core.saving import complete_or_absent
 from hf_compress.methods import METHODS
 
@@ -102,8 +103,8 @@ class CompressionTrainer(Trainer):
         """Find out which methods made the model; flat fields written into its config by hand are applied first."""
         self._methods: list[Method] = []
         core = base_of(model)
-        if isinstance(core, PreTrainedModel):
-            names = [step["method"] for step in steps_of(apply_implied(core))]
+        if isinstance(core, PreTrainedModel) and not quantized_by_another(apply_implied(core).config):
+            names = [step["method"] for step in steps_of(core)]
             self._methods = [METHODS[name] for name in dict.fromkeys(names)]
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -176,6 +177,7 @@ class CompressionTrainer(Trainer):
 
     def _note(self, mode: str, name: str, value: Tensor, weight: int = 1) -> None:
         """Remember a term of the loss for the next entry of the log."""
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
         self._terms[mode][name].append(torch.stack([value * weight, torch.full_like(value, weight)]))
 
     def _not_finite(self, terms: Mapping[str, float]) -> None:
@@ -201,7 +203,8 @@ class CompressionTrainer(Trainer):
         found = {}
         for prefix, buffer in ((f"{loss_prefix}loss/", self._terms[mode]), (measure_prefix, self._measures[mode])):
             for name, pairs in buffer.items():
-                sums = torch.stack(pairs).double().sum(0)
+                # Not every accelerator has double precision.
+                sums = torch.stack(pairs).cpu().double().sum(0)
                 if self.args.world_size > 1:
                     sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
                 amount, reference = sums.tolist()
