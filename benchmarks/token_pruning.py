@@ -30,6 +30,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--targets", type=float, nargs="*", default=[0.6, 0.4], help="Relative MACs, for learned.")
     parser.add_argument("--keep_rates", type=float, nargs="*", default=[0.3, -0.2])
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.008, 0.012])
+    parser.add_argument("--ramps", type=float, nargs="*", default=[], help="Relative MACs, for the initial ramp.")
     parser.add_argument("--reference_length", type=int, default=128)
     parser.add_argument("--threshold_learning_rate", type=float, default=2e-4)
     parser.add_argument("--no_teacher", action="store_true")
@@ -86,6 +87,7 @@ def main() -> None:
     rate = {"threshold_learning_rate": args.threshold_learning_rate}
     variants = {
         **{f"learned/{x}": {"target_relative_macs": x, **rate} for x in args.targets},
+        **{f"ramp/{x}": {"target_relative_macs": x, "soft_fraction": 0.0} for x in args.ramps},
         **{f"topk/{x}": {"prune_mode": "topk", "token_keep_rate": x} for x in args.keep_rates},
         **{f"manual/{x}": {"final_token_threshold": x, "soft_fraction": 0.0} for x in args.thresholds},
     }

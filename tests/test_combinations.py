@@ -18,6 +18,7 @@ from transformers import (
 import hf_compress as hc
 from hf_compress.core.modes import evaluating
 from hf_compress.stages.models import open_classifier
+from hf_compress.training.averages import Averages
 from hf_compress.training.teachers import open_snapshot
 
 
@@ -132,9 +133,11 @@ def test_every_evaluation_has_its_own_terms(model, train, rows):
     assert both["eval_short_relative_macs"] == alone["eval_relative_macs"]
     assert both["eval_long_relative_macs"] == predicted["test_relative_macs"] != alone["eval_relative_macs"]
     # A test during training neither takes nor gives the training's averages.
-    trainer._note("train", "task", torch.tensor(5.0))
-    assert "loss/task" not in trainer.evaluate(metric_key_prefix="test")
-    assert len(trainer._terms["train"]["task"]) == 1
+    trainer.averages["train"].add("loss/task", torch.tensor(5.0))
+    metrics = trainer.evaluate(metric_key_prefix="test")
+    assert "loss/task" not in metrics
+    assert metrics["test_loss/task"] == alone["eval_loss/task"]
+    assert trainer.averages["train"].take()["loss/task"] == 5
 
 
 @pytest.mark.parametrize("kind", [hc.CompressionTrainer, hc.DistillationTrainer, Trainer])
@@ -270,8 +273,8 @@ def test_models_quantised_by_others_still_teach_and_learn(model, train):
     assert trainer._methods == []
 
 
-def test_terms_of_half_precision_do_not_overflow(model, train):
-    trainer = train(model=model("bert", HEAD), steps=1)
+def test_averages_of_half_precision_do_not_overflow():
+    seen = Averages()
     for _ in range(2):
-        trainer._note("eval", "task", torch.tensor(2000.0, dtype=torch.float16), 64)
-    assert trainer._averages("eval", "eval_", "eval_") == {"eval_loss/task": 2000.0}
+        seen.add("task", torch.tensor(2000.0, dtype=torch.float16), weight=64)
+    assert seen.take() == {"task": 2000.0}

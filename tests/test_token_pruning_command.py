@@ -154,6 +154,17 @@ def test_a_model_that_drops_tokens_already(inside):
     assert not torch.equal(after.classifier.weight, before.classifier.weight)
 
 
+def test_a_ramp_scaled_to_a_target(inside):
+    line = f"{PRUNE} {TRAIN} --soft_fraction 0 --final_token_threshold 0.3 --target_relative_macs 0.75"
+    assert main(f"{line} --save_strategy no".split()) == 0
+    found = thresholds_of(reopened("out")).values
+    start = thresholds_of(hc.compress(reopened("model"), hc.TokenPruningConfig(final_token_threshold=0.3))).values
+    torch.testing.assert_close(found / found[-1], start / start[-1])
+    assert not torch.equal(found, start)
+    results = json.loads(Path("out/results.json").read_text())
+    assert results["eval_relative_macs"] == pytest.approx(0.75, abs=0.04)  # Scaled on training rows.
+
+
 def test_an_interrupted_command_goes_on(inside, monkeypatch):
     line = f"{PRUNE} {TRAIN} {LEARNED} --target_relative_macs 0.6"
     assert main(f"{line} --save_strategy no".replace("dir out", "dir whole").split()) == 0
@@ -204,8 +215,8 @@ CASES = [
     (f"{PRUNE} --target_relative_macs 1.5", r"target_relative_macs must be in \(0, 1\], got 1.5"),
     (f"{PRUNE} --target_relative_macs nan", r"target_relative_macs must be in \(0, 1\], got nan"),
     (f"{PRUNE} --target_relative_macs half", "target_relative_macs.*'half'"),
-    (f"{TOPK} --target_relative_macs 0.6", "target_relative_macs must go with learned thresholds.*got 0.6"),
-    (f"{MANUAL} --target_relative_macs 0.6", "target_relative_macs must go with learned thresholds.*got 0.6"),
+    (f"{TOPK} --target_relative_macs 0.6", "target_relative_macs must go with prune_mode='absolute_thresh.*got 0.6"),
+    (f"{MANUAL} --threshold_learning_rate 1e-3", "threshold_learning_rate must go with learned thresholds"),
     (f"{TOPK} --threshold_learning_rate 1e-3", "threshold_learning_rate must go with learned thresholds"),
     (f"{PRUNE} --threshold_learning_rate -1", "threshold_learning_rate must not be negative, got -1"),
     (f"{PRUNE} --threshold_learning_rate nan", "threshold_learning_rate must not be negative, got nan"),
@@ -224,7 +235,8 @@ CASES = [
     (PRUNE.replace("path model", "path gpt2"), "must be an encoder of type|model_type must be one of"),
     (PRUNE.replace("path model", "path linear"), "softmax attention, got a replaced one in layer 0"),
     (PRUNE.replace("path model", "path three"), "3 labels, the task 'data' has 2"),
-    (PRUNE.replace("path model", "path pruned") + " --target_relative_macs 0.6", "target_relative_macs must go with"),
+    (PRUNE.replace("path model", "path pruned") + " --prune_mode topk", "prune_mode must be 'absolute_threshold' or"),
+    (PRUNE.replace("path model", "path pruned") + " --score_norm live", "score_norm must be 'reference' or left out"),
     (f"{PRUNE} --resume_from_checkpoint hard/checkpoint-2", "resume_from_checkpoint must be of the soft stage, got"),
     (f"{MANUAL} --resume_from_checkpoint soft/checkpoint-2", "resume_from_checkpoint must be of the hard stage, got"),
     (f"{PRUNE} --resume_from_checkpoint model", "resume_from_checkpoint must be true or a checkpoint folder"),

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PretrainedConfig, TrainingArguments
 
 from hf_compress.api import compress, steps_of
 from hf_compress.methods.token_pruning import TokenPruningConfig
@@ -24,9 +24,9 @@ class TokenPruningArguments:
 
     Args:
         prune_mode, final_token_threshold, token_keep_rate, threshold_ramp, score_norm, score_reference_length: Of
-            `TokenPruningConfig`; ignored for a model that prunes tokens already.
+            `TokenPruningConfig`; a model that prunes tokens already keeps its own and refuses others.
         soft_fraction: Part of the updates that learns thresholds; the rest trains under real pruning. 0: thresholds
-            stay as they are (`topk` has none).
+            keep the shape they have (`topk` has none).
         temperature_start, temperature_end: Of the soft stage.
         lambda_threshold, lambda_warmup, target_relative_macs, threshold_learning_rate: Of
             `ThresholdAnnealingCallback`.
@@ -74,6 +74,16 @@ class TokenPruningArguments:
         )
 
 
+def _require_same(config: PretrainedConfig, pruning: TokenPruningArguments) -> None:
+    for field_ in dataclasses.fields(pruning):
+        asked = getattr(pruning, field_.name)
+        if field_.name in TokenPruningConfig.flat and asked not in (field_.default, getattr(config, field_.name)):
+            raise ValueError(
+                f"{field_.name} must be {getattr(config, field_.name)!r} or left out for a model that prunes tokens "
+                f"already, got {asked!r}."
+            )
+
+
 def prune_tokens(
     model_args: ModelArguments, pruning: TokenPruningArguments, data: DataArguments, args: TrainingArguments
 ) -> dict[str, Any]:
@@ -93,7 +103,9 @@ def prune_tokens(
     """
     task, tokenizer, model, rows = prepare(model_args, data, args.seed)
     config = pruning.config()
-    if "token_pruning" not in [step["method"] for step in steps_of(model)]:
+    if "token_pruning" in [step["method"] for step in steps_of(model)]:
+        _require_same(model.config, pruning)
+    else:
         compress(model, config)
     shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
     uses_teacher = pruning.teacher_name_or_path is not None
@@ -105,13 +117,17 @@ def prune_tokens(
         add_teacher_columns(common, task, data, pruning.teacher_name_or_path)
     callbacks = []
     learns = model.config.masking_mode == "soft"
-    for name in () if learns else ("target_relative_macs", "threshold_learning_rate"):
-        if getattr(pruning, name) is not None:
-            raise ValueError(
-                f"{name} must go with learned thresholds (prune_mode='absolute_threshold', soft_fraction above 0, a "
-                f"model whose thresholds are not fixed yet), got {getattr(pruning, name)}."
-            )
-    if learns:
+    if pruning.threshold_learning_rate is not None and not learns:
+        raise ValueError(
+            "threshold_learning_rate must go with learned thresholds (prune_mode='absolute_threshold', soft_fraction "
+            f"above 0, a model whose thresholds are not fixed yet), got {pruning.threshold_learning_rate}."
+        )
+    if pruning.target_relative_macs is not None and model.config.prune_mode == "topk":
+        raise ValueError(
+            "target_relative_macs must go with prune_mode='absolute_threshold', got "
+            f"{pruning.target_relative_macs}; token_keep_rate says what 'topk' leaves."
+        )
+    if learns or pruning.target_relative_macs is not None:
         callbacks.append(
             ThresholdAnnealingCallback(
                 temperature_start=pruning.temperature_start,
@@ -122,6 +138,7 @@ def prune_tokens(
                 learning_rate=pruning.threshold_learning_rate,
             )
         )
+    if learns:
         callbacks.append(StageSwitchCallback(pruning.soft_fraction))
     trainer = DistillationTrainer(teacher_model=teacher, callbacks=callbacks, **common)
     return run(trainer, model, tokenizer, arguments)

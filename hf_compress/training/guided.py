@@ -72,7 +72,7 @@ class JointTeacherTrainer(DistillationTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self._teacher is not None and (seen := self._teacher.take_loss()) is not None:
-            self._note("train", "teacher", seen)
+            self.averages["train"].add("loss/teacher", seen)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

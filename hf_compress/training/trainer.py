@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -26,52 +25,13 @@ from hf_compress.core.method import Method
 from hf_compress.core.record import quantized_by_another
 from hf_compress.core.saving import complete_or_absent
 from hf_compress.methods import METHODS
+from hf_compress.training.averages import Averages
+from hf_compress.training.gaps import EpochOrder, ExtraGradients
 
 
 logger = logging.getLogger(__name__)
 
 _STAGING = ".incomplete"
-
-
-class _ExtraGradients(TrainerCallback):
-    """Clips and clears the gradients of parameters outside the model: `Trainer` does so for the model alone."""
-
-    def __init__(self, trainer: CompressionTrainer) -> None:
-        self.trainer = trainer
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.trainer.extra_parameter_groups() for p in group["params"]]
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.max_grad_norm > 0 and (parameters := self._parameters()):
-            torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for parameter in self._parameters():
-            parameter.grad = None
-
-
-class _EpochOrder(TrainerCallback):
-    """Repeats the order of the examples when training goes on in the middle of an epoch.
-
-    `train_sampling_strategy="group_by_length"` draws it from torch's own random numbers, whose state at the epoch's
-    beginning `Trainer` does not save: resumed in any epoch but the first, it would see other batches.
-    """
-
-    def __init__(self) -> None:
-        self.state: Tensor | None = None
-        self.resumed: Path | None = None
-
-    @staticmethod
-    def file(args: Any) -> str:
-        return f"epoch_rng_state_{args.process_index}.pth"
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Where the checkpoint is one of an epoch's end, `Trainer` sets the right state after this.
-        if self.resumed is not None and (file := self.resumed / self.file(args)).exists():
-            torch.set_rng_state(torch.load(file, weights_only=True))
-        self.resumed = None
-        self.state = torch.get_rng_state()
 
 
 class CompressionTrainer(Trainer):
@@ -91,13 +51,12 @@ class CompressionTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # The same for releases before that attribute, which ask the model's signature only.
         self.model_accepts_loss_kwargs = False
-        self._terms: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._measures: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self.averages = {mode: Averages() for mode in ("train", "eval")}
         self._evaluates = False
         self._checkpoint_root: str | None = None
-        self._epoch_order = _EpochOrder()
+        self._epoch_order = EpochOrder()
         self.add_callback(self._epoch_order)
-        self.add_callback(_ExtraGradients(self))
+        self.add_callback(ExtraGradients(self.extra_parameter_groups))
 
     def _adopt(self, model: Any) -> None:
         """Find out which methods made the model; flat fields written into its config by hand are applied first."""
@@ -159,11 +118,13 @@ class CompressionTrainer(Trainer):
         watched = [method for method in self._methods if method.loss_terms or method.measures]
         terms, outputs = self.loss_terms(model, {**inputs, STATE: state} if watched else inputs)
         core = base_of(self.accelerator.unwrap_model(model))
+        seen = self.averages["train" if model.training else "eval"]
+        measure_prefix = "prune/" if model.training else ""
         for method in watched:
             if method.loss_terms is not None and model.training:
                 terms = {**terms, **method.loss_terms(core, state)}
             for name, parts in (method.measures(core, state) if method.measures else {}).items():
-                self._measures["train" if model.training else "eval"][name].append(torch.stack(parts).detach())
+                seen.add_quotient(f"{measure_prefix}{name}", *parts)
         loss = torch.stack(list(terms.values())).sum()
         # On an accelerator this would wait for the device at every step; there `log` checks the averages.
         if loss.device.type == "cpu" and not torch.isfinite(loss):
@@ -172,13 +133,8 @@ class CompressionTrainer(Trainer):
             # As `Trainer` weighs losses: steps of a training alike, batches of an evaluation by their examples.
             weight = 1 if model.training else find_batch_size(inputs) or 1
             for name, value in terms.items():
-                self._note("train" if model.training else "eval", name, value.detach(), weight)
+                seen.add(f"loss/{name}", value, weight)
         return (loss, outputs) if return_outputs else loss
-
-    def _note(self, mode: str, name: str, value: Tensor, weight: int = 1) -> None:
-        """Remember a term of the loss for the next entry of the log."""
-        value = value.to(torch.promote_types(value.dtype, torch.float32))
-        self._terms[mode][name].append(torch.stack([value * weight, torch.full_like(value, weight)]))
 
     def _not_finite(self, terms: Mapping[str, float]) -> None:
         listed = ", ".join(f"{name} {value:g}" for name, value in terms.items())
@@ -189,7 +145,7 @@ class CompressionTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not self._evaluates:
-            logs.update(self._averages("train", "", "prune/"))
+            logs.update(self.averages["train"].take(self.accelerator))
             # Loggers were registered before a user's callbacks: what those add in `on_log` would come too late.
             for callback in self.callback_handler.callbacks:
                 logs.update(getattr(callback, "logged_values", dict)())
@@ -197,20 +153,6 @@ class CompressionTrainer(Trainer):
         if any(not torch.isfinite(torch.tensor(value)) for value in terms.values()):
             self._not_finite(terms)
         super().log(logs, start_time)
-
-    def _averages(self, mode: str, loss_prefix: str, measure_prefix: str) -> dict[str, float]:
-        """What was seen since the last call; one synchronisation for each number, none for each step."""
-        found = {}
-        for prefix, buffer in ((f"{loss_prefix}loss/", self._terms[mode]), (measure_prefix, self._measures[mode])):
-            for name, pairs in buffer.items():
-                # Not every accelerator has double precision.
-                sums = torch.stack(pairs).cpu().double().sum(0)
-                if self.args.world_size > 1:
-                    sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
-                amount, reference = sums.tolist()
-                found[f"{prefix}{name}"] = round(amount / max(reference, 1e-12), 6)
-            buffer.clear()
-        return found
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`; loss terms and measures come under the prefix of this evaluation."""
@@ -229,10 +171,10 @@ class CompressionTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """Every evaluation and prediction has its own averages of loss terms and measures among its metrics."""
-        self._terms["eval"].clear()
-        self._measures["eval"].clear()
+        self.averages["eval"].clear()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        output.metrics.update(self._averages("eval", f"{metric_key_prefix}_", f"{metric_key_prefix}_"))
+        found = self.averages["eval"].take(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
     def extra_parameter_groups(self) -> list[dict[str, Any]]:
@@ -302,8 +244,7 @@ class CompressionTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self._epoch_order.state is not None:
-            torch.save(self._epoch_order.state, Path(output_dir, _EpochOrder.file(self.args)))
+        self._epoch_order.save(output_dir, self.args)
 
     def _get_output_dir(self, trial: Any) -> str:
         root = super()._get_output_dir(trial)

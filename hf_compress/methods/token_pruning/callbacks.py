@@ -35,10 +35,12 @@ class ThresholdAnnealingCallback(TrainerCallback):
         temperature_start, temperature_end: Ends of a geometric schedule over the training; None leaves the config's.
         lambda_threshold: Weight of the regulariser.
         lambda_warmup: Fraction of the training over which it rises from 0.
-        target_relative_macs: When given, lambda is what a proportional-integral controller makes of the distance to
-            it, on top of `lambda_threshold`; it may become negative. What the soft stage leaves of the distance is
-            taken away by one factor on all thresholds, at every measurement of the hard stage and at the end of the
-            training, where the distance is above 0.01.
+        target_relative_macs: When given, every measurement takes the distance to it away by one factor on all
+            thresholds (in both stages and at the end of the training, where the distance is above 0.01), so that what
+            is learned is what the layers' thresholds are to each other. In the soft stage lambda is what a
+            proportional-integral controller makes of the distances that were found, on top of `lambda_threshold`: it
+            becomes the weight at which nothing is left to take away, and may be negative. In a model of the hard stage
+            thresholds keep the shape that they have, the initial ramp for instance.
         gain: Of the controller: lambda for a distance of 1.
         integral_gain: Added to the integral of the distance at every measurement.
         measure_every: Updates between measurements.
@@ -142,14 +144,13 @@ class ThresholdAnnealingCallback(TrainerCallback):
             return
         if state.global_step % self.measure_every:
             return
-        if model.config.masking_mode == "hard":
-            self._scale(model, state.global_step)
-        else:
+        if model.config.masking_mode == "soft":
             distance = relative_macs(model, self._probe) - self.target_relative_macs
             # Both live in buffers, so that a resumed run steers on from where it was.
             thresholds.integral += self.integral_gain * distance
             steered = self.lambda_threshold + self.gain * distance + float(thresholds.integral)
             thresholds.weight.fill_(warm * steered)
+        self._scale(model, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
