@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,3 +23,9 @@ def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
 def commit() -> str:
     """The short hash of the checkout in the working directory."""
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def allocator() -> dict[str, str]:
+    """The variables that were set for how the C library keeps freed memory: long CPU batches depend on them."""
+    names = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
+    return {name: os.environ[name] for name in names if name in os.environ}

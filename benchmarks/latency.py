@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from header import arguments_of, commit
+from header import allocator, arguments_of, commit
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -119,7 +119,7 @@ def main() -> None:
                 "commit": commit(),
                 "seq_len": seq_len,
                 "baseline": baseline,
-                "environment": place,
+                "environment": {**place, "allocator": allocator()},
                 "models": results,
             },
         )

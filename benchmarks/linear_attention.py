@@ -16,7 +16,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from header import arguments_of, commit
+from header import allocator, arguments_of, commit
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as transformers_logging
 
@@ -113,7 +113,7 @@ def main() -> None:
                 print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     header = {
         "arguments": arguments_of(args), "commit": commit(), "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "allocator": allocator(),
         "memory": timed[0].memory_kind,
     }  # fmt: skip
     if args.out:
