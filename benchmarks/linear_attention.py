@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 import time
 
 import torch
 import torch.nn.functional as F
 from header import allocator, arguments_of, commit
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
@@ -42,38 +43,38 @@ def parse() -> argparse.Namespace:
 
 
 def core_seconds(
-    model, dense_heads: int, length: int, batch: int, repeats: int, device: str
-) -> dict[str, list[float]]:
-    """Seconds of the dense core and of each linear one, in turns."""
-    width = blocks_of(next(iter(model.values())))[0].attention_out.in_features
-    query, key, value = (
-        torch.randn(batch, length, dense_heads, width // dense_heads, device=device).transpose(1, 2) for _ in range(3)
-    )
-    scaling = query.shape[-1] ** -0.5
+    models: dict[str, PreTrainedModel], dense_heads: int, lengths: list[int], batch: int, repeats: int, device: str
+) -> dict[tuple[str, int], list[float]]:
+    """Seconds of the dense core and of each linear one at every length, all in turns: machines change their speed."""
+    width = blocks_of(next(iter(models.values())))[0].attention_out.in_features
+    calls = {}
+    for length in lengths:
+        states = [
+            torch.randn(batch, length, dense_heads, width // dense_heads, device=device).transpose(1, 2)
+            for _ in range(3)
+        ]
+        scaling = states[0].shape[-1] ** -0.5
 
-    def dense() -> torch.Tensor:
-        return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2).contiguous()
+        def dense(states=states, scaling=scaling) -> torch.Tensor:
+            return F.scaled_dot_product_attention(*states, scale=scaling).transpose(1, 2).contiguous()
 
-    def linear(core, attention):
-        # Projected keys and values come in, so that the same work as in the dense core is timed.
-        core = copy.copy(core)
-        core.deferrable = None
-        return lambda: core(attention, query, key, value, None, scaling, 0.0)[0]
-
-    calls = {"dense": dense}
-    for name, linear_model in model.items():
-        attention = blocks_of(linear_model)[0].attention
-        calls[name] = linear(attention.attention_core, attention)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+        calls["dense", length] = dense
+        for name, linear_model in models.items():
+            attention = blocks_of(linear_model)[0].attention
+            # Projected keys and values come in, so that the same work as in the dense core is timed.
+            core = copy.copy(attention.attention_core)
+            core.deferrable = None
+            calls[name, length] = functools.partial(core, attention, *states, None, scaling, 0.0)
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
     with torch.inference_mode():
         for repeat in range(repeats + 1):
-            for name, call in calls.items():
+            for key, call in calls.items():
                 start = time.perf_counter()
                 call()
                 if device != "cpu":
                     torch.cuda.synchronize()
                 if repeat:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[key].append(time.perf_counter() - start)
     return seconds
 
 
@@ -92,18 +93,23 @@ def main() -> None:
     }
     rows = []
     for batch in args.batch_sizes:
+        cores = core_seconds(models, args.heads, args.lengths, batch, 4 * args.repeats, args.device)
         for length in args.lengths:
-            cores = core_seconds(models, args.heads, length, batch, 4 * args.repeats, args.device)
             ids = torch.randint(5, 1000, (batch, length), device=args.device)
             timed = measure_latency({"dense": dense, **models}, [{"input_ids": ids}], args.repeats, warmup=1)
             ratios = speedups(timed, "dense")
-            for entry, name in zip(timed, cores, strict=True):
+            for entry in timed:
+                name = entry.name
                 slots = None if name == "dense" else int(name.partition("=")[2])
                 model = dense if slots is None else models[name]
-                core_ratio = statistics.median(a / b for a, b in zip(cores["dense"], cores[name], strict=True))
+                mine = cores[name, length]
+                # Against the same length of the dense core, and against half the length of its own.
+                half = cores.get((name, length // 2))
                 row = {
                     "model": name, "batch": batch, "length": length,
-                    "core_ms": 1e3 * statistics.median(cores[name]), "core_speedup": core_ratio,
+                    "core_ms": 1e3 * statistics.median(mine),
+                    "core_speedup": median_ratio(cores["dense", length], mine),
+                    "core_doubling": None if half is None else median_ratio(mine, half),
                     "core_arithmetic": 1.0 if slots is None else length / (2 * slots),
                     "model_ms": 1e3 * entry.p50, "model_speedup": ratios[name].median,
                     "model_arithmetic": hc.count_cost(dense, length).macs / hc.count_cost(model, length).macs,
@@ -120,6 +126,11 @@ def main() -> None:
         write_json(args.out, {"header": header, "rows": rows})
     if args.plot:
         plot(rows, args.plot)
+
+
+def median_ratio(first: list[float], second: list[float]) -> float:
+    """Of what was measured in the same turn."""
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
 def plot(rows: list[dict], file: str) -> None:
