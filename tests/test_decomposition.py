@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from scipy.linalg.interpolative import interp_decomp
 
-from hf_compress.core.calibration import SecondMoments, add_gram_, add_gram_by_blocks_
+from hf_compress.core.moments import SecondMoments, add_gram_, add_gram_by_blocks_
 from hf_compress.methods.structured_pruning.decomposition import (
     CountSketch,
     interpolation_matrix,

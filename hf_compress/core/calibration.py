@@ -7,118 +7,27 @@ Letters: B batch, S padded length, N live tokens, F width of the layer input.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
-from scipy.linalg.blas import dsyrk
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_compress.core.batches import base_inputs, live_tokens
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.modes import evaluating
 
 
 logger = logging.getLogger(__name__)
 
-# Rows in double precision at a time: enough for matrix products near the machine's peak, few enough for its caches.
-_ROWS = 1024
-# Columns a block of the symmetric product; smaller blocks waste less, larger ones run nearer to the machine's peak.
-_BLOCK = 384
-
-
-def forward_names(module: nn.Module) -> list[str]:
-    """The arguments that a module's `forward` names; `**kwargs` does not count as naming."""
-    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return [name for name, entry in inspect.signature(module.forward).parameters.items() if entry.kind not in kinds]
-
-
-def accepted_arguments(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a batch that a module's `forward` names."""
-    named = set(forward_names(module))
-    return {name: value for name, value in batch.items() if name in named}
-
 
 class Statistic(Protocol):
     """Something that eats rows and remembers less."""
 
     def update(self, rows: Tensor) -> None: ...
-
-
-def _in_double(rows: Tensor) -> Iterator[Tensor]:
-    """The rows in double precision, a bounded chunk at a time; each chunk overwrites the one before it.
-
-    A copy of everything would be the largest tensor of the whole run, and fresh memory for every chunk costs as much
-    time as the conversion.
-    """
-    buffer = torch.empty(min(_ROWS, len(rows)), rows.shape[1], dtype=torch.float64, device=rows.device)
-    for chunk in rows.split(_ROWS):
-        yield buffer[: len(chunk)].copy_(chunk)
-
-
-def add_gram_(gram: Tensor, rows: Tensor) -> None:
-    """Add `rows.T @ rows` to the upper triangle of `gram`; what is below it afterwards means nothing.
-
-    Args:
-        gram: [F, F] float64, contiguous.
-        rows: [N, F] float64, on the same device.
-    """
-    if gram.device.type == "cpu":
-        # The symmetric product of BLAS, which torch does not offer, does only the half that is needed. BLAS stores by
-        # columns: to it, both arrays are the transposes of what they are here, and upper is lower.
-        dsyrk(1.0, rows.numpy().T, beta=1.0, c=gram.numpy().T, lower=1, overwrite_c=1)
-    else:
-        add_gram_by_blocks_(gram, rows)
-
-
-def add_gram_by_blocks_(gram: Tensor, rows: Tensor) -> None:
-    """`add_gram_` in general matrix products, for devices that BLAS does not reach."""
-    for start in range(0, gram.shape[0], _BLOCK):
-        block = slice(start, start + _BLOCK)
-        gram[block, start:].addmm_(rows[:, block].T, rows[:, start:])
-
-
-class SecondMoments:
-    """Sum of outer products, sum, and number of the rows seen so far.
-
-    Args:
-        width: F.
-        device: Where to accumulate; devices without float64 are replaced by the CPU.
-
-    Example:
-        >>> moments = SecondMoments(2)
-        >>> moments.update(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-        >>> moments.gram.tolist()
-        [[10.0, 14.0], [14.0, 20.0]]
-    """
-
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        device = torch.device("cpu") if torch.device(device).type == "mps" else device
-        self._upper = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.total = torch.zeros(width, dtype=torch.float64, device=device)
-        self.num_rows = 0
-
-    def update(self, rows: Tensor) -> None:
-        for chunk in _in_double(rows.detach().to(self._upper.device)):
-            add_gram_(self._upper, chunk)
-            self.total += chunk.sum(0)
-            self.num_rows += len(chunk)
-
-    @property
-    def gram(self) -> Tensor:
-        """[F, F] float64, `X^T X`."""
-        return self._upper.triu() + self._upper.triu(1).T
-
-    def centred_gram(self) -> Tensor:
-        """[F, F] float64, the Gram matrix of the rows minus their mean."""
-        return self.gram - torch.outer(self.total, self.total) / self.num_rows
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / self.num_rows
 
 
 class _Stop(Exception):
@@ -128,14 +37,6 @@ class _Stop(Exception):
 def _batches(data: Iterable[Mapping[str, Any]], description: str) -> Iterator[Mapping[str, Any]]:
     total = len(data) if hasattr(data, "__len__") else None
     yield from tqdm(data, total=total, desc=description, leave=False, disable=not logger.isEnabledFor(logging.INFO))
-
-
-def live_tokens(batch: Mapping[str, Any]) -> Tensor:
-    """[B, S] bool, True where the attention mask of a batch keeps a token (everywhere when there is no mask)."""
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return torch.ones(batch["input_ids"].shape[:2], dtype=torch.bool, device=batch["input_ids"].device)
-    return mask.bool()
 
 
 def require_data(data: Iterable[Mapping[str, Any]] | None, passes: int) -> Iterable[Mapping[str, Any]]:
@@ -156,25 +57,6 @@ def require_data(data: Iterable[Mapping[str, Any]] | None, passes: int) -> Itera
             "Pass a list or a DataLoader."
         )
     return data
-
-
-def on_device(module: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a batch that a model's `forward` names, on its device."""
-    return {k: v.to(module.device) for k, v in accepted_arguments(module, batch).items() if torch.is_tensor(v)}
-
-
-def base_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the base model takes of a batch, on its device; choices [B, C, S] become examples [B C, S].
-
-    Raises:
-        ValueError: If the batch is not a dict with `input_ids`.
-    """
-    if not isinstance(batch, Mapping):
-        raise ValueError(f"data must be an iterable of dicts of tensors, got {type(batch).__name__} in it.")
-    if not torch.is_tensor(batch.get("input_ids")):
-        raise ValueError(f"data must hold dicts with input_ids, got the keys {sorted(batch)}.")
-    inputs, choices = on_device(model.base_model, batch), batch["input_ids"].ndim == 3
-    return {k: v.flatten(0, 1) if choices and v.ndim >= 3 else v for k, v in inputs.items()}
 
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:

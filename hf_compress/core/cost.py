@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block, blocks_of, named_projections
-from hf_compress.core.calibration import base_inputs, live_tokens, require_data
+from hf_compress.core.batches import base_inputs, live_tokens
+from hf_compress.core.calibration import require_data
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.modes import evaluating
 

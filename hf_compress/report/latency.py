@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_compress.core.calibration import accepted_arguments
+from hf_compress.core.batches import accepted_arguments
 from hf_compress.core.modes import evaluating
 from hf_compress.report.memory import peak_memory
 from hf_compress.tasks.inputs import length_sorted

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.core.calibration import on_device
+from hf_compress.core.batches import on_device
 from hf_compress.core.modes import evaluating
 from hf_compress.tasks.inputs import length_sorted
 from hf_compress.tasks.metrics import task_metrics

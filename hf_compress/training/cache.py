@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.core.calibration import live_tokens
+from hf_compress.core.batches import live_tokens
 from hf_compress.core.saving import write_json
 
 

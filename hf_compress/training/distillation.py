@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 
 from hf_compress.api import apply_implied
 from hf_compress.core.architectures import base_of
-from hf_compress.core.calibration import forward_names
+from hf_compress.core.batches import forward_names
 from hf_compress.core.layers import STATE
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.cache import TeacherCache, teacher_fingerprint

@@ -15,7 +15,7 @@ from safetensors.torch import load_model
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, get_scheduler
 
-from hf_compress.core.calibration import accepted_arguments
+from hf_compress.core.batches import accepted_arguments
 from hf_compress.training.teachers import MicroBatch, Signals, Teacher, signals_of
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_compress.api import apply_implied
-from hf_compress.core.calibration import accepted_arguments
+from hf_compress.core.batches import accepted_arguments
 from hf_compress.training.cache import TeacherCache, example_keys
 
 

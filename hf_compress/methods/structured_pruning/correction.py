@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block
-from hf_compress.core.calibration import SecondMoments, collect_inputs
+from hf_compress.core.calibration import collect_inputs
+from hf_compress.core.moments import SecondMoments
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, unit_columns
 from hf_compress.methods.structured_pruning.config import StructuredPruningConfig
 from hf_compress.methods.structured_pruning.decomposition import check_conditioning, gram_of, interpolation_matrix

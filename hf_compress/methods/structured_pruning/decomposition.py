@@ -13,7 +13,7 @@ import logging
 import torch
 from torch import Tensor
 
-from hf_compress.core.calibration import SecondMoments
+from hf_compress.core.moments import SecondMoments
 from hf_compress.methods.structured_pruning.pivoting import PivotedColumns, pivoted_cholesky, pivoted_with_factor
 from hf_compress.methods.structured_pruning.sketch import CountSketch
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block
-from hf_compress.core.calibration import on_device, require_data
+from hf_compress.core.batches import on_device
+from hf_compress.core.calibration import require_data
 from hf_compress.core.modes import evaluating
 from hf_compress.methods.structured_pruning.mask_tuning import (
     Data,

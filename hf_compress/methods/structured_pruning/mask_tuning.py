@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block
-from hf_compress.core.calibration import SecondMoments, live_tokens, on_device
+from hf_compress.core.batches import live_tokens, on_device
 from hf_compress.core.modes import evaluating
+from hf_compress.core.moments import SecondMoments
 from hf_compress.core.surgery import unit_columns
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block, blocks_of
-from hf_compress.core.calibration import SecondMoments, collect_inputs, live_tokens, require_data
+from hf_compress.core.batches import live_tokens
+from hf_compress.core.calibration import collect_inputs, require_data
+from hf_compress.core.moments import SecondMoments
 from hf_compress.core.record import record_of
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
 from hf_compress.methods.structured_pruning.allocation import Sublayer, allocate, check_budget

@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import brentq
 from transformers import PreTrainedModel
 
-from hf_compress.core.calibration import base_inputs
+from hf_compress.core.batches import base_inputs
 from hf_compress.core.layers import STATE, LiveTokens
 from hf_compress.core.modes import evaluating
 from hf_compress.methods.token_pruning.modeling import thresholds_of

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.core.calibration import accepted_arguments
+from hf_compress.core.batches import accepted_arguments
 from hf_compress.methods.weight_pruning.kernels import Format, Pack, PackedLinear, format_for, set_pack_, unpack_
 
 

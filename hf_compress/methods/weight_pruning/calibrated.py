@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.core.calibration import SecondMoments, call_order, collect_inputs
+from hf_compress.core.calibration import call_order, collect_inputs
+from hf_compress.core.moments import SecondMoments
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import wanda
 from hf_compress.methods.weight_pruning.groups import Layer

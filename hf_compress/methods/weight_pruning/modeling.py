@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.core.calibration import on_device, require_data
+from hf_compress.core.batches import on_device
+from hf_compress.core.calibration import require_data
 from hf_compress.core.modes import evaluating
 from hf_compress.methods.weight_pruning.calibrated import check_linear, reconstruct_, wanda_scores
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig

@@ -1,0 +1,91 @@
+"""Second moments of rows that stream by, in double precision.
+
+Letters: N rows, F their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from scipy.linalg.blas import dsyrk
+from torch import Tensor
+
+
+# Rows in double precision at a time: enough for matrix products near the machine's peak, few enough for its caches.
+_ROWS = 1024
+# Columns a block of the symmetric product; smaller blocks waste less, larger ones run nearer to the machine's peak.
+_BLOCK = 384
+
+
+def _in_double(rows: Tensor) -> Iterator[Tensor]:
+    """The rows in double precision, a bounded chunk at a time; each chunk overwrites the one before it.
+
+    A copy of everything would be the largest tensor of the whole run, and fresh memory for every chunk costs as much
+    time as the conversion.
+    """
+    buffer = torch.empty(min(_ROWS, len(rows)), rows.shape[1], dtype=torch.float64, device=rows.device)
+    for chunk in rows.split(_ROWS):
+        yield buffer[: len(chunk)].copy_(chunk)
+
+
+def add_gram_(gram: Tensor, rows: Tensor) -> None:
+    """Add `rows.T @ rows` to the upper triangle of `gram`; what is below it afterwards means nothing.
+
+    Args:
+        gram: [F, F] float64, contiguous.
+        rows: [N, F] float64, on the same device.
+    """
+    if gram.device.type == "cpu":
+        # The symmetric product of BLAS, which torch does not offer, does only the half that is needed. BLAS stores by
+        # columns: to it, both arrays are the transposes of what they are here, and upper is lower.
+        dsyrk(1.0, rows.numpy().T, beta=1.0, c=gram.numpy().T, lower=1, overwrite_c=1)
+    else:
+        add_gram_by_blocks_(gram, rows)
+
+
+def add_gram_by_blocks_(gram: Tensor, rows: Tensor) -> None:
+    """`add_gram_` in general matrix products, for devices that BLAS does not reach."""
+    for start in range(0, gram.shape[0], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        gram[block, start:].addmm_(rows[:, block].T, rows[:, start:])
+
+
+class SecondMoments:
+    """Sum of outer products, sum, and number of the rows seen so far.
+
+    Args:
+        width: F.
+        device: Where to accumulate; devices without float64 are replaced by the CPU.
+
+    Example:
+        >>> moments = SecondMoments(2)
+        >>> moments.update(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> moments.gram.tolist()
+        [[10.0, 14.0], [14.0, 20.0]]
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        device = torch.device("cpu") if torch.device(device).type == "mps" else device
+        self._upper = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.total = torch.zeros(width, dtype=torch.float64, device=device)
+        self.num_rows = 0
+
+    def update(self, rows: Tensor) -> None:
+        for chunk in _in_double(rows.detach().to(self._upper.device)):
+            add_gram_(self._upper, chunk)
+            self.total += chunk.sum(0)
+            self.num_rows += len(chunk)
+
+    @property
+    def gram(self) -> Tensor:
+        """[F, F] float64, `X^T X`."""
+        return self._upper.triu() + self._upper.triu(1).T
+
+    def centred_gram(self) -> Tensor:
+        """[F, F] float64, the Gram matrix of the rows minus their mean."""
+        return self.gram - torch.outer(self.total, self.total) / self.num_rows
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.num_rows
