@@ -407,7 +407,35 @@ def test_a_training_ends_at_its_target(model, rows, tokenizer, tmp_path, switch)
     assert abs(trainer.evaluate()["eval_relative_macs"] - 0.7) <= 0.015
 
 
-class _StopAt(hc.StageSwitchCallback.__mro__[1]):
+def test_the_soft_stage_learns_under_its_target(model, rows, tokenizer, tmp_path):
+    student = hc.compress(model("bert", HEAD), hc.TokenPruningConfig(masking_mode="soft", final_token_threshold=0.05))
+    batch = dict(
+        tokenizer.pad([{k: row[k] for k in ("input_ids", "attention_mask")} for row in rows], return_tensors="pt")
+    )
+    seen, ratios = [], []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            seen.append(relative_macs(model, batch))
+            ratios.append(thresholds_of(model).values.detach()[1:] / thresholds_of(model).values.detach()[-1])
+
+    callbacks = [
+        hc.ThresholdAnnealingCallback(
+            target_relative_macs=0.7, measure_every=1, measure_examples=len(rows), learning_rate=1e-3
+        ),
+        Watch(),
+    ]
+    trainer = hc.CompressionTrainer(
+        student, arguments(tmp_path, max_steps=4), train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
+    )
+    trainer.train()
+    assert len(seen) == 4
+    assert max(abs(found - 0.7) for found in seen) <= 0.015
+    # What the layers are to each other is learned all the same.
+    assert not torch.allclose(ratios[0], ratios[-1])
+
+
+class _StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
 

@@ -165,7 +165,9 @@ class ThresholdAnnealingCallback(TrainerCallback):
 
     def logged_values(self) -> dict[str, float]:
         """What our trainers add to every entry of their training log."""
-        return {} if self._thresholds is None else {"prune/lambda": round(float(self._thresholds.weight), 6)}
+        if self._thresholds is None or not self._thresholds.values.requires_grad:
+            return {}
+        return {"prune/lambda": round(float(self._thresholds.weight), 6)}
 
     def on_log(
         self,
