@@ -4,8 +4,9 @@
 
 Modes: `unguided`, `target` and `hybrid` (need `--teacher`, a fine-tuned dense model), `trajectory` (the teacher is
 fine-tuned at the same time), `waypoint` (needs `--snapshots`, saved states of a dense fine-tuning, in quotes; with
-`hf-compress finetune --save_total_limit 10` it keeps ten of them, otherwise one).
-Prints the accuracy on the validation split.
+`hf-compress finetune --save_total_limit 10` it keeps ten of them, otherwise one). `--student_reinit` lets target and
+hybrid start from `--model` instead of the teacher.
+Prints the metrics of the validation split, or of the test split of a task that has no other (IMDB).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 import hf_compress as hc
 from hf_compress.report.quality import evaluate_model
@@ -35,7 +36,15 @@ def main() -> None:
     parser.add_argument("--share", default="none")
     parser.add_argument("--alpha_layer", type=float, default=1.0)
     parser.add_argument("--hybrid_steps", type=int, default=1000)
+    parser.add_argument("--student_reinit", action="store_true")
+    parser.add_argument("--compat", choices=("cald",))
+    parser.add_argument("--learning_rate", type=float, default=3e-5)
+    parser.add_argument("--teacher_learning_rate", type=float, default=3e-5)
+    parser.add_argument("--teacher_update_cycle", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--num_train_epochs", type=float, default=3)
     parser.add_argument("--max_steps", type=int, default=-1)
+    parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--out", default="linear")
     args = parser.parse_args()
     for name, needed in (("teacher", ("target", "hybrid")), ("snapshots", ("waypoint",))):
@@ -44,18 +53,28 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir))
-    train, valid = (tokenize(task.split(name), task, tokenizer, args.max_length) for name in ("train", "validation"))
-    origin = args.teacher if args.mode in ("target", "hybrid") else args.model
+    splits = ("train", task.evaluation_split or "train")
+    train, valid = (tokenize(task.split(name), task, tokenizer, args.max_length) for name in splits)
+    origin = args.teacher if args.mode in ("target", "hybrid") and not args.student_reinit else args.model
+    set_seed(args.seed)  # A new head is drawn here.
     student = AutoModelForSequenceClassification.from_pretrained(origin, num_labels=task.num_labels)
     dense = copy.deepcopy(student)
     hc.compress(student, hc.LinformerConfig(projected_length=args.slots, share=args.share))
 
     guided = {"alpha_layer": 0.0 if args.mode == "unguided" else args.alpha_layer, "alpha_output": 0.0}
-    common = {"output_dir": args.out, "learning_rate": 3e-5, "max_steps": args.max_steps, **guided}
+    common = {
+        "output_dir": args.out, "learning_rate": args.learning_rate, "per_device_train_batch_size": args.batch_size,
+        "num_train_epochs": args.num_train_epochs, "max_steps": args.max_steps, "seed": args.seed,
+        "compat": args.compat, **guided,
+    }  # fmt: skip
     rest = {"train_dataset": train, "data_collator": DataCollatorWithPadding(tokenizer), "processing_class": tokenizer}
     if args.mode == "trajectory":
         # Both set out from one point, a new head included.
-        joint = hc.JointTeacherArguments(**common, teacher_learning_rate=3e-5)
+        rates = {
+            "teacher_learning_rate": args.teacher_learning_rate,
+            "teacher_update_cycle": args.teacher_update_cycle,
+        }
+        joint = hc.JointTeacherArguments(**common, **rates)
         trainer = hc.JointTeacherTrainer(model=student, teacher_model=dense, args=joint, **rest)
     elif args.mode == "waypoint":
         ladder = hc.SnapshotTeacherArguments(**common, teacher_snapshots=[args.snapshots])

@@ -58,7 +58,7 @@ class Watch(TrainerCallback):
         self.look(state.global_step)
 
 
-def trainer_of(kind, folder, student, teacher=None, look=None, ordered=False, **options):
+def trainer_of(kind, folder, student, teacher=None, look=None, ordered=False, init=None, **options):
     """8, 8, 8 and 6 rows an epoch; three epochs; accumulation 3 makes groups of 3 and 1, so six updates."""
     trainer_class, arguments_class = KINDS[kind]
 
@@ -75,7 +75,7 @@ def trainer_of(kind, folder, student, teacher=None, look=None, ordered=False, **
     args = arguments_class(str(folder), **{**defaults, **options})
     given = {} if teacher is None else {"teacher_model": teacher}
     return (InOrder if ordered else trainer_class)(
-        model=student, args=args, train_dataset=ROWS, eval_dataset=ROWS[:8], data_collator=pad,
+        model=student, model_init=init, args=args, train_dataset=ROWS, eval_dataset=ROWS[:8], data_collator=pad,
         callbacks=[Watch(look)] if look else [], **given,
     )  # fmt: skip
 
@@ -114,7 +114,8 @@ def test_dropout_alone_makes_a_noise_floor(tmp_path, teacher_dropout, floor):
     student, teacher = dense(0, 0.1, **sizes), dense(0, 0.1, **sizes)
     trainer = trainer_of("fixed", tmp_path, student, teacher, compat="cald")
     trainer.layer_pairs, trainer._teacher.states = [(0, 0)], (0,)
-    teacher.train(teacher_dropout)
+    trainer._teacher.dropout = teacher_dropout
+    trainer._teacher.begin(MicroBatch(0, 0, 1, 1, 1))
     ids = torch.randint(5, 99, (32, 32), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
     with torch.no_grad():
@@ -124,7 +125,7 @@ def test_dropout_alone_makes_a_noise_floor(tmp_path, teacher_dropout, floor):
     assert float(seen) / power == pytest.approx(floor, rel=0.02)
     # The floor is dropout's alone.
     student.eval()
-    teacher.eval()
+    trainer._teacher.end(MicroBatch(0, 0, 1, 1, 1))
     assert float(trainer.loss_terms(student, batch)[0]["layer"].detach()) == 0
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from hf_compress.stages import finetune
 from hf_compress.training.distillation import DistillationTrainer
 
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "cald_linear_attention.py"
 TINY = {
     "vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
     "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
@@ -224,6 +226,88 @@ def test_guidance_that_ends_before_the_training_does(inside):
     assert logged == [True] * 3 + [False] * 2
 
 
+LONG = TRAINING.replace("--max_length 16", "--max_length 48")
+
+
+def test_documents_longer_than_pretrained(inside, capsys):
+    """The whole way of a long task: a longer teacher, a student made from it, and both kinds of guidance."""
+    texts = [(" ".join(["good film the very bad story was plot"] * 8), n % 2) for n in range(32)]
+    (inside / "long").mkdir()
+    for name in ("train", "test"):
+        pandas.DataFrame(texts, columns=["sentence", "label"]).to_parquet(inside / "long" / f"{name}.parquet")
+    flags = f"{LONG} --num_train_epochs 1 --save_strategy no".replace("data_dir data", "data_dir long")
+    finetune_it = f"finetune --model_name_or_path model {flags} --output_dir longer"
+    assert main(finetune_it.split()) == 2
+    assert (
+        "max_length must be at most the model's 32 positions, got 48 and examples of 48 tokens"
+        in capsys.readouterr().err
+    )
+    assert main(f"{finetune_it} --max_positions 48".split()) == 0
+    # A task without validation split is measured on its test split.
+    assert "eval_accuracy" in capsys.readouterr().out
+    longer = reopened("longer")
+    assert longer.config.max_position_embeddings == 48
+    assert AutoTokenizer.from_pretrained("longer").model_max_length == 48
+    assert (
+        main(["linearize", "--model_name_or_path", "longer", "--output_dir", "linear", "--projected_length", "4"]) == 0
+    )
+    student = f"--model_name_or_path linear {flags} --alpha_layer 1"
+    assert main(f"distill {student} --teacher_name_or_path longer --output_dir target".split()) == 0
+    # The teacher that learns beside its student gets the positions with it.
+    joint = f"joint-distill {student} --teacher_name_or_path model --output_dir joint"
+    assert main(joint.split()) == 0
+    assert reopened("joint/teacher").config.max_position_embeddings == 48
+    assert main(f"distill {student} --teacher_name_or_path model --output_dir short".split()) == 2
+    assert "The teacher must read inputs of 48 tokens, got one that reads 32" in capsys.readouterr().err
+
+
+def test_teachers_without_tokenizer_read_the_students_tokens(inside, caplog):
+    for name in ("checkpoint-4", "checkpoint-12"):
+        reopened(f"dense/{name}").save_pretrained(f"bare/{name}")
+    line = LADDER.replace("dense/", "bare/")
+    with caplog.at_level("INFO", "hf_compress"):
+        assert main(f"{line} {TRAIN} --save_strategy no".split()) == 0
+    assert "has no tokenizer: it reads the student's tokens" in caplog.text
+    assert main(f"{LADDER} {TRAIN} --save_strategy no".replace("dir out", "dir out2").split()) == 0
+    one, other = reopened("out").state_dict(), reopened("out2").state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_teacher_with_other_tokens_keeps_its_tokenizer(inside, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["otherword"])
+    wide = classifier(vocab_size=128)
+    wide.save_pretrained("wide")
+    other.save_pretrained("wide")
+    assert main(f"{JOINT} {TRAIN} --save_strategy no".replace("path pretrained", "path wide").split()) == 0
+    assert "otherword" in AutoTokenizer.from_pretrained("out/teacher").get_vocab()
+    assert "otherword" not in AutoTokenizer.from_pretrained("out").get_vocab()
+
+
+def test_not_resuming_can_be_said(inside):
+    assert main(f"{JOINT} {TRAIN} --save_strategy no --resume_from_checkpoint false".split()) == 0
+
+
+def test_a_single_snapshot_is_called_a_fixed_teacher(inside, caplog):
+    line = LADDER.replace("dense/checkpoint-*", "dense/checkpoint-4")
+    assert main(f"{line} {TRAIN} --save_strategy no".split()) == 0
+    assert "teacher_snapshots holds one state, dense/checkpoint-4: that is a fixed teacher" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [
+    "unguided", "trajectory --compat cald", "waypoint --snapshots dense/checkpoint-*", "target --teacher model",
+    "hybrid --teacher model --student_reinit",
+])  # fmt: skip
+def test_the_example(inside, monkeypatch, capsys, mode):
+    shutil.copytree(inside / "data", inside / "test_only")
+    (inside / "test_only" / "validation.parquet").rename(inside / "test_only" / "test.parquet")
+    flags = f"--mode {mode} --model model --data_dir test_only --max_length 16 --slots 4 --max_steps 2 --out out"
+    monkeypatch.setattr("sys.argv", ["example", *flags.split()])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert re.search(rf"{mode.split()[0]} .*'accuracy': 0\.\d", capsys.readouterr().out)
+    assert [step["method"] for step in hc.steps_of(reopened("out"))] == ["linformer"]
+
+
 POOLING = f"{LINEARIZE} --initialization pooling"
 CASES = [
     (f"{LINEARIZE} --projected_length 0", "projected_length must be at least 1, got 0"),
@@ -231,6 +315,9 @@ CASES = [
     (f"{LINEARIZE} --projected_lenght 8", "'projected_lenght' is not an option. Did you mean 'projected_length'"),
     (f"{LINEARIZE} --share head", "share: invalid choice: 'head'.*none.*kv.*layer"),
     (f"{LINEARIZE} --initialization ones", "initialization: invalid choice: 'ones'"),
+    (f"{LINEARIZE} --max_length 16", "max_length must be left out, got 16: .*max_tokens says how long"),
+    (f"{LINEARIZE} --freeze_embeddings", "freeze_embeddings must be left out, got True: linearize trains nothing"),
+    (f"{LINEARIZE} --max_positions 16", "max_positions must be at least the model's 32 tokens, got 16"),
     (f"{LINEARIZE} --max_tokens 0", "max_tokens must be at least 1, got 0"),
     (f"{LINEARIZE} --slot_stride 0", "slot_stride must be at least 1, got 0"),
     (f"{LINEARIZE} --slot_stride 2", "slot_stride must go with initialization='pooling', got 2"),
@@ -255,6 +342,8 @@ CASES = [
     (f"{JOINT} --teacher_cache_dir cache", "teacher_cache_dir must be unset: a learning teacher"),
     (f"{JOINT} --label_smoothing_factor 0.1", "label_smoothing_factor must be 0.*got 0.1"),
     (f"{JOINT} --lr_scheduler_type reduce_lr_on_plateau --eval_strategy epoch", "lr_scheduler_type must not depend"),
+    (f"{JOINT} --max_positions 64", "max_positions must be unset for linear attention made for 32 tokens, got 64"),
+    (f"{JOINT} --compat cald --layer_map 0 1", "layer_map, layer_normalize and teacher_cache_dir must be unset"),
     (f"{JOINT} --max_distill_steps -1", "max_distill_steps must not be negative, got -1"),
     (f"{JOINT} --max_distill_steps 2 --alpha_task 0", "alpha_task must be above 0 with max_distill_steps"),
     (f"{JOINT} --alpha_layer nan", "alpha_layer must be zero or positive, got nan"),

@@ -113,7 +113,7 @@ CASES = {
     "position": (lambda t, s, m: position_divergence(t, s, 2.0, m), position_case),
     "hidden": (lambda t, s, m: hidden_distance(t, s, m), hidden_case),
     "normalized": (lambda t, s, m: hidden_distance(t, s, m, normalize=True), hidden_case),
-    "layers": (lambda t, s, m: layer_distance([t, s], [s, t], m), hidden_case),
+    "layers": (lambda t, s, m: layer_distance([t, s], [s, t], [m, m]), hidden_case),
 }
 
 

@@ -128,9 +128,10 @@ def _mask(
     if attention_mask is None:
         return None
     live = attention_mask.bool()
-    # One look at the data a forward pass, as transformers' own masks take; a traced graph must not depend on it.
+    # One look at the data a forward pass, as transformers' own masks take; a traced graph must not depend on it, and
+    # ranks are right for every kind of padding.
     if is_tracing(live):
-        return live
+        return token_ranks(live)
     if bool(live.all()):
         return None
     return live if bool((live[:, 1:] <= live[:, :-1]).all()) else token_ranks(live)

@@ -19,11 +19,14 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
+from hf_compress.core.positions import most_tokens
 from hf_compress.stages.models import (
     ModelArguments,
     check_vocabulary,
     freeze_embeddings_,
+    has_tokenizer,
     open_classifier,
+    open_pair,
     open_tokenizer,
     save_stage,
 )
@@ -60,13 +63,10 @@ def _evaluate_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _splits(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> dict[str, Any]:
-    names = ("train", "validation")
-    rows = {}
-    for name in names:
-        if name == "train" or name in task.splits:
-            rows[name] = tokenize(task.split(name), task, tokenizer, data.max_length)
-    if "train" in rows:
-        rows["train"] = rows["train"].add_column("length", [len(ids) for ids in rows["train"]["input_ids"]])
+    train = tokenize(task.split("train"), task, tokenizer, data.max_length)
+    rows = {"train": train.add_column("length", [len(ids) for ids in train["input_ids"]])}
+    if task.evaluation_split is not None:
+        rows["evaluation"] = tokenize(task.split(task.evaluation_split), task, tokenizer, data.max_length)
     return rows
 
 
@@ -81,12 +81,17 @@ def prepare(
     task = load_task(data)
     task.split("train")
     set_seed(seed)
-    tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
-    model = open_classifier(model_args.model_name_or_path, task)
-    check_vocabulary(model.config, tokenizer)
+    tokenizer, model = open_pair(model_args, task)
     if model_args.freeze_embeddings:
         freeze_embeddings_(model)
-    return task, tokenizer, model, _splits(task, tokenizer, data)
+    rows = _splits(task, tokenizer, data)
+    longest, limit = max(len(ids) for split in rows.values() for ids in split["input_ids"]), most_tokens(model)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"max_length must be at most the model's {limit} positions, got {data.max_length} and examples of "
+            f"{longest} tokens. Or give it more (max_positions)."
+        )
+    return task, tokenizer, model, rows
 
 
 def trainer_arguments(
@@ -97,7 +102,7 @@ def trainer_arguments(
         "model": model,
         "args": args,
         "train_dataset": rows["train"],
-        "eval_dataset": rows.get("validation"),
+        "eval_dataset": rows.get("evaluation"),
         "data_collator": DataCollatorWithPadding(tokenizer),
         "processing_class": tokenizer,
         "compute_metrics": _evaluate_metrics,
@@ -111,6 +116,8 @@ def run(
     resume = args.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "1", "yes"):
         resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    elif isinstance(resume, str) and resume.lower() in ("false", "0", "no"):
+        resume = None
     if resume and not os.path.isfile(os.path.join(resume, TRAINER_STATE_NAME)):
         raise ValueError(f"resume_from_checkpoint must be true or a checkpoint folder, got {resume!r}.")
     outcome = trainer.train(resume_from_checkpoint=resume)
@@ -131,7 +138,7 @@ def finetune(model_args: ModelArguments, data: DataArguments, args: TrainingArgu
         args: As for `transformers.Trainer`; `output_dir` receives model, tokenizer and `results.json`.
 
     Returns:
-        Metrics of the validation split and the training time in seconds.
+        Metrics of the validation split (of `test` where there is none) and the training time in seconds.
 
     Raises:
         ValueError: If model, tokenizer or data do not fit together, or the loss is not finite.
@@ -153,7 +160,7 @@ def distill(
         args: Weights of the losses and everything else about training.
 
     Returns:
-        Metrics of the validation split and the training time in seconds.
+        Metrics of the validation split (of `test` where there is none) and the training time in seconds.
 
     Raises:
         ValueError: If student, teacher and data do not fit together, or the loss is not finite.
@@ -171,6 +178,8 @@ def distill(
 def add_teacher_columns(common: dict[str, Any], task: Task, data: DataArguments, teacher_name: str) -> None:
     """Encode every example a second time for a teacher that has another tokenizer; otherwise change nothing.
 
+    A folder without tokenizer (plain `save_pretrained`) holds a teacher that reads the student's tokens.
+
     Args:
         common: What `trainer_arguments` made; datasets and collator are replaced in it.
         task, data: Where the texts are.
@@ -179,12 +188,15 @@ def add_teacher_columns(common: dict[str, Any], task: Task, data: DataArguments,
     Raises:
         ValueError: If that tokenizer belongs to another model.
     """
+    if not has_tokenizer(teacher_name):
+        logger.info("%s has no tokenizer: it reads the student's tokens.", teacher_name)
+        return
     tokenizer = open_tokenizer(teacher_name)
     check_vocabulary(AutoConfig.from_pretrained(teacher_name), tokenizer)
     if tokenizer.get_vocab() == common["processing_class"].get_vocab():
         return
     common["data_collator"] = TeacherStudentCollator(common["data_collator"], DataCollatorWithPadding(tokenizer))
-    for name, column in (("train", "train_dataset"), ("validation", "eval_dataset")):
+    for name, column in (("train", "train_dataset"), (task.evaluation_split, "eval_dataset")):
         if common[column] is not None:
             common[column] = _with_teacher_columns(name, common[column], task, tokenizer, data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,15 +12,27 @@ from transformers import PreTrainedModel
 
 from hf_compress.api import compress, steps_of
 from hf_compress.core.cost import count_cost
+from hf_compress.core.positions import most_tokens
 from hf_compress.methods.linformer import LinformerConfig
 from hf_compress.stages.finetune import TeacherArguments, add_teacher_columns, prepare, run, trainer_arguments
-from hf_compress.stages.models import ModelArguments, check_vocabulary, open_classifier, open_tokenizer, save_stage
+from hf_compress.stages.models import (
+    ModelArguments,
+    has_head,
+    lengthen_,
+    open_classifier,
+    open_pair,
+    save_stage,
+)
 from hf_compress.tasks.sources import DataArguments, load_task
 from hf_compress.training.arguments import JointTeacherArguments, SnapshotTeacherArguments
 from hf_compress.training.guided import JointTeacherTrainer, SnapshotTeacherTrainer
 
 
 logger = logging.getLogger(__name__)
+
+
+# Arguments that the other commands need and a conversion has no use for.
+_UNUSED = ("max_length", "max_train_samples", "max_eval_samples", "freeze_embeddings")
 
 
 @dataclass
@@ -51,11 +64,20 @@ def linearize(
     Raises:
         ValueError: If the model cannot be opened or converted.
     """
+    for given, why in ((data, "linearize reads the task's labels only"), (model_args, "linearize trains nothing")):
+        for entry in dataclasses.fields(given):
+            if entry.name in _UNUSED and getattr(given, entry.name) != entry.default:
+                hint = "; max_tokens says how long inputs may be" if entry.name == "max_length" else ""
+                raise ValueError(f"{entry.name} must be left out, got {getattr(given, entry.name)}: {why}{hint}.")
     named = data.task_name or data.data_dir or data.train_file
     torch.manual_seed(config.seed)
-    model = open_classifier(model_args.model_name_or_path, load_task(data) if named else None)
-    tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
-    check_vocabulary(model.config, tokenizer)
+    tokenizer, model = open_pair(model_args, load_task(data) if named else None)
+    if not named and not has_head(model_args.model_name_or_path):
+        logger.warning(
+            "%s has no head: it gets one with %d labels. Name the task (task_name or data_dir) to size it.",
+            model_args.model_name_or_path,
+            model.config.num_labels,
+        )
     before = count_cost(model, 1)
     dense_macs = {length: count_cost(model, length).macs for length in (128, 512, 2048)}
     compress(model, config)
@@ -83,7 +105,7 @@ def joint_distill(
         args: Losses, the teacher's learning rate and schedule, everything else about training.
 
     Returns:
-        Metrics of the validation split and the training time in seconds.
+        Metrics of the validation split (of `test` where there is none) and the training time in seconds.
 
     Raises:
         ValueError: If student, teacher and data do not fit together, or a loss is not finite.
@@ -94,6 +116,11 @@ def joint_distill(
     if args.uses_teacher:
         teacher = open_classifier(teacher_args.teacher_name_or_path, task)
         _share_new_head_(teacher, student, teacher_args.teacher_name_or_path)
+        longest, limit = most_tokens(student), most_tokens(teacher)
+        if longest is not None and limit is not None and limit < longest:
+            # It is fine-tuned here, so it learns the positions that it was not pretrained for.
+            logger.info("The teacher's %d positions go on periodically up to %d.", limit, longest)
+            lengthen_(teacher, longest)
         add_teacher_columns(common, task, data, teacher_args.teacher_name_or_path)
     return run(JointTeacherTrainer(teacher_model=teacher, **common), student, tokenizer, args)
 
@@ -123,7 +150,7 @@ def snapshot_distill(
         args: Losses, the ladder of teachers, everything else about training.
 
     Returns:
-        Metrics of the validation split and the training time in seconds.
+        Metrics of the validation split (of `test` where there is none) and the training time in seconds.
 
     Raises:
         ValueError: If student, teachers and data do not fit together, or the loss is not finite.

@@ -9,7 +9,7 @@ from typing import Any
 from hf_compress.api import compress, steps_of
 from hf_compress.core.cost import count_cost
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
-from hf_compress.stages.models import ModelArguments, check_vocabulary, open_classifier, open_tokenizer, save_stage
+from hf_compress.stages.models import ModelArguments, open_pair, save_stage
 from hf_compress.tasks.inputs import calibration_batches, tokenize
 from hf_compress.tasks.sources import DataArguments, load_task
 
@@ -41,9 +41,7 @@ def prune_structure(
         ValueError: If the budget cannot be met or model and data do not fit together.
     """
     task = load_task(data)
-    tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
-    model = open_classifier(model_args.model_name_or_path, task)
-    check_vocabulary(model.config, tokenizer)
+    tokenizer, model = open_pair(model_args, task)
     rows = tokenize(task.split("train"), task, tokenizer, data.max_length)
     batches = calibration_batches(rows, tokenizer, calibration.calibration_samples, calibration.calibration_seed)
     seq_len = config.seq_len or _mean_length(batches)

@@ -84,6 +84,11 @@ class Task:
     def is_regression(self) -> bool:
         return not self.label_names
 
+    @property
+    def evaluation_split(self) -> str | None:
+        """`validation`, or `test` for tasks that have no other (IMDB), or None."""
+        return next((name for name in _EVALUATED if name in self.splits), None)
+
     def split(self, name: str) -> Dataset:
         if name not in self.splits:
             raise ValueError(f"split must be one of {', '.join(self.splits)}, got {name!r}: there is no such file.")

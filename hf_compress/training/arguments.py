@@ -28,10 +28,11 @@ class DistillationArguments(TrainingArguments):
         layer_map: For each student layer the zero-based teacher layer whose output it imitates, -1 for none.
             None: evenly spread, last on last.
         max_distill_steps: From this update on only the task loss is used and the teacher no longer runs.
-        teacher_dropout: Run the teacher in train mode.
+        teacher_dropout: Run the teacher in train mode; never in evaluations.
         teacher_cache_dir: Folder that stores the teacher's outputs once for each example.
         compat: `cald` reproduces the layer loss of that code: the sum over all states, embeddings included, of raw
-            mean squared errors over all positions, padding included, with the teacher in train mode.
+            mean squared errors over all positions, padding included, with the teacher in train mode. It sets
+            `layer_reduction`, `mask_padding` and `teacher_dropout`; schedules, clipping and decay stay as given.
 
     Raises:
         ValueError: Names the field, the rule and the value.
@@ -73,6 +74,12 @@ class DistillationArguments(TrainingArguments):
         for name, choices in (("layer_reduction", ("mean", "sum")), ("compat", (None, "cald"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
+        if self.compat == "cald" and (self.layer_map is not None or self.layer_normalize or self.teacher_cache_dir):
+            raise ValueError(
+                "layer_map, layer_normalize and teacher_cache_dir must be unset with compat='cald': it compares all "
+                f"states as they are, with a teacher in train mode; got {self.layer_map}, {self.layer_normalize} and "
+                f"{self.teacher_cache_dir!r}."
+            )
         if self.compat == "cald":
             self.layer_reduction, self.layer_normalize, self.mask_padding, self.teacher_dropout = (
                 "sum",

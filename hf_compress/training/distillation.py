@@ -18,6 +18,7 @@ from hf_compress.api import apply_implied
 from hf_compress.core.architectures import base_of
 from hf_compress.core.batches import forward_names
 from hf_compress.core.layers import STATE
+from hf_compress.core.positions import most_tokens
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.cache import TeacherCache, teacher_fingerprint
 from hf_compress.training.collator import TEACHER_PREFIX, split_inputs
@@ -83,8 +84,28 @@ class DistillationTrainer(CompressionTrainer):
         self.layer_pairs: list[tuple[int, int]] = []
         self._teacher: Teacher | None = None
         self._window = (0, 1)
+        self._origin = teacher_model
+        self._new_student = False
         if args.uses_teacher:
             self._set_teacher(teacher_model)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        self._new_student = True
+        return super().call_model_init(trial)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self._new_student and self.optimizer is None:
+            # A student for every trial, with arguments of its own: what was made from them is made again.
+            self.projectors, self.layer_pairs, self._teacher, self._new_student = None, [], None, False
+            if self.args.uses_teacher:
+                self._set_teacher(self._untouched_teacher())
+        return super().create_optimizer(model)
+
+    def _untouched_teacher(self) -> PreTrainedModel:
+        """The teacher as it was given, for a student that begins anew."""
+        if self._origin is None:
+            raise ValueError("teacher_model must be given when alpha_output or alpha_layer is above 0, got None.")
+        return self._origin
 
     def _set_teacher(self, teacher: PreTrainedModel) -> None:
         if teacher is self.model or teacher is base_of(self.model):
@@ -200,7 +221,7 @@ class DistillationTrainer(CompressionTrainer):
         if not self._distills():
             terms, outputs = super().loss_terms(model, student_only)
             return {"task": self.args.alpha_task * terms["task"]}, outputs
-        self._check_vocabulary(bool(teacher_inputs))
+        self._check_inputs(teacher_inputs or student_inputs, bool(teacher_inputs))
         hidden = {"output_hidden_states": True} if self.layer_pairs else {}
         if "labels" in student_only or self.args.alpha_task:
             terms, outputs = super().loss_terms(model, {**student_only, **hidden})
@@ -224,8 +245,15 @@ class DistillationTrainer(CompressionTrainer):
             model = model.get_base_model()
         return {*forward_names(model), "labels", STATE, *(self.label_names or [])}
 
-    def _check_vocabulary(self, separate: bool) -> None:
+    def _check_inputs(self, inputs: Mapping[str, Any], separate: bool) -> None:
+        """What the teacher is about to read must be tokens and positions that it knows."""
         student, teacher = self.model.config, self._teacher.model.config
+        limit, ids = most_tokens(self._teacher.model), inputs.get("input_ids")
+        if limit is not None and ids is not None and ids.shape[-1] > limit:
+            raise ValueError(
+                f"The teacher must read inputs of {ids.shape[-1]} tokens, got one that reads {limit}. Shorten them "
+                "(max_length), or give it positions and fine-tune it (hf-compress finetune --max_positions)."
+            )
         if not separate and getattr(student, "vocab_size", None) != getattr(teacher, "vocab_size", None):
             raise ValueError(
                 f"The teacher must read the student's vocabulary ({student.vocab_size} tokens), "
@@ -271,8 +299,16 @@ class DistillationTrainer(CompressionTrainer):
                 )
             teacher.append(by_state[teacher_state])
             student.append(state)
-        mask = inputs.get("attention_mask") if self.args.mask_padding else None
-        return layer_distance(teacher, student, mask, self.args.layer_normalize, self.args.layer_reduction)
+        masks = self._counted([index for index, _ in self.layer_pairs], inputs)
+        return layer_distance(teacher, student, masks, self.args.layer_normalize, self.args.layer_reduction)
+
+    def _counted(self, states: list[int], inputs: Mapping[str, Any]) -> list[Tensor | None]:
+        """For each hidden state of the student, [B, S] of the positions that are compared."""
+        real = inputs.get("attention_mask") if self.args.mask_padding else None
+        # A dropped token keeps the value it had: that of an earlier layer.
+        kept = inputs[STATE].kept if STATE in inputs else {}
+        left = [kept.get(index - 1) for index in states]
+        return [real if live is None else live if real is None else live & real.bool() for live in left]
 
     def extra_parameter_groups(self) -> list[dict[str, Any]]:
         if self.projectors is None:

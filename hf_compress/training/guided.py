@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_compress.core.saving import complete_or_absent
 from hf_compress.training.arguments import JointTeacherArguments, SnapshotTeacherArguments
+from hf_compress.training.collator import TeacherStudentCollator
 from hf_compress.training.distillation import DistillationTrainer
 from hf_compress.training.learning_teacher import LearningTeacher
 from hf_compress.training.teachers import SnapshotTeacher, open_snapshot
 
+
+logger = logging.getLogger(__name__)
 
 _SHAPE = ("architectures", "num_labels", "vocab_size", "hidden_size", "num_hidden_layers")
 
@@ -51,6 +56,16 @@ class JointTeacherTrainer(DistillationTrainer):
     ) -> None:
         args = JointTeacherArguments("tmp_trainer") if args is None else args
         super().__init__(model, teacher_model, args, **kwargs)
+        if not args.uses_teacher:
+            logger.warning("alpha_output and alpha_layer are 0: no teacher learns and none is saved.")
+        # Kept apart only where a second training will need it.
+        again = self.model_init is not None and teacher_model is not None
+        self._beginning = copy.deepcopy(teacher_model.state_dict()) if again else None
+
+    def _untouched_teacher(self) -> PreTrainedModel:
+        teacher = super()._untouched_teacher()
+        teacher.load_state_dict(self._beginning)
+        return teacher
 
     def _make_teacher(self, teacher: PreTrainedModel, states: tuple[int, ...]) -> LearningTeacher:
         args = self.args
@@ -86,8 +101,11 @@ class JointTeacherTrainer(DistillationTrainer):
         if self._teacher is not None and self.args.save_teacher and self.args.should_save:
             with complete_or_absent(Path(self.args.output_dir, "teacher")) as staged:
                 self._teacher.model.save_pretrained(staged)
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(staged)
+                # Where the teacher reads other tokens, its collator knows its tokenizer.
+                both = isinstance(self.data_collator, TeacherStudentCollator)
+                tokenizer = getattr(self.data_collator.teacher, "tokenizer", None) if both else self.processing_class
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(staged)
         return outcome
 
 
@@ -134,7 +152,18 @@ class SnapshotTeacherTrainer(DistillationTrainer):
                 raise ValueError(
                     f"teacher_snapshots must be states of one model, got {one} and, in {folder!r}, {other}."
                 )
+        if args.uses_teacher and len(args.teacher_snapshots) == 1:
+            logger.warning(
+                "teacher_snapshots holds one state, %s: that is a fixed teacher. Keep more of its training "
+                "(save_total_limit) for a ladder.",
+                args.teacher_snapshots[0],
+            )
         super().__init__(model, first, args, **kwargs)
+        # It would stay in memory beside the later ones.
+        self._origin = None
+
+    def _untouched_teacher(self) -> PreTrainedModel:
+        return open_snapshot(self.args.teacher_snapshots[0])
 
     def _make_teacher(self, teacher: PreTrainedModel, states: tuple[int, ...]) -> SnapshotTeacher:
         args = self.args

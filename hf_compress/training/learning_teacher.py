@@ -65,7 +65,6 @@ class LearningTeacher(Teacher):
         self._accelerator: Accelerator | None = None
         self._optimizer: Any = None
         self._scheduler: Any = None
-        self._place: MicroBatch | None = None
         self._seed = seed
         self._rng = torch.Generator().manual_seed(seed).get_state()
         self._device_rng: Tensor | None = None
@@ -102,9 +101,6 @@ class LearningTeacher(Teacher):
         )
         self._max_grad_norm = args.max_grad_norm
 
-    def begin(self, place: MicroBatch) -> None:
-        self._place = place
-
     def _learns(self, place: MicroBatch) -> bool:
         number = (place.step % place.updates_per_epoch if self.restart_each_epoch else place.step) + 1
         return number % self.cycle == 0
@@ -116,7 +112,7 @@ class LearningTeacher(Teacher):
         return full_groups % self.cycle == 0
 
     def signals(self, inputs: Mapping[str, Any]) -> Signals:
-        place, arguments = self._place, accepted_arguments(self.model, inputs)
+        place, arguments = self.place, accepted_arguments(self.model, inputs)
         hidden = {"output_hidden_states": bool(self.states), "return_dict": True}
         if place is None or not self._learns(place):
             arguments.pop("labels", None)
@@ -129,7 +125,8 @@ class LearningTeacher(Teacher):
         wait = contextlib.nullcontext() if last else self._accelerator.no_sync(self._wrapped)
         with wait, self._own_randomness():
             outputs = self._wrapped(**arguments, **hidden)
-            if outputs.loss is None or not torch.isfinite(outputs.loss.detach()).all():
+            # On an accelerator this would wait for the device; there the trainer checks the averages that it logs.
+            if outputs.loss is None or (outputs.loss.device.type == "cpu" and not torch.isfinite(outputs.loss).all()):
                 raise ValueError(f"The teacher's loss must be finite, got {outputs.loss} at step {place.step}.")
             divisor = place.accumulation if self.restart_each_epoch else place.length
             self._accelerator.backward(outputs.loss / divisor)
@@ -137,7 +134,7 @@ class LearningTeacher(Teacher):
         return signals_of(outputs, self.states, self.needs_logits)
 
     def end(self, place: MicroBatch) -> None:
-        self._place = None
+        super().end(place)
         if place.index < place.length - 1:
             return
         if self._steps(place):
@@ -183,6 +180,7 @@ class LearningTeacher(Teacher):
                 "scheduler": self._scheduler.state_dict(),
                 "rng": self._rng,
                 "device_rng": self._device_rng,
+                "scaler": None if self._accelerator.scaler is None else self._accelerator.scaler.state_dict(),
             },
             folder / _STATE,
         )
@@ -195,3 +193,5 @@ class LearningTeacher(Teacher):
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         self._rng, self._device_rng = state["rng"], state["device_rng"]
+        if self._accelerator.scaler is not None and state["scaler"] is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])

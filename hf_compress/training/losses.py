@@ -115,7 +115,7 @@ def hidden_distance(teacher: Tensor, student: Tensor, mask: Tensor | None = None
 def layer_distance(
     teacher: list[Tensor],
     student: list[Tensor],
-    mask: Tensor | None = None,
+    masks: list[Tensor | None] | None = None,
     normalize: bool = False,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
@@ -124,9 +124,12 @@ def layer_distance(
     Args:
         teacher: L tensors [B, S, D].
         student: L tensors [B, S, D].
-        mask: [B, S].
+        masks: L tensors [B, S], or None for pairs whose positions all count.
         normalize: See `hidden_distance`.
         reduction: Over the L pairs.
     """
-    distances = torch.stack([hidden_distance(t, s, mask, normalize) for t, s in zip(teacher, student, strict=True)])
+    masks = masks or [None] * len(teacher)
+    distances = torch.stack(
+        [hidden_distance(t, s, mask, normalize) for t, s, mask in zip(teacher, student, masks, strict=True)]
+    )
     return distances.sum() if reduction == "sum" else distances.mean()

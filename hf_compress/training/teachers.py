@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_compress.api import apply_implied
 from hf_compress.core.batches import accepted_arguments
+from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.training.cache import TeacherCache, example_keys
 
 
@@ -93,9 +94,11 @@ class Teacher:
         self.model = model
         self.states = states
         self.needs_logits = needs_logits
+        self.place: MicroBatch | None = None
 
     def begin(self, place: MicroBatch) -> None:
         """Called before each training micro-batch; without it, `signals` is asked by an evaluation."""
+        self.place = place
 
     def signals(self, inputs: Mapping[str, Any]) -> Signals:
         """The targets for a batch, outside of any graph.
@@ -108,6 +111,7 @@ class Teacher:
 
     def end(self, place: MicroBatch) -> None:
         """Called after the student's backward pass of that micro-batch."""
+        self.place = None
 
     def save(self, folder: Path) -> None:
         """Write whatever changes during training into an existing checkpoint."""
@@ -127,7 +131,7 @@ class FixedTeacher(Teacher):
         model: Put in eval mode and frozen; its device follows the batches.
         states: Indices into `hidden_states` (0 is the embeddings) that students compare with.
         needs_logits: Whether the outputs are compared.
-        dropout: Keep the teacher in train mode.
+        dropout: Run the teacher in train mode during training; evaluations are never random.
         cache: Where to remember outputs.
     """
 
@@ -139,7 +143,8 @@ class FixedTeacher(Teacher):
         dropout: bool = False,
         cache: TeacherCache | None = None,
     ) -> None:
-        super().__init__(model.requires_grad_(False).train(dropout), states, needs_logits)
+        super().__init__(model.requires_grad_(False).eval(), states, needs_logits)
+        self.dropout = dropout
         self.cache = cache
 
     def signals(self, inputs: Mapping[str, Any]) -> Signals:
@@ -158,6 +163,10 @@ class FixedTeacher(Teacher):
     def _forward(self, arguments: Mapping[str, Any]) -> Signals:
         if self.model.device != arguments["input_ids"].device:
             self.model.to(arguments["input_ids"].device)
+        self.model.train(self.dropout and self.place is not None)
+        if self.states and carries_state(self.model):
+            # A classifier that drops tokens leaves out what its head does not read; here it is compared.
+            arguments = {**arguments, STATE: LiveTokens(whole=True)}
         with torch.inference_mode():
             outputs = self.model(**arguments, output_hidden_states=bool(self.states), return_dict=True)
         return signals_of(outputs, self.states, self.needs_logits)
@@ -187,7 +196,6 @@ class SnapshotTeacher(FixedTeacher):
         super().__init__(model, states, needs_logits, dropout)
         self.folders = folders
         self.device = model.device
-        self.dropout = dropout
         self.index = 0
         self.share: int | None = None
 
@@ -205,11 +213,12 @@ class SnapshotTeacher(FixedTeacher):
         self.share = num_updates // len(self.folders)
 
     def begin(self, place: MicroBatch) -> None:
+        super().begin(place)
         index = min(place.step // self.share, len(self.folders) - 1)
         if index != self.index:
             # The old one goes before the new one comes: there is never room needed for two.
             self.model = None
-            self.model = open_snapshot(self.folders[index]).to(self.device).requires_grad_(False).train(self.dropout)
+            self.model = open_snapshot(self.folders[index]).to(self.device).requires_grad_(False)
             self.index = index
             logger.info("Update %d: the teacher is now %s.", place.step, self.folders[index])
 

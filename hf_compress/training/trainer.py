@@ -205,9 +205,11 @@ class CompressionTrainer(Trainer):
             return super()._clip_grad_norm(model)
         apart = [parameter for group in groups for parameter in group["params"]]
         others = {id(parameter) for parameter in apart}
-        self.accelerator.clip_grad_norm_(apart, self.args.max_grad_norm)
         weights = [parameter for parameter in model.parameters() if id(parameter) not in others]
-        return self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm)
+        # The first call divides all gradients by the scale of fp16, which must not happen twice.
+        norm = self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(apart, self.args.max_grad_norm)
+        return norm
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model and tokenizer; the directory is complete or does not load."""

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block, architecture_of, blocks_of
 from hf_compress.core.attention import CORE, attach_core_, defer_, use_cores_
+from hf_compress.core.positions import extend_positions_, position_offset
 from hf_compress.methods.linformer.config import LinformerConfig
-from hf_compress.methods.linformer.positions import extend_positions_, position_offset
 from hf_compress.methods.linformer.projection import LinformerCore, TimeProjection
 
 

@@ -24,6 +24,18 @@ def position_offset(model: PreTrainedModel) -> int:
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """Tokens that an input may have; None for models without a table of positions.
+
+    Example:
+        >>> from transformers import RobertaConfig, RobertaModel
+        >>> most_tokens(RobertaModel(RobertaConfig(num_hidden_layers=1, hidden_size=12, max_position_embeddings=34)))
+        32
+    """
+    table = _position_embeddings(model)
+    return None if table is None else table.num_embeddings - position_offset(model)
+
+
 def extend_positions_(model: PreTrainedModel, rows: int) -> None:
     """Continue the position table periodically, in place.
 

@@ -1,0 +1,142 @@
+"""Guided training where it touches something else: evaluation, trials, dropped tokens, zero weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hf_compress as hc
+from hf_compress.training.teachers import signals_of
+from tests.crash_program import pad
+from tests.test_guided import ROWS, dense, ladder, linear, logged, same, trainer_of, weights  # noqa: F401
+
+
+def start_of(kind, ladder):  # noqa: F811
+    options = {"teacher_snapshots": [ladder]} if kind == "snapshots" else {}
+    return (None if kind == "snapshots" else dense(1, 0.1)), options
+
+
+@pytest.mark.parametrize("kind", ["fixed", "joint", "snapshots"])
+def test_evaluations_are_not_random(kind, tmp_path, ladder):  # noqa: F811
+    teacher, options = start_of(kind, ladder)
+    trainer = trainer_of(kind, tmp_path, linear(0, 0.1), teacher, teacher_dropout=True, **options)
+    seen = [trainer.evaluate()["eval_loss/layer"] for _ in range(2)]
+    assert seen[0] == seen[1]
+    trainer.train()
+    seen = [trainer.evaluate()["eval_loss/layer"] for _ in range(2)]
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("kind", ["fixed", "joint", "snapshots"])
+def test_every_trial_begins_anew(kind, tmp_path, ladder):  # noqa: F811
+    ends = []
+    for trials in (1, 2):
+        teacher, options = start_of(kind, ladder)
+        # What a search sets before it makes the student, which takes effect only when the teacher is made again.
+        trainer = trainer_of(
+            kind,
+            tmp_path,
+            None,
+            teacher,
+            alpha_layer=0.0,
+            alpha_output=1.0,
+            init=lambda: linear(0, 0.1),
+            **options,
+        )
+        trainer.args.alpha_output, trainer.args.alpha_layer = 0.0, 1.0
+        if kind == "joint":
+            trainer.args.teacher_learning_rate = 1e-2
+        for _ in range(trials):
+            trainer.train()
+        ends.append(weights(trainer.model))
+        assert sorted(logged(trainer, "loss/layer")) == [1, 2, 3, 4, 5, 6]
+        assert logged(trainer, "loss/output") == {}
+    assert same(*ends)
+    if kind == "joint":
+        assert trainer._teacher.learning_rate == 1e-2
+
+
+def test_a_teacher_that_is_given_and_not_asked_never_runs(tmp_path):
+    teacher, calls = dense(1), []
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    trainer = trainer_of("fixed", tmp_path, linear(), teacher, alpha_layer=0.0)
+    trainer.train()
+    trainer.evaluate()
+    assert calls == []
+
+
+def test_a_learning_teacher_without_weight_is_announced(tmp_path, caplog):
+    trainer_of("joint", tmp_path, linear(), dense(1), alpha_layer=0.0)
+    assert "alpha_output and alpha_layer are 0: no teacher learns and none is saved" in caplog.text
+
+
+def test_dropped_tokens_are_not_compared(tmp_path):
+    config = hc.TokenPruningConfig(final_token_threshold=0.25, score_reference_length=8)
+    student = hc.compress(dense(num_hidden_layers=3), config)
+    teacher = dense(1, num_hidden_layers=3)
+    trainer = trainer_of("fixed", tmp_path, student, teacher, alpha_layer=1.0)
+    batch = pad(ROWS[:8])
+    student.train()
+    found = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    layer = trainer.averages["train"].take()["loss/layer"]
+    state = hc.core.layers.LiveTokens(whole=True)
+    with torch.no_grad():
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        ours = student(**inputs, live_tokens=state, output_hidden_states=True).hidden_states[1:]
+        theirs = teacher.eval()(**inputs, output_hidden_states=True).hidden_states[1:]
+    expected = []
+    for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        examples = [
+            torch.stack([(one[row, column] - other[row, column]).square().mean() for column in kept.nonzero()[:, 0]])
+            for row, kept in enumerate(state.kept[index])
+        ]
+        expected.append(torch.stack([values.mean() for values in examples]).mean())
+    assert state.kept[1].sum() < batch["attention_mask"].sum()  # Some were dropped.
+    assert layer == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
+    assert torch.isfinite(found[0])
+
+
+def test_a_teacher_that_drops_tokens_shows_all_of_its_last_layer(tmp_path):
+    teacher = hc.compress(dense(1), hc.TokenPruningConfig(final_token_threshold=0.0))
+    trainer = trainer_of("fixed", tmp_path, dense(), teacher)
+    batch = pad(ROWS[:4])
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        expected = signals_of(dense(1).eval()(**inputs, output_hidden_states=True), (2,), False).hidden[0]
+    live = batch["attention_mask"].bool()
+    torch.testing.assert_close(trainer._teacher.signals(inputs).hidden[-1][live], expected[live])
+
+
+def test_thresholds_and_weights_are_clipped_apart(tmp_path, monkeypatch):
+    student = hc.compress(dense(), hc.TokenPruningConfig(masking_mode="soft"))
+    trainer = hc.CompressionTrainer(
+        student, hc.DistillationArguments(str(tmp_path), max_grad_norm=0.5, report_to="none", use_cpu=True),
+        train_dataset=ROWS, data_collator=pad,
+    )  # fmt: skip
+    unscaled = []
+    real = trainer.accelerator.clip_grad_norm_
+    # With fp16 it takes the scale out of all gradients at every call.
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", lambda *a: unscaled.append(1) or real(*a))
+    student.bert.token_thresholds.values.requires_grad_(True)
+    for parameter in student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    trainer._clip_grad_norm(student)
+    thresholds = student.bert.token_thresholds.values
+    others = torch.cat([p.grad.flatten() for p in student.parameters() if p is not thresholds])
+    assert len(unscaled) == 1
+    assert float(thresholds.grad.norm()) == pytest.approx(0.5, rel=1e-4)
+    assert float(others.norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_left_padding_is_right_in_a_compiled_model():
+    model = hc.compress(
+        dense(), hc.LinformerConfig(projected_length=4, slot_mask=True, initialization="pooling", length_scaling=False)
+    ).eval()  # fmt: skip
+    ids = torch.randint(5, 99, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    with torch.no_grad():
+        eager = model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+        torch.compiler.reset()
+        compiled = torch.compile(model.bert, backend="eager")(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(compiled[mask.bool()], eager[mask.bool()])
+    assert F.mse_loss(eager[0, 7:], model.bert(input_ids=ids[:1, 7:]).last_hidden_state[0]) > 0  # Positions differ.
