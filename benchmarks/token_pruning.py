@@ -57,7 +57,7 @@ def plot(cells: dict[str, dict], file: str) -> None:
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    colours = {"dense": "#000000", "learned": "#0072B2", "manual": "#D55E00", "topk": "#009E73"}
+    colours = {"dense": "#000000", "learned": "#0072B2", "manual": "#D55E00", "topk": "#009E73", "ramp": "#CC79A7"}
     for kind, rows in kinds.items():
         macs, accuracy, spread = zip(*sorted(rows), strict=True)
         axes.errorbar(macs, accuracy, spread, color=colours[kind], marker="o", capsize=3, label=kind)
