@@ -6,8 +6,9 @@
 Batch 1 and 32, neighbours in length together, so that batch 1 has no padding and batch 32 next to none. The models
 take turns on every batch; speed-ups are medians of the ratios of rounds. The first model is the baseline. With
 `--token_thresholds`, every model is also measured with tokens dropped by hand-set thresholds; 0 keeps them all, which
-shows what the shorter last layer of such a model gives alone. With `--profile`, where the time of a batch goes is
-recorded afterwards, by kinds of operations.
+shows what the shorter last layer of such a model gives alone, unless `--first_token` gives the same to the dense
+baseline: its last layer then computes the one row that a classifier's head reads. With `--profile`, where the time of
+a batch goes is recorded afterwards, by kinds of operations.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from header import allocator, arguments_of, commit
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
+from hf_compress.core.architectures import blocks_of
 from hf_compress.core.cost import count_cost
 from hf_compress.core.saving import write_json
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
@@ -48,10 +51,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--max_eval_samples", type=int)
     parser.add_argument("--token_thresholds", type=float, nargs="*", default=[], help="Tops of the ramp.")
+    parser.add_argument("--first_token", action="store_true", help="Of the dense baseline's last layer (BERT).")
     parser.add_argument("--profile", action="store_true", help="Also split the time by kinds of operations.")
     parser.add_argument("--threads", type=int, help="Of torch; default: as many as torch takes.")
     parser.add_argument("--out")
     return parser.parse_args()
+
+
+def first_token_last_(model: PreTrainedModel) -> None:
+    """Let the last layer of a BERT compute the first token only; the head reads no other."""
+    block = blocks_of(model)[-1]
+    layer, attention, head_size = block.layer, block.attention, block.head_size
+
+    def split(states: Tensor) -> Tensor:
+        return states.unflatten(-1, (-1, head_size)).transpose(1, 2)
+
+    def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, *rest: object, **more: object):
+        first = hidden_states[:, :1]
+        query, key, value = attention.query(first), attention.key(hidden_states), attention.value(hidden_states)
+        mask = None if attention_mask is None else attention_mask[..., :1, :]
+        context = F.scaled_dot_product_attention(split(query), split(key), split(value), mask, scale=head_size**-0.5)
+        return layer.feed_forward_chunk(layer.attention.output(context.transpose(1, 2).flatten(2), first))
+
+    layer.forward = forward
 
 
 def milliseconds_by_kind(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
@@ -86,11 +108,21 @@ def main() -> None:
         name = Path(folder).name if Path(folder).name not in models else folder
         models[name] = open_classifier(folder, task)
         check_vocabulary(models[name].config, tokenizer)
-    for name, model in list(models.items()):
+    dropping_from = list(models.items())
+    baseline = next(iter(models))
+    if args.first_token:
+        shorter = copy.deepcopy(models[baseline]).eval()
+        first_token_last_(shorter)
+        [some] = unpadded_batches(rows, tokenizer, 4, 4)
+        inputs = {name: value for name, value in some.items() if name in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            torch.testing.assert_close(shorter(**inputs).logits, models[baseline].eval()(**inputs).logits)
+        baseline = f"{baseline}, last layer of the first token"
+        models = {baseline: shorter, **models}
+    for name, model in dropping_from:
         for top in args.token_thresholds:
             dropping = hc.TokenPruningConfig(final_token_threshold=top)
             models[f"{name}, tokens {top:g}"] = hc.compress(copy.deepcopy(model), dropping).eval()
-    baseline = next(iter(models))
     seq_len = sum(len(ids) for ids in rows["input_ids"]) / len(rows)
     timed_examples = unpadded_batches(rows, tokenizer, max(args.batch_sizes), args.examples)
     macs = {name: count_cost(model, data=timed_examples).macs for name, model in models.items()}
