@@ -3,8 +3,9 @@
     python examples/add_callback_to_existing_script.py --model distilbert-base-uncased --task_name sst2 --out sparse
 
 Without those lines it is the script one has already; nothing else knows of pruning. `--data_dir DIR` reads
-`DIR/{train,validation}.parquet` instead of the hub. Prints the metrics of the validation split and the fraction of
-zeros in one of the weights. The saved model opens with stock transformers. A trial of 96 steps:
+`DIR/{train,validation}.parquet` (columns `sentence` and `label`) instead of the hub. Prints the metrics of the
+validation split and the fraction of zeros in one of the weights. The saved model opens with stock transformers. A
+trial of 96 steps:
 
     python examples/add_callback_to_existing_script.py --model DENSE --data_dir DIR --max_train_samples 256
 """
@@ -22,10 +23,10 @@ import hf_compress as hc  # +
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--task_name", default="sst2")
+    parser.add_argument("--task_name", default="sst2", choices=("sst2", "cola"), help="Of GLUE, with one sentence.")
     parser.add_argument("--data_dir")
     parser.add_argument("--out", default="sparse")
-    parser.add_argument("--max_steps", type=int, default=-1)
+    parser.add_argument("--max_steps", type=int, default=-1, help="More than one epoch; the last prunes no more.")
     parser.add_argument("--max_train_samples", type=int)
     args = parser.parse_args()
 

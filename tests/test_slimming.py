@@ -364,3 +364,20 @@ def test_trains_on(model, batches):
     layers = slimmed.bert.encoder.layer
     assert all(p.grad is None for p in layers[0].parameters())
     assert all(p.grad is not None for p in layers[1].parameters())
+
+
+def test_zeros_that_are_left_stay_in_training(model, batches):
+    """Only the channels went; the attention's zeros have to be held in the training that follows."""
+    layers = [
+        {"op_names": ["intermediate.dense"], "pattern": "1xchannel"},
+        {"op_names": ["query"], "pattern": "2:4"},
+    ]
+    config = hc.WeightPruningConfig(criterion="magnitude", target_sparsity=0.5, local_configs=layers)
+    slim = hc.slim(hc.compress(model("bert", "sequence_classification"), config))
+    weight = slim.bert.encoder.layer[0].attention.self.query.weight
+    zeros, held = weight == 0, hc.HeldZerosCallback()
+    assert int(zeros.sum()) == weight.numel() // 2
+    held.on_train_begin(None, None, None, model=slim)
+    weight.data.add_(1)
+    held.on_optimizer_step(None, None, None)
+    assert torch.equal(weight == 0, zeros)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import logging
 import re
 from types import SimpleNamespace
@@ -9,8 +10,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import IterableDataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5ForQuestionAnswering,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.pytorch_utils import Conv1D
 
 import hf_compress as hc
@@ -214,6 +227,8 @@ def test_windows_follow_the_training():
     for values in ({"end_step": 120}, {"start_step": 100}, {"warmup_epochs": 6, "cooldown_epochs": 5}):
         with pytest.raises(ValueError, match="must leave room for the schedule"):
             window(**values)
+    with pytest.raises(ValueError, match=r"from step 1 to -2005 .* \(2105 an epoch, cooldown_epochs=1\)"):
+        window(per_epoch=2105, cooldown_epochs=1)
     with pytest.raises(ValueError, match="start_step must be at least 1 with criterion='snip'"):
         window(start_step=0, sparsity_decay_type="oneshot", criterion="snip")
 
@@ -275,6 +290,54 @@ def test_which_layers_are_pruned(model):
     assert (first.config.scope, second.config.scope) == ("global", "local")
     with pytest.raises(ValueError, match="op_names must select a layer of Linear"):
         names(op_names=["nothing"])
+
+
+def tiny_t5(kind=T5ForConditionalGeneration, **changes):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 1, "vocab_size": 50}
+    return kind(T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0, **changes))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", [T5ForConditionalGeneration, T5ForQuestionAnswering])
+def test_a_head_beside_its_stacks_is_not_pruned(kind, tied):
+    """T5 has no base model inside that could tell the head apart."""
+    model = tiny_t5(kind, tie_word_embeddings=tied)
+    inner = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(("encoder", "decoder"))}
+
+    def names(**values):
+        (group,) = groups_of(model, hc.WeightPruningConfig(**values))
+        return {layer.name for layer in group.layers}
+
+    assert names() == inner
+    head = "lm_head" if kind is T5ForConditionalGeneration else "qa_outputs"
+    assert names(excluded_op_names=[]) == inner | {head}
+    # Wherever it stands, a layer that shares its weight with embeddings is not selected.
+    model.encoder.shared_twice = nn.Linear(16, 50, bias=False)
+    model.encoder.shared_twice.weight = model.shared.weight
+    assert names() == inner
+
+
+def test_seq2seq_trainer(tmp_path):
+    model = tiny_t5()
+    words = model.shared.weight.detach().clone()
+    ids = torch.randint(1, 50, (16, 8), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row.flip(0)} for row in ids]
+    args = Seq2SeqTrainingArguments(
+        tmp_path, max_steps=4, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True,
+        save_strategy="no", learning_rate=1e-2, predict_with_generate=True,
+    )  # fmt: skip
+    config = hc.WeightPruningConfig(pattern="2:4", target_sparsity=0.5, pruning_frequency=1)
+    callback = hc.WeightPruningCallback(config)
+    trainer = Seq2SeqTrainer(model, args, train_dataset=rows, eval_dataset=rows, callbacks=[callback])
+    trainer.train()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            assert zero_units("2:4", module.weight.detach())[0] == module.weight.numel() // 4, name
+    assert model.lm_head.weight is model.shared.weight
+    assert model.shared.weight.detach().all()
+    assert not torch.equal(model.shared.weight, words)
+    assert len(trainer.predict(rows, max_new_tokens=4).predictions) == 16
 
 
 def test_convolutions_and_transposed_linears():
@@ -385,6 +448,14 @@ def test_mixed_patterns_at_once(model):
         )
     (step,) = hc.steps_of(pruned)
     assert step["local_configs"] == list(config.local_configs)
+
+
+def test_a_step_is_what_json_makes_of_it():
+    """Or a resumed training would take its own step for another one."""
+    local = ({"op_names": ("query",), "pattern": "1x1"}, {"op_names": ["key"], "excluded_op_names": ()})
+    record = hc.WeightPruningConfig(local_configs=local).to_record()
+    assert record == json.loads(json.dumps(record))
+    assert hc.WeightPruningConfig(**record).to_record() == record
 
 
 # In training.
@@ -644,6 +715,49 @@ class Regrow(TrainerCallback):
             model.bert.encoder.layer[0].output.dense.weight.data.add_(1)
 
 
+class GiveUpAt(TrainerCallback):
+    """What Trainer does when Optuna prunes a trial."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.is_hyper_param_search = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            self.trainer.callback_handler.on_train_end(args, state, control)
+            raise InterruptedError
+
+
+def test_a_trial_that_a_search_gives_up(model, batches, tmp_path, caplog):
+    dense, search = model("bert", HEAD), GiveUpAt()
+    search.trainer, _ = pruning_trainer(dense, tmp_path, examples(dense.config, batches), SMALL, extra=[search])
+    with pytest.raises(InterruptedError):
+        search.trainer.train()
+    assert "ended after 7 steps, before the last pruning update at step 10" in caplog.text
+    # A trial that a callback ends, or that ends by itself, is judged like any other training.
+    trainer, _ = pruning_trainer(dense, tmp_path, examples(dense.config, batches), SMALL, extra=[StopAt(6), search])
+    with pytest.raises(ValueError, match="ended after 6 steps"):
+        trainer.train()
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_a_stream_without_length(model, batches, tmp_path):
+    """An epoch is the whole training then, as for `Trainer` itself."""
+    dense = model("bert", HEAD)
+    data = Stream(examples(dense.config, batches))
+    config = {"pattern": "2:4", "target_sparsity": 0.5, "pruning_frequency": 2, "cooldown_epochs": 0.5}
+    trainer, watch = pruning_trainer(dense, tmp_path, data, config)
+    trainer.train()
+    assert watch.seen[5] < 0.5
+    assert watch.seen[6:] == [0.5] * 8
+
+
 def test_no_silent_success(model, batches, tmp_path):
     dense = model("bert", HEAD)
     data = examples(dense.config, batches)
@@ -684,10 +798,59 @@ def test_layers_without_gradient_are_left_alone(model, batches, tmp_path, caplog
     trainer, _ = pruning_trainer(dense, tmp_path, data, SMALL)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert "because not trained: bert.encoder.layer.0.output.dense" in caplog.text
-    assert "because no gradient reaches them: bert.encoder.layer.1.spare" in caplog.text
+    assert "because not trained: bert.encoder.layer.0.output.dense (8.3% of the selected weights)" in caplog.text
+    assert "because no gradient reaches them: bert.encoder.layer.1.spare (0.3% of the selected" in caplog.text
+    # What is told is the share of all weights that were to be pruned.
+    (step,) = hc.steps_of(trainer.model)
+    assert step["achieved_sparsity"] == pytest.approx(0.9 * (1 - 2112 / 24640), abs=0.002)
     for name in ("bert.encoder.layer.0.output.dense.weight", "bert.encoder.layer.1.spare.weight"):
         assert torch.equal(trainer.model.state_dict()[name], before[name])
+
+
+def test_layers_without_gradient_are_named_at_once(model, batches, caplog):
+    dense = model("bert", HEAD)
+    dense.bert.encoder.layer[1].spare = nn.Linear(8, 8)
+    data = [{**batch, "labels": torch.arange(8) % 2} for batch in batches(dense.config, count=1)]
+    pruned = hc.compress(dense, hc.WeightPruningConfig(criterion="snip", target_sparsity=0.5), data=data)
+    assert "because no gradient reaches them: bert.encoder.layer.1.spare (0.3% of the selected" in caplog.text
+    assert pruned.bert.encoder.layer[1].spare.weight.all()
+
+
+class Wake(TrainerCallback):
+    """A layer that takes part from step 8 on."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.model, self.awake = model, False
+        model.classifier.register_forward_pre_hook(self.run)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.awake = state.global_step >= 8
+
+    def run(self, module, inputs):
+        return (inputs[0] + self.model.bert.encoder.layer[1].spare(inputs[0]),) if self.awake else None
+
+
+def test_a_layer_that_is_reached_late(model, batches, tmp_path):
+    """By magnitude it is pruned long before the optimizer has a state of it, also after a resume in between."""
+    dense = model("bert", HEAD)
+    dense.bert.encoder.layer[1].spare = nn.Linear(32, 32)
+    data, config = examples(dense.config, batches), {**SMALL, "criterion": "magnitude", "end_step": 4}
+
+    def train(folder, resume=None):
+        callbacks = [hc.WeightPruningCallback(hc.WeightPruningConfig(**config)), Wake()]
+        args = arguments(folder, save_strategy="steps", save_steps=6, optim="adamw_torch")
+        trainer = Trainer(copy.deepcopy(dense), args, train_dataset=data, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = train(tmp_path)
+    weight = whole.model.bert.encoder.layer[1].spare.weight
+    before = dense.bert.encoder.layer[1].spare.weight
+    assert 0 < int((weight == 0).sum()) < weight.numel()
+    assert not torch.equal(weight[weight != 0], before[weight != 0])
+    again = train(tmp_path / "again", str(tmp_path / "checkpoint-6"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("kind", [Trainer, hc.CompressionTrainer])
@@ -765,23 +928,102 @@ def test_a_model_can_be_pruned_again_and_two_callbacks_do_not_meet(model, batche
     assert hc.WeightPruningConfig().local_configs == ()
 
 
+class ScaledTrainer(Trainer):
+    """Mixed precision on the CPU but for the precision: losses are scaled, steps with infinite gradients skipped.
+
+    Args:
+        overflows: Steps in which a gradient becomes infinite.
+    """
+
+    overflows = ()
+
+    def create_optimizer(self, model=None):
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return super().create_optimizer(model)
+
+    def training_step(self, model, *args, **kwargs):
+        self.accelerator.native_amp = True  # Not earlier, or the model would run in bfloat16.
+        loss = super().training_step(model, *args, **kwargs)
+        if self.state.global_step in self.overflows:
+            model.bert.encoder.layer[0].output.dense.weight.grad[0, 0] = torch.inf
+        return loss
+
+
+@pytest.mark.parametrize("kind", [Trainer, hc.CompressionTrainer])
+def test_zeros_of_an_earlier_step_stay(model, batches, tmp_path, kind):
+    """Where the callback does not choose; where it does, it decides anew."""
+    dense = model("bert", HEAD)
+    data = examples(dense.config, batches)
+    earlier = {"pattern": "2:4", "target_sparsity": 0.5, "criterion": "magnitude"}
+    hc.compress(dense, hc.WeightPruningConfig(**earlier, op_names=["dense", "query"], excluded_op_names=["pooler"]))
+    before = {name: weight.clone() for name, weight in linears(dense).items()}
+    config = {**SMALL, "op_names": ["query", "key", "value"]}
+    trainer, _ = pruning_trainer(dense, tmp_path, data, config, kind)
+    trainer.train()
+    for name, weight in linears(trainer.model).items():
+        if name.endswith("dense"):
+            assert torch.equal(weight == 0, before[name] == 0), name
+            assert not torch.equal(weight, before[name])
+        elif name.endswith("query"):
+            assert not torch.equal(weight == 0, before[name] == 0), name
+
+
+@pytest.fixture
+def mixed_precision(monkeypatch):
+    # What makes `clip_grad_norm_` unscale; a real one is refused on the CPU.
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+
+
+def test_scores_are_of_unscaled_gradients(model, batches, tmp_path, mixed_precision):
+    """`Trainer` undoes the scale whether it clips or not."""
+    data = examples(model("bert", HEAD).config, batches)
+    for norm in (0.0, 1e9):
+        results = []
+        for kind in (Trainer, ScaledTrainer):
+            settings = {"max_grad_norm": norm, "optim": "sgd", "learning_rate": 0.0}
+            trainer, _ = pruning_trainer(model("bert", HEAD), tmp_path, data, SMALL, kind, **settings)
+            trainer.train()
+            weight = trainer.model.bert.encoder.layer[1].output.dense.weight
+            results.append(trainer.optimizer.state[weight]["prune_score"])
+        assert trainer.accelerator.scaler.get_scale() == 1024
+        assert torch.allclose(*results, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("criterion", "optim"), [("snip", "adamw_torch_fused"), ("snip_momentum", "adamw_torch")])
+def test_an_update_waits_while_steps_are_skipped(model, batches, tmp_path, mixed_precision, criterion, optim, caplog):
+    dense = model("bert", HEAD)
+    config = {"sparsity_decay_type": "oneshot", "start_step": 2, "criterion": criterion, "target_sparsity": 0.5}
+    data = examples(dense.config, batches)
+    for overflows, reached in (((0, 1, 2), 0.5), (range(14), 0.0)):
+        trainer, watch = pruning_trainer(copy.deepcopy(dense), tmp_path, data, config, ScaledTrainer, optim=optim)
+        trainer.overflows = overflows
+        if reached:
+            trainer.train()
+            assert hc.steps_of(trainer.model)[0]["achieved_sparsity"] == pytest.approx(0.5, abs=0.01)
+        else:
+            with pytest.raises(ValueError, match="ended after 14 steps, before the last pruning update at step 2"):
+                trainer.train()
+        assert "mixed precision skipped the last one" in caplog.text
+        assert watch.seen == pytest.approx([0.0] * 4 + [reached] * 10, abs=0.01)
+
+
 class Scaled:
-    """What mixed precision puts around an optimizer: gradients are multiplied, steps with infinite ones skipped."""
+    """An optimizer in mixed precision, which skips steps with infinite gradients and then halves the scale."""
 
-    def __init__(self, optimizer, scale):
-        self.param_groups, self.state, self.step_was_skipped = optimizer.param_groups, optimizer.state, False
-        self.scaler = SimpleNamespace(get_scale=lambda: scale)
+    def __init__(self, optimizer):
+        self.param_groups, self.state, self.scale = optimizer.param_groups, optimizer.state, 1024.0
+        self.scaler = SimpleNamespace(get_scale=lambda: self.scale)
 
 
-def test_scaled_gradients_and_skipped_steps():
+def test_skipped_steps_leave_no_scores():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 8, bias=False))
     weight, gradient = net[0].weight, torch.rand(8, 8)
-    args, state = SimpleNamespace(max_grad_norm=0.0), SimpleNamespace(global_step=0, max_steps=9, num_train_epochs=1)
-    optimizer = Scaled(torch.optim.SGD(net.parameters(), lr=0.0), 1024.0)
+    args, state = SimpleNamespace(), SimpleNamespace(global_step=0, max_steps=9, num_train_epochs=1)
+    optimizer = Scaled(torch.optim.SGD(net.parameters(), lr=0.0))
     callback = hc.WeightPruningCallback(hc.WeightPruningConfig(pattern="1x1", pruning_frequency=2))
     callback.on_train_begin(args, state, None, model=net, optimizer=optimizer)
-    weight.grad = gradient * 1024
+    weight.grad = gradient
     callback.on_pre_optimizer_step(args, state, None, optimizer=optimizer)
     assert "prune_score" not in optimizer.state[weight]  # Never before the optimizer's own first entry.
     callback.on_optimizer_step(args, state, None, optimizer=optimizer)
@@ -789,6 +1031,6 @@ def test_scaled_gradients_and_skipped_steps():
     assert torch.allclose(optimizer.state[weight]["prune_score"], expected)
     weight.grad = torch.full_like(weight, float("inf"))
     callback.on_pre_optimizer_step(args, state, None, optimizer=optimizer)
-    optimizer.step_was_skipped = True
+    optimizer.scale = 512.0
     callback.on_optimizer_step(args, state, None, optimizer=optimizer)
     assert torch.allclose(optimizer.state[weight]["prune_score"], expected)

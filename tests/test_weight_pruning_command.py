@@ -9,7 +9,7 @@ import pandas
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 import hf_compress as hc
 from hf_compress.cli.main import main
@@ -71,6 +71,24 @@ def test_dense_training_of_the_same_kind(place):
     assert all(weight.all() for weight in weights.values())
     assert hc.steps_of(model) == []
     assert json.loads(Path("dense/results.json").read_text())["element_sparsity"] == 0
+
+
+def test_a_model_without_linear_layers(place, tokenizer, capsys):
+    """GPT-2 is made of `Conv1D`."""
+    sizes = {"vocab_size": 99, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "pad_token_id": 0}
+    GPT2ForSequenceClassification(GPT2Config(**sizes)).save_pretrained("model")
+    flags = [*COMMON, "--max_steps", "2", "--output_dir", "dense"]
+    assert main([*flags, "--do_prune", "false"]) == 0
+    results = json.loads(Path("dense/results.json").read_text())
+    assert (results["element_sparsity"], results["sparsity_by_layer"]) == (0, {})
+    assert main([*flags, "--max_steps", "8"]) == 2
+    assert "op_names must select a layer of Linear (pruning_op_types)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--alpha_task", "0", "--alpha_layer", "5"], ["--alpha_layer", "5"]])
+def test_hidden_states_need_a_teacher(place, capsys, flags):
+    assert main([*COMMON, *flags, "--output_dir", "sparse"]) == 2
+    assert "teacher_name_or_path must be given with alpha_task=" in capsys.readouterr().err
 
 
 def test_mixed_patterns_from_a_file_with_a_teacher(place):

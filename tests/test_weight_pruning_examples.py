@@ -84,3 +84,9 @@ def test_three_lines_make_a_stock_script_prune(run):
         assert word not in code
     Path("stock.py").write_text("".join(stock))
     assert not any(zeros(run(Path("stock.py").resolve(), "--max_train_samples", "16")).values())
+
+
+def test_tasks_of_sentence_pairs_are_refused(run, capsys):
+    with pytest.raises(SystemExit):
+        run("add_callback_to_existing_script.py", "--task_name", "mrpc")
+    assert "argument --task_name: invalid choice: 'mrpc'" in capsys.readouterr().err

@@ -96,6 +96,23 @@ def test_only_the_layers_asked_for_lose_heads(model):
         assert same == (before.index != 1)
 
 
+def test_caps_that_put_the_target_out_of_reach(model, sentences, tokenizer, tmp_path):
+    """Three of four heads may go in each of three layers, which is less than 0.9 of all."""
+    message = r"target_sparsity must be at most 0.75 with max_sparsity_ratio_per_op=0.98, got 0.9: .* 9 of 12"
+    config = {"pattern": "mha", "target_sparsity": 0.9, "criterion": "magnitude"}
+    dense = model("bert", HEAD)
+    with pytest.raises(ValueError, match=message):
+        hc.compress(dense, hc.WeightPruningConfig(**config))
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, max_steps=4)
+    rows = [{**tokenizer(text), "labels": label} for text, label in sentences]
+    callback = hc.WeightPruningCallback(hc.WeightPruningConfig(**config))
+    with pytest.raises(ValueError, match=message):
+        Trainer(dense, args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback]).train()
+    # Three of four in a layer of its own is what 0.9 rounds down to.
+    pruned = hc.compress(dense, hc.WeightPruningConfig(**config, scope="local"))
+    assert hc.steps_of(pruned)[-1]["achieved_sparsity"] == 0.75
+
+
 def test_half_frozen_attention_is_refused(model, sentences, tokenizer, tmp_path):
     student = model("bert", HEAD)
     frozen = blocks_of(student)[1].linear("attention.self.value")

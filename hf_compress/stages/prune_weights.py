@@ -86,6 +86,11 @@ def prune_weights(
         )
     if pruning.do_prune and not at_once:
         _require_training(config, args)
+    if not pruning.teacher_name_or_path and not at_once and (args.alpha_layer or not args.alpha_task):
+        raise ValueError(
+            f"teacher_name_or_path must be given with alpha_task={args.alpha_task:g} and "
+            f"alpha_layer={args.alpha_layer:g}: without a teacher, only the labels teach."
+        )
     task, tokenizer, model, rows = prepare(model_args, data, args.seed)
     if pruning.slim:
         # Hours of training later would be late to learn that a model cannot be cut.

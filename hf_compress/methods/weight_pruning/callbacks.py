@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from hf_compress.core.record import append_step, record_of
 from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA
-from hf_compress.methods.weight_pruning.groups import Group, Layer, groups_of, pruned_units, sparsity_of, unit_counts
-from hf_compress.methods.weight_pruning.modeling import expected_units, prune_layers, step_scores
-from hf_compress.methods.weight_pruning.patterns import Heads
-from hf_compress.methods.weight_pruning.timetable import PruningRun, schedule_of
+from hf_compress.methods.weight_pruning.groups import Group, Layer, pruned_units, sparsity_of, unit_counts
+from hf_compress.methods.weight_pruning.modeling import expected_units, prune_layers, step_scores, warn_of_spared
+from hf_compress.methods.weight_pruning.timetable import PruningRun, runs_of
 from hf_compress.methods.weight_pruning.zeros import HeldZerosCallback, Zeros
 
 
@@ -37,8 +36,16 @@ def keep_zeros(callbacks: Sequence[TrainerCallback]) -> TrainerCallback | None:
     return None if decided else HeldZerosCallback()
 
 
+def _loss_scale(optimizer: Any) -> float:
+    """The factor that mixed precision puts on the loss; it falls when a step is skipped."""
+    scaler = getattr(optimizer, "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()
+
+
 class WeightPruningCallback(TrainerCallback):
     """Prunes the weights of a model in training and keeps them zero; add it to any Trainer script.
+
+    Zeros of earlier steps stay in the layers that it does not select; those that it selects are decided anew.
 
     Logs `prune/sparsity`: in our trainers everywhere, in a stock `Trainer` in `state.log_history` and in callbacks
     that were added later. With `load_best_model_at_end`, checkpoints from before the last update do not compete.
@@ -77,6 +84,8 @@ class WeightPruningCallback(TrainerCallback):
         self._zeros = Zeros()
         self._fresh: dict[Layer, Tensor] = {}
         self._sparsity = 0.0
+        self._scale, self._skipped = 1.0, False
+        self._late: set[PruningRun] = set()
 
     def on_train_begin(
         self,
@@ -89,28 +98,14 @@ class WeightPruningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._clear()
-        if getattr(model, "config", None) is not None:
-            # A record of another package would otherwise stop the training at the last update.
-            record_of(model.config)
-        steps_per_epoch = state.max_steps / max(state.num_train_epochs, 1)
-        if isinstance(train_dataloader, Sized):
+        # As `Trainer` counts: data without a length are one epoch.
+        steps_per_epoch = state.max_steps
+        if has_length(train_dataloader):
             steps_per_epoch = max(-(-len(train_dataloader) // args.gradient_accumulation_steps), 1)
-        trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        for group in groups_of(model, self.config):
-            layers = [layer for layer in group.layers if layer.weight in trained]
-            if not layers:
-                raise ValueError(
-                    f"op_names must select weights that are trained, got {[layer.name for layer in group.layers]}, "
-                    "which the optimizer does not have (frozen, or sharded by FSDP or DeepSpeed)."
-                )
-            if len(layers) < len(group.layers):
-                frozen = ", ".join(layer.name for layer in group.layers if layer not in layers)
-                if isinstance(group.config.parsed_pattern, Heads):
-                    raise ValueError(f"pattern='mha' must find all attention projections trained, frozen: {frozen}.")
-                logger.warning("Not pruned, because not trained: %s", frozen)
-            self._runs.append(
-                PruningRun(Group(group.config, layers), schedule_of(group.config, state.max_steps, steps_per_epoch))
-            )
+        self._runs = runs_of(model, self.config, optimizer, state.max_steps, steps_per_epoch)
+        if getattr(model, "config", None) is not None:
+            # A record of another package stops the training here, not at the last update.
+            self._zeros.hold_recorded(model, {layer.weight for run in self._runs for layer in run.selected.layers})
         self._restore(optimizer, state.global_step)
         if state.global_step > self._last_update:
             self._record(model)
@@ -132,6 +127,11 @@ class WeightPruningCallback(TrainerCallback):
                     f"resume_from_checkpoint must hold the optimizer's state, where masks and scores are: step {step} "
                     "comes after the first update. Checkpoints written with save_only_model cannot be resumed."
                 )
+            if run.group.config.criterion == "magnitude" and run.schedule.in_force(step) > 0:
+                # Layers that no gradient has reached yet were pruned as well, but the optimizer knows nothing of them.
+                for layer in run.group.layers:
+                    if layer not in self._pruned:
+                        self._set_mask(layer, layer.weight.detach() == 0)
         self._zeros.enforce()
         self._measure()
 
@@ -144,14 +144,14 @@ class WeightPruningCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        due = [(run, run.schedule.due(state.global_step)) for run in self._runs]
-        due = [(run, sparsity) for run, sparsity in due if sparsity is not None]
-        for run, sparsity in due:
-            self._update(run, sparsity, optimizer)
+        step = state.global_step
+        due = [run for run in self._runs if run in self._late or run.schedule.due(step) is not None]
+        for run in due:
+            self._update(run, run.schedule.in_force(step + 1), optimizer)
         if due:
             self._zeros.enforce()
             self._measure()
-            if state.global_step == self._last_update:
+            if step >= self._last_update and not self._late:
                 self._record(model)
 
     def _update(self, run: PruningRun, sparsity: float, optimizer: Any) -> None:
@@ -167,12 +167,15 @@ class WeightPruningCallback(TrainerCallback):
                 layers.append(layer)
                 scores.append(score)
         if not layers:
+            if self._skipped:
+                logger.warning("Pruning waits for the next step: mixed precision skipped the last one (overflow).")
+                self._late.add(run)
+                return
             raise ValueError(
                 f"The loss must depend on the layers to prune, got no gradient for any of {len(run.group.layers)}."
             )
-        if len(layers) < len(run.group.layers):
-            dark = [layer.name for layer in run.group.layers if layer not in layers]
-            logger.warning("Not pruned, because no gradient reaches them: %s", ", ".join(dark))
+        self._late.discard(run)
+        warn_of_spared(run.group, layers, "no gradient reaches them")
         masks = prune_layers(config, layers, scores, [self._pruned.get(layer) for layer in layers], sparsity)
         for layer, mask in zip(layers, masks, strict=True):
             self._set_mask(layer, mask)
@@ -188,20 +191,16 @@ class WeightPruningCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        scoring = [run for run in self._runs if run.scores_at(state.global_step)]
-        scaler = getattr(optimizer, "scaler", None) if scoring else None
-        # Clipping undoes the scale of mixed precision; without clipping it is still in the gradients.
-        scale = scaler.get_scale() if scaler is not None and not args.max_grad_norm else None
-        for run in scoring:
+        self._scale = _loss_scale(optimizer)
+        for run in self._runs:
+            if not (run.scores_at(state.global_step) or run in self._late):
+                continue
             for layer in run.group.layers:
+                # Without the loss scale, which `Trainer` undoes to measure the norm, whether it clips or not.
                 gradient = layer.weight.grad
-                if gradient is None:
-                    continue
-                if scaler is not None:
-                    # Infinite gradients make the scaler skip the step; one of them would stay in the sum for good.
-                    gradient = torch.nan_to_num(gradient / (scale or 1.0), nan=0.0, posinf=0.0, neginf=0.0)
-                stored = optimizer.state.get(layer.weight, {}).get(SCORE)
-                self._fresh[layer] = step_scores(run.group.config, layer, gradient, stored)
+                if gradient is not None:
+                    stored = optimizer.state.get(layer.weight, {}).get(SCORE)
+                    self._fresh[layer] = step_scores(run.group.config, layer, gradient, stored)
 
     def on_optimizer_step(
         self,
@@ -211,11 +210,15 @@ class WeightPruningCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if not getattr(optimizer, "step_was_skipped", False):
+        # After infinite gradients; `step_was_skipped` does not see that of fused optimizers.
+        self._skipped = _loss_scale(optimizer) < self._scale
+        if not self._skipped:
             for layer, score in self._fresh.items():
                 optimizer.state[layer.weight][SCORE] = score
             for layer, mask in self._pruned.items():
-                optimizer.state[layer.weight][PRUNED] = mask
+                # See `_update`: without a gradient, the optimizer has not set its state up.
+                if layer.weight.grad is not None or optimizer.state.get(layer.weight):
+                    optimizer.state[layer.weight][PRUNED] = mask
         self._fresh.clear()
         self._zeros.enforce()
 
@@ -225,7 +228,7 @@ class WeightPruningCallback(TrainerCallback):
 
     def _measure(self) -> None:
         """What is pruned now, for the log. Weights that are zero by themselves in all of a unit count as well."""
-        self._sparsity = sparsity_of([run.group for run in self._runs]) if self._pruned else 0.0
+        self._sparsity = sparsity_of([run.selected for run in self._runs]) if self._pruned else 0.0
 
     def logged_values(self) -> dict[str, float]:
         """What our trainers add to every entry of their training log."""
@@ -263,11 +266,16 @@ class WeightPruningCallback(TrainerCallback):
             return
         runs, last = self._runs, self._last_update
         try:
-            if state.global_step <= last:
-                raise ValueError(
-                    f"Training ended after {state.global_step} steps, before the last pruning update at step {last}: "
-                    f"the sparsity is {self._sparsity:.4f}. Train longer or lower end_step."
+            if state.global_step <= last or self._late:
+                found = (
+                    f"Training ended after {state.global_step} steps, before the last pruning update at step {last} "
+                    f"was made: the sparsity is {self._sparsity:.4f}."
                 )
+                if state.is_hyper_param_search and not control.should_training_stop:
+                    # A search gives the trial up, and says so itself right after this.
+                    logger.warning(found)
+                    return
+                raise ValueError(f"{found} Train longer or lower end_step.")
             for run in runs:
                 self._check_target(run)
         finally:
@@ -291,7 +299,8 @@ class WeightPruningCallback(TrainerCallback):
         config = getattr(model, "config", None)
         if config is None:
             return
-        completed = dataclasses.replace(self.config, achieved_sparsity=sparsity_of([run.group for run in self._runs]))
+        achieved = sparsity_of([run.selected for run in self._runs])
+        completed = dataclasses.replace(self.config, achieved_sparsity=achieved)
         steps = record_of(config)["steps"]
         # A model that was opened from one of those checkpoints carries it already.
         if not steps or steps[-1] != {"method": NAME, **completed.to_record()}:

@@ -17,6 +17,13 @@ NAME = "weight_pruning"
 _WHOLE = ("local_configs", "achieved_sparsity", "heads_per_layer", "neurons_per_layer")
 
 
+def _with_lists(value: Any) -> Any:
+    """A value as it comes back from JSON, which has no tuples."""
+    if isinstance(value, dict):
+        return {name: _with_lists(item) for name, item in value.items()}
+    return [_with_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 @dataclass(kw_only=True)
 class WeightPruningConfig(MethodConfig):
     """Zeros in ordinary weights, in a pattern, at exactly the sparsity asked for.
@@ -37,8 +44,8 @@ class WeightPruningConfig(MethodConfig):
         warmup_epochs, cooldown_epochs: Dense epochs at the start and epochs with fixed masks at the end, where
             `start_step` and `end_step` are None.
         op_names: Regular expressions searched in module names: what is pruned. None: every layer.
-        excluded_op_names: The same: what is not. None: the task head and poolers when `op_names` is None too,
-            otherwise nothing.
+        excluded_op_names: The same: what is not. None: when `op_names` is None too, the task head, poolers and layers
+            that share their weight with embeddings; otherwise nothing.
         pruning_op_types: Class names of modules that are pruned; subclasses count.
         min_sparsity_ratio_per_op, max_sparsity_ratio_per_op: What each layer loses at least (reached with the last
             update) and at most.
@@ -202,5 +209,4 @@ class WeightPruningConfig(MethodConfig):
         return needs_inputs(self.criterion)
 
     def to_record(self) -> dict[str, Any]:
-        record = super().to_record()
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in record.items()}
+        return _with_lists(super().to_record())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.architectures import blocks_of
@@ -87,9 +88,26 @@ def _matches(name: str, expressions: Sequence[str]) -> bool:
     return any(re.search(expression, name) for expression in expressions)
 
 
+def _bodies(model: nn.Module) -> tuple[str, ...]:
+    """How the names of modules begin that are not part of a task head."""
+    if getattr(model, "base_model", model) is not model:
+        return (f"{model.base_model_prefix}.",)
+    # T5 with a head has no base model inside, but an encoder and a decoder that are models themselves.
+    stacks = tuple(f"{name}." for name, child in model.named_children() if isinstance(child, PreTrainedModel))
+    return stacks or ("",)
+
+
+def _word_weights(model: nn.Module) -> set[nn.Parameter | None]:
+    """Weights of embeddings, which a layer may share, and of the layer that scores words."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), nn.Module):
+        modules.append(model.get_output_embeddings())
+    return {module._parameters.get("weight") for module in modules}
+
+
 def _select(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Parameter]) -> list[Layer]:
     everything = config.op_names is None and config.excluded_op_names is None
-    base = getattr(model, "base_model_prefix", "") if getattr(model, "base_model", model) is not model else ""
+    bodies, words = _bodies(model), _word_weights(model)
     layers = []
     for name, module in model.named_modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}
@@ -101,7 +119,10 @@ def _select(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Paramet
             continue
         if _matches(name, config.excluded_op_names or ()):
             continue
-        if everything and ("pooler" in name or (base and not name.startswith(f"{base}."))):
+        if everything and ("pooler" in name or not name.startswith(bodies)):
+            continue
+        # Embeddings are pruned only where their class is asked for, and never as a layer that shares their weight.
+        if everything and weight in words and not isinstance(module, nn.Embedding):
             continue
         taken.add(weight)
         layers.append(Layer(name, weight, isinstance(module, Conv1D)))
@@ -137,31 +158,42 @@ def _select_heads(model: nn.Module, config: WeightPruningConfig, taken: set[nn.P
     return layers
 
 
-def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[Group]:
-    """The sets of layers that a config prunes; no layer is in two.
+def selected(model: nn.Module, config: WeightPruningConfig) -> list[Group]:
+    """The sets of layers that a config selects; no layer is in two, and a set may be empty.
 
     Raises:
-        ValueError: If one of them is empty.
+        ValueError: If the model cannot be looked at in this way.
     """
     if hasattr(model, "peft_config"):
         raise ValueError("model must not hold adapters, got a PEFT model. Merge them (merge_and_unload) first.")
+    taken: set[nn.Parameter] = set()
+    return [
+        Group(entry, (_select_heads if isinstance(entry.parsed_pattern, Heads) else _select)(model, entry, taken))
+        for entry in config.resolved()
+    ]
+
+
+def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[Group]:
+    """What `selected` finds, for pruning it.
+
+    Raises:
+        ValueError: If a set is empty, or the config was read off a model that is slim already.
+    """
     if config.heads_per_layer is not None:
         # A copy of a finished step: what training would record of it says nothing about this model.
         raise ValueError(
             f"heads_per_layer and neurons_per_layer must be None before pruning (slim fills them in), got "
             f"{config.heads_per_layer} and {config.neurons_per_layer}."
         )
-    taken: set[nn.Parameter] = set()
-    groups = []
-    for entry in config.resolved():
-        select = _select_heads if isinstance(entry.parsed_pattern, Heads) else _select
-        layers = select(model, entry, taken)
-        if not layers:
+    groups = selected(model, config)
+    for group in groups:
+        entry = group.config
+        if not group.layers:
             raise ValueError(
-                f"op_names must select a layer of {', '.join(entry.pruning_op_types)}, got {entry.op_names} without "
-                f"{entry.excluded_op_names} (and without layers of earlier local_configs), which selects none."
+                f"op_names must select a layer of {', '.join(entry.pruning_op_types)} (pruning_op_types), got "
+                f"{entry.op_names} without {entry.excluded_op_names} (and without layers of earlier local_configs), "
+                "which selects none."
             )
-        groups.append(Group(entry, layers))
     return groups
 
 
@@ -188,7 +220,7 @@ def sparsity_by_layer(model: nn.Module, config: WeightPruningConfig) -> dict[str
     """Pruned units over units of each layer that a config selects (times N/M for N:M), by module name."""
     return {
         layer.name: sparsity_of([Group(group.config, [layer])])
-        for group in groups_of(model, config)
+        for group in selected(model, config)
         for layer in group.layers
     }
 

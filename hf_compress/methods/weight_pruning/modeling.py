@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,22 @@ from hf_compress.core.modes import evaluating
 from hf_compress.methods.weight_pruning.calibrated import check_linear, reconstruct_, wanda_scores
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA, accumulate
-from hf_compress.methods.weight_pruning.groups import Group, Layer, groups_of, nothing_pruned, sparsity_of, tied
+from hf_compress.methods.weight_pruning.groups import (
+    Group,
+    Layer,
+    groups_of,
+    nothing_pruned,
+    sparsity_of,
+    tied,
+    unit_counts,
+)
 from hf_compress.methods.weight_pruning.selection import floor_count, select_units
+
+
+logger = logging.getLogger(__name__)
+
+# How far caps that are rounded down to whole units may push the sparsity below its target.
+_ROUNDING = 0.01
 
 
 def _targets(config: WeightPruningConfig, sizes: Sequence[int], sparsity: float) -> tuple[int, list[int], list[int]]:
@@ -37,6 +52,34 @@ def expected_units(config: WeightPruningConfig, sizes: Sequence[int]) -> int:
     """Units that are pruned when the target is reached: the target rounded down, and no more than bounds allow."""
     scopes = [sizes] if config.scope == "global" else [[size] for size in sizes]
     return sum(_targets(config, scope, config.target_sparsity)[0] for scope in scopes)
+
+
+def check_reachable(group: Group) -> None:
+    """Refuse a target that layers, which lose whole units up to their cap, cannot reach together.
+
+    Raises:
+        ValueError: If they miss it by more than a hundredth.
+    """
+    config, sizes = group.config, unit_counts(group.config, group.layers)
+    if config.scope == "local":
+        return
+    ceiling, total = config.parsed_pattern.ceiling, sum(sizes)
+    possible = expected_units(config, sizes)
+    if floor_count(total, config.target_sparsity / ceiling) - possible > _ROUNDING * total:
+        raise ValueError(
+            f"target_sparsity must be at most {possible / total * ceiling:.4g} with max_sparsity_ratio_per_op="
+            f"{config.max_sparsity_ratio_per_op}, got {config.target_sparsity}: in whole units of pattern "
+            f"{config.pattern}, the layers may lose {possible} of {total}."
+        )
+
+
+def warn_of_spared(group: Group, pruned: Sequence[Layer], reason: str) -> None:
+    """Name the layers of a group that are not pruned, and their share of its weights."""
+    spared = [layer for layer in group.layers if layer not in pruned]
+    if spared:
+        share = sum(layer.weight.numel() for layer in spared) / sum(layer.weight.numel() for layer in group.layers)
+        names = ", ".join(layer.name for layer in spared)
+        logger.warning("Not pruned, because %s: %s (%.1f%% of the selected weights)", reason, names, 100 * share)
 
 
 def prune_layers(
@@ -100,8 +143,9 @@ def step_scores(config: WeightPruningConfig, layer: Layer, gradient: Tensor | No
 
 
 def check(model: PreTrainedModel, config: WeightPruningConfig) -> None:
-    """Refuse configs that select nothing, or layers whose inputs a criterion cannot use."""
+    """Refuse configs that select nothing, ask for too much, or for layers whose inputs a criterion cannot use."""
     for group in groups_of(model, config):
+        check_reachable(group)
         if group.config.needs_inputs:
             check_linear(model, group.config, group.layers)
 
@@ -158,6 +202,7 @@ def compress(
         scored = [layer for layer in group.layers if layer in scores]
         if not scored:
             raise ValueError(f"The loss must depend on a layer to prune, got none of {len(group.layers)}.")
+        warn_of_spared(group, scored, "no gradient reaches them")
         kept, nothing = [scores[layer] for layer in scored], [None] * len(scored)
         chosen = prune_layers(group.config, scored, kept, nothing, group.config.target_sparsity)
         masks.update(zip(scored, chosen, strict=True))

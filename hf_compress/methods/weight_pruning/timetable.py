@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 from hf_compress.core.schedules import SparsitySchedule
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
-from hf_compress.methods.weight_pruning.groups import Group
+from hf_compress.methods.weight_pruning.groups import Group, groups_of
+from hf_compress.methods.weight_pruning.modeling import check_reachable, warn_of_spared
+from hf_compress.methods.weight_pruning.patterns import Heads
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +40,8 @@ def schedule_of(config: WeightPruningConfig, max_steps: int, steps_per_epoch: fl
     if schedule.last >= max_steps or (end < start and not oneshot):
         raise ValueError(
             f"start_step, end_step, warmup_epochs and cooldown_epochs must leave room for the schedule: updates from "
-            f"step {start} to {max(start, end)} in a training of {max_steps} steps."
+            f"step {start} to {end} in a training of {max_steps} steps ({steps_per_epoch:g} an epoch, "
+            f"cooldown_epochs={config.cooldown_epochs:g})."
         )
     if config.needs_gradients and schedule.last == 0:
         raise ValueError(
@@ -54,10 +60,17 @@ def schedule_of(config: WeightPruningConfig, max_steps: int, steps_per_epoch: fl
 
 @dataclass(frozen=True, eq=False)
 class PruningRun:
-    """One group of layers and its schedule in the training at hand."""
+    """One group of layers and its schedule in the training at hand.
+
+    Args:
+        group: The layers that are trained, which alone can be pruned.
+        schedule: When.
+        selected: All layers that the config selects, of which the sparsity is told.
+    """
 
     group: Group
     schedule: SparsitySchedule
+    selected: Group
 
     def scores_at(self, step: int) -> bool:
         """Whether an update to come depends on this step's gradients."""
@@ -65,3 +78,30 @@ class PruningRun:
         if criterion == "snip_momentum":
             return step < self.schedule.last
         return criterion != "magnitude" and self.schedule.due(step + 1) is not None
+
+
+def runs_of(
+    model: nn.Module, config: WeightPruningConfig, optimizer: Any, max_steps: int, steps_per_epoch: float
+) -> list[PruningRun]:
+    """What a training prunes, and when.
+
+    Raises:
+        ValueError: If the optimizer has none of the layers, or target or schedule are out of reach.
+    """
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    runs = []
+    for group in groups_of(model, config):
+        layers = [layer for layer in group.layers if layer.weight in trained]
+        if not layers:
+            raise ValueError(
+                f"op_names must select weights that are trained, got {[layer.name for layer in group.layers]}, "
+                "which the optimizer does not have (frozen, or sharded by FSDP or DeepSpeed)."
+            )
+        if len(layers) < len(group.layers) and isinstance(group.config.parsed_pattern, Heads):
+            frozen = ", ".join(layer.name for layer in group.layers if layer not in layers)
+            raise ValueError(f"pattern='mha' must find all attention projections trained, frozen: {frozen}.")
+        warn_of_spared(group, layers, "not trained")
+        alone = Group(group.config, layers)
+        check_reachable(alone)
+        runs.append(PruningRun(alone, schedule_of(group.config, max_steps, steps_per_epoch), group))
+    return runs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_compress.core.architectures import base_of
 from hf_compress.core.record import record_of
 from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
-from hf_compress.methods.weight_pruning.groups import Layer, groups_of
+from hf_compress.methods.weight_pruning.groups import Layer, selected
 
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,13 @@ class Zeros:
         """From now on a layer's weights are zero where the mask, of the weight's shape, is True."""
         self._kept_bits[layer] = (~mask).to(_BITS[layer.weight.element_size()]).neg_()
 
+    def hold_recorded(self, model: nn.Module, decided: Container[nn.Parameter] = frozenset()) -> None:
+        """Hold what is zero now in the trained layers that recorded steps chose from, but for weights decided anew."""
+        for layer in _pruned_layers(base_of(model)):
+            mask = layer.weight.detach() == 0
+            if layer.weight.requires_grad and layer.weight not in decided and bool(mask.any()):
+                self.hold(layer, mask)
+
     def enforce(self) -> None:
         # All bits of what stays, none of what goes: ten times as fast as `masked_fill_` on the CPU, and 0 times NaN or
         # a negative number is a plain zero, too.
@@ -42,7 +49,8 @@ class Zeros:
 class HeldZerosCallback(TrainerCallback):
     """Keeps the zeros of a model that went through weight pruning, while it is trained for something else.
 
-    Trainers of this package add it by themselves unless a `WeightPruningCallback` decides anew what is pruned.
+    Trainers of this package add it by themselves, unless a `WeightPruningCallback` is there: it holds the zeros of the
+    layers that it does not select.
 
     Example:
         >>> held = HeldZerosCallback()   # Trainer(pruned_model, args, train_dataset=..., callbacks=[held]).train()
@@ -59,11 +67,8 @@ class HeldZerosCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        self._zeros, core = Zeros(), base_of(model)
-        for layer in _pruned_layers(core):
-            mask = layer.weight.detach() == 0
-            if layer.weight.requires_grad and bool(mask.any()):
-                self._zeros.hold(layer, mask)
+        self._zeros = Zeros()
+        self._zeros.hold_recorded(model)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,9 +88,9 @@ def _pruned_layers(model: nn.Module) -> Iterable[Layer]:
         if step["method"] != NAME:
             continue
         try:
-            groups = groups_of(model, WeightPruningConfig(**{k: v for k, v in step.items() if k != "method"}))
+            groups = selected(model, WeightPruningConfig(**{k: v for k, v in step.items() if k != "method"}))
         except ValueError as error:
-            # A later step may have taken away what this one speaks of.
+            # Adapters, or a later step that replaced what this one speaks of.
             logger.warning("Zeros of weight pruning cannot be held any more: %s", error)
             continue
         found.update((layer.name, layer) for group in groups for layer in group.layers)
