@@ -11,8 +11,10 @@ from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     BertConfig,
+    CamembertConfig,
     Trainer,
     TrainingArguments,
+    XLMRobertaConfig,
 )
 
 import hf_compress as hc
@@ -278,3 +280,25 @@ def test_averages_of_half_precision_do_not_overflow():
     for _ in range(2):
         seen.add("task", torch.tensor(2000.0, dtype=torch.float16), weight=64)
     assert seen.take() == {"task": 2000.0}
+
+
+@pytest.mark.parametrize("kind", [XLMRobertaConfig, CamembertConfig])
+@pytest.mark.parametrize("config", [
+    hc.StructuredPruningConfig(mac_ratio=0.6), hc.LinformerConfig(projected_length=4),
+    hc.TokenPruningConfig(final_token_threshold=0.6, score_reference_length=8),
+], ids=["structured", "linear", "tokens"])  # fmt: skip
+def test_relatives_of_roberta(kind, config, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "intermediate_size": 32, "max_position_embeddings": 34, "pad_token_id": 1}  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(kind(**sizes))
+    ids = torch.randint(5, 99, (8, 12), generator=torch.Generator().manual_seed(0))
+    ids[3, 7:] = 1
+    batch = {"input_ids": ids, "attention_mask": (ids != 1).long()}
+    with torch.no_grad():
+        before = model.eval()(**batch).logits
+        hc.compress(model, config, data=[batch])
+        after = model.eval()(**batch).logits
+        model.save_pretrained(tmp_path)
+        assert torch.equal(AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()(**batch).logits, after)
+    assert not torch.equal(before, after)

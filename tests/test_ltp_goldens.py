@@ -104,7 +104,7 @@ def test_forward_drops_what_the_original_masks(goldens):
         if mode == "absolute_threshold":
             thresholds_of(model).values.data = torch.tensor(golden["theta"]).float()
         for block in blocks_of(model):
-            block.layer.token_rule.first_only = False
+            block.layer.token_rule.reads_first = False
             if "learned" in name:
                 block.layer.token_rule.switched_off = False
         state = LiveTokens()

@@ -263,6 +263,21 @@ def test_comparing_models_writes_everything_and_reads_folders(pair, rows, tokeni
     assert (found["baseline"], found["metric"], found["num_examples"]) == ("dense", "accuracy", 24)
 
 
+def test_dropped_tokens_are_not_counted(pair, model, rows, tokenizer, tmp_path):
+    dropping = hc.TokenPruningConfig(final_token_threshold=0.03)
+    models = {**pair, "tokens": hc.compress(model("bert", "sequence_classification"), dropping)}
+    settings = {"batch_sizes": [4], "repeats": 1, "warmup": 0, "limit": 4}
+    found = compare_models(models, rows, tokenizer, "sst2", tmp_path, **settings)
+    dense, structured, tokens = found["models"]
+    # One text at a time; the mean over texts, for all models alike.
+    alone = [{name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask")} for row in rows]
+    for entry_, network in zip(found["models"], models.values(), strict=True):
+        assert entry_["cost"]["macs"] == pytest.approx(count_cost(network, data=alone).macs, rel=1e-9)
+    assert tokens["mac_ratio"] < 0.9
+    assert structured["mac_ratio"] == pytest.approx(0.5, abs=0.02)
+    assert "fewer MACs" in tokens["verdicts"][0]
+
+
 @pytest.mark.usefixtures("without_matplotlib")
 def test_numbers_are_kept_when_plots_cannot_be_drawn(pair, rows, tokenizer, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    ElectraConfig,
+    ElectraForMultipleChoice,
+)
 
 import hf_compress as hc
 from hf_compress.core.layers import LiveTokens, Packing
@@ -22,7 +28,8 @@ def test_pieces_give_what_gradients_give(batches, monkeypatch, limit, equal, pru
     """With gradients the weights of the whole batch are built at once, by another function."""
     monkeypatch.setattr(attention, "_WEIGHTS_AT_A_TIME", limit)
     fields = {"token_keep_rate": -1.0} if prune_mode == "topk" else {"final_token_threshold": 0.02}
-    dense = tiny(length=64)
+    # A classifier would not have the padding on the left.
+    dense = tiny(length=64, kind=BertForTokenClassification)
     pruned = hc.compress(dense, hc.TokenPruningConfig(prune_mode=prune_mode, **fields))
     batch = batches(dense.config, count=1)[0]
     if equal:
@@ -83,9 +90,72 @@ def test_what_remains_is_what_a_loop_finds(seed):
     assert torch.equal(first.pack(states), states[expected])
 
 
-def tiny(length=16, heads=3):
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_padding_on_the_left_of_a_classifier_is_refused(training):
+    """It reads position 0, where a row of padding never changes."""
+    model = hc.compress(tiny(), hc.TokenPruningConfig(final_token_threshold=0.02)).train(training)
+    ids, mask = torch.randint(5, 1200, (3, 8)), torch.ones(3, 8, dtype=torch.long)
+    mask[1, :2] = 0
+    with pytest.raises(ValueError, match="must have padding on the right for a classifier that reads the first token"):
+        model(input_ids=ids, attention_mask=mask)
+    # Within a text, and in a text without tokens, it is no harm.
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[1, 3:5], mask[2] = 0, 0
+    assert torch.isfinite(model(input_ids=ids, attention_mask=mask).logits).all()
+    state = LiveTokens()
+    reader = hc.compress(tiny(kind=BertForTokenClassification), hc.TokenPruningConfig())
+    reader(input_ids=ids, attention_mask=mask.flip(1), live_tokens=state)
+    assert torch.equal(state.packings[0].live(), mask.flip(1).bool())
+
+
+@pytest.mark.parametrize("fields", [{"masking_mode": "soft"}, {}, {"prune_mode": "topk", "token_keep_rate": 0.1}])
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("kind", [BertForSequenceClassification, BertForTokenClassification])
+def test_a_batch_of_padding_alone(fields, training, kind):
+    model = hc.compress(tiny(kind=kind), hc.TokenPruningConfig(**fields)).train(training)
+    state = LiveTokens()
+    inputs = {"input_ids": torch.zeros(2, 4, dtype=torch.long), "attention_mask": torch.zeros(2, 4)}
+    assert torch.isfinite(model(**inputs, live_tokens=state).logits).all()
+    assert [lengths.tolist() for lengths in state.fed.values()] == [[0, 0]] * 5
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs).logits).all()
+
+
+class TinyMeanForSequenceClassification(BertForTokenClassification):
+    """As somebody may write it: a known kind of name, but the head reads all tokens."""
+
+    def forward(self, **inputs):
+        outputs = super().forward(**inputs)
+        outputs.logits = outputs.logits.mean(1)
+        return outputs
+
+
+def electra(summary_type):
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(
+    return ElectraForMultipleChoice(ElectraConfig(
+        vocab_size=1200, embedding_size=16, hidden_size=24, num_hidden_layers=3, num_attention_heads=3,
+        intermediate_size=48, max_position_embeddings=16, initializer_range=0.4, summary_type=summary_type,
+    )).double().eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [
+    lambda: tiny(kind=TinyMeanForSequenceClassification), lambda: electra("mean"), lambda: electra("last"),
+    lambda: electra("first"), lambda: tiny(),
+], ids=["own head", "mean", "last", "first", "stock"])  # fmt: skip
+def test_heads_find_the_rows_that_they_read(make):
+    """The last layer computes the first token alone only where nothing else is read."""
+    dense = make()
+    shape = (2, 3, 8) if isinstance(dense, ElectraForMultipleChoice) else (2, 8)
+    batch = {"input_ids": torch.randint(5, 1200, shape), "attention_mask": torch.ones(shape, dtype=torch.long)}
+    with torch.no_grad():
+        expected = dense(**batch).logits
+        found = hc.compress(dense, hc.TokenPruningConfig(final_token_threshold=0.0))(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def tiny(length=16, heads=3, kind=BertForSequenceClassification):
+    torch.manual_seed(0)
+    return kind(BertConfig(
         vocab_size=1200, hidden_size=8 * heads, num_hidden_layers=5, num_attention_heads=heads, intermediate_size=48,
         max_position_embeddings=length, initializer_range=0.4,
     )).double().eval()  # fmt: skip

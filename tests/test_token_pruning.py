@@ -351,7 +351,9 @@ def test_resumed_run_to_a_target_equals_unbroken(model, rows, tokenizer, tmp_pat
             student = hc.compress(
                 model("bert", HEAD), hc.TokenPruningConfig(masking_mode="soft", final_token_threshold=0.02)
             )
-            steer = hc.ThresholdAnnealingCallback(target_relative_macs=0.8, measure_every=2, measure_examples=16)
+            steer = hc.ThresholdAnnealingCallback(
+                2e-3, 1e-4, target_relative_macs=0.8, measure_every=2, measure_examples=16
+            )
             trainer = hc.CompressionTrainer(
                 student, arguments(tmp_path / name, max_steps=7, save_strategy="steps", save_steps=stop),
                 train_dataset=rows, processing_class=tokenizer, callbacks=[steer, hc.StageSwitchCallback(0.5)],

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas
@@ -38,6 +39,13 @@ def classifier(**options):
     return BertForSequenceClassification(BertConfig(**{**TINY, **options}))
 
 
+def edit(folder, other, **fields):
+    """A copy of a model with fields written into its `config.json`, as the published workflow does."""
+    shutil.copytree(folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, **fields}))
+
+
 @pytest.fixture(scope="module")
 def place(sentences, tokenizer, tmp_path_factory):
     """A folder with a classifier, one that drops tokens already, and models that cannot."""
@@ -46,7 +54,11 @@ def place(sentences, tokenizer, tmp_path_factory):
         "model": classifier(),
         "three": classifier(num_labels=3),
         "linear": hc.compress(classifier(), hc.LinformerConfig(projected_length=4)),
-        "pruned": hc.compress(classifier(), hc.TokenPruningConfig(final_token_threshold=0.1)),
+        "pruned": hc.compress(
+            classifier(), hc.TokenPruningConfig(final_token_threshold=0.1, token_prune_stage="hard")
+        ),
+        "topk": hc.compress(classifier(), hc.TokenPruningConfig(prune_mode="topk", token_keep_rate=0.3)),
+        "learning": hc.compress(classifier(), hc.TokenPruningConfig(masking_mode="soft", token_prune_stage="soft")),
         "gpt2": GPT2ForSequenceClassification(
             GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=0)
         ),
@@ -58,6 +70,8 @@ def place(sentences, tokenizer, tmp_path_factory):
     for name, model in models.items():
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
+    edit(root / "model", root / "edited", prune_mode="absolute_threshold", score_reference_length=8)
+    edit(root / "model", root / "softened", prune_mode="absolute_threshold", masking_mode="soft")
     for stage in ("soft", "hard"):
         (root / stage / "checkpoint-2" / "trainer_state.json").write_text("{}")
     (root / "data").mkdir()
@@ -154,6 +168,19 @@ def test_a_model_that_drops_tokens_already(inside):
     assert not torch.equal(after.classifier.weight, before.classifier.weight)
 
 
+@pytest.mark.parametrize(("folder", "flags", "learns"), [
+    ("edited", LEARNED.replace("--final_token_threshold 0.8", ""), True), ("edited", "--soft_fraction 0", False),
+    ("softened", "--soft_fraction 0", False), ("learning", "--soft_fraction 0", False),
+], ids=["edited", "edited, by hand", "softened", "learning"])  # fmt: skip
+def test_the_stage_is_what_was_asked_for(inside, folder, flags, learns):
+    line = PRUNE.replace("path model", f"path {folder}").replace("--score_reference_length 8", "--save_strategy no")
+    assert main(f"{line} {TRAIN} --logging_steps 2 {flags}".split()) == 0
+    after = reopened("out")
+    assert (after.config.masking_mode, after.config.token_prune_stage) == ("hard", "hard")
+    start = thresholds_of(hc.compress(reopened("model"), hc.TokenPruningConfig())).values
+    assert (thresholds_of(after).values != start).tolist() == [False] + [learns] * 4
+
+
 def test_a_ramp_scaled_to_a_target(inside):
     line = f"{PRUNE} {TRAIN} --soft_fraction 0 --final_token_threshold 0.3 --target_relative_macs 0.75"
     assert main(f"{line} --save_strategy no".split()) == 0
@@ -198,6 +225,7 @@ def test_top_k_that_drops_nothing_says_so(caplog):
 
 TOPK = f"{PRUNE} --prune_mode topk --token_keep_rate 0.5"
 MANUAL = f"{PRUNE} --soft_fraction 0"
+FIXED = PRUNE.replace("path model", "path pruned").replace(" --score_reference_length 8", "")
 CASES = [
     (f"{PRUNE} --prune_mode best", "prune_mode must be one of 'absolute_threshold', 'topk', got 'best'"),
     (f"{PRUNE} --threshold_ramp steep", "threshold_ramp must be one of 'zero_based', 'one_based', got 'steep'"),
@@ -218,6 +246,17 @@ CASES = [
     (f"{TOPK} --target_relative_macs 0.6", "target_relative_macs must go with prune_mode='absolute_thresh.*got 0.6"),
     (f"{MANUAL} --threshold_learning_rate 1e-3", "threshold_learning_rate must go with learned thresholds"),
     (f"{TOPK} --threshold_learning_rate 1e-3", "threshold_learning_rate must go with learned thresholds"),
+    (f"{TOPK} --soft_fraction 0.3", "soft_fraction must go with learned thresholds .*got 0.3"),
+    (f"{TOPK} --lambda_threshold 0.2", "lambda_threshold must go with learned thresholds .*got 0.2"),
+    (f"{TOPK} --final_token_threshold 0.2", "final_token_threshold must go with prune_mode='absolute_thr.*got 0.2"),
+    (f"{TOPK} --threshold_ramp one_based", "threshold_ramp must go with prune_mode='absolute_threshold', got one_b"),
+    (f"{MANUAL} --lambda_warmup 0.2", "lambda_warmup must go with learned thresholds .*got 0.2"),
+    (f"{MANUAL} --temperature_start 0.2 --target_relative_macs 0.7", "temperature_start must go with learned"),
+    (f"{MANUAL} --temperature_end 0.2", "temperature_end must go with learned thresholds .*got 0.2"),
+    (f"{FIXED} --soft_fraction 0.3", "soft_fraction must go with learned thresholds .*got 0.3"),
+    (f"{FIXED} --lambda_threshold 0", "lambda_threshold must go with learned thresholds .*got 0"),
+    (FIXED.replace("path pruned", "path topk") + " --target_relative_macs 0.7", "must go with prune_mode='absolute_t"),
+    (f"{PRUNE} --alpha_output 2", "alpha_output must go with teacher_name_or_path, got 2"),
     (f"{PRUNE} --threshold_learning_rate -1", "threshold_learning_rate must not be negative, got -1"),
     (f"{PRUNE} --threshold_learning_rate nan", "threshold_learning_rate must not be negative, got nan"),
     (f"{PRUNE} --temperature_start 0", "temperature_start must be positive, got 0"),

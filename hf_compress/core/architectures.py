@@ -75,6 +75,8 @@ _BERT = Architecture(
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": _BERT,
     "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
     "electra": _BERT,
     "distilbert": Architecture(
         layers="transformer.layer",

@@ -54,22 +54,23 @@ def live_macs(blocks: list[Block], state: LiveTokens) -> tuple[Tensor, Tensor]:
         state: Of its forward pass.
 
     Returns:
-        Two tensors [L] float64, for each layer summed over the batch.
+        Two tensors [L] int64, for each layer summed over the batch.
 
     Source:
         LTP specification 7.3: `4 D^2 a + 2 D a^2 + 8 D^2 f` a layer and example, with a tokens in attention and f in
         the feed-forward block, here with the real module shapes.
     """
-    initial = state.attended[0].double()
+    # Whole numbers stay exact, also where there is no double precision.
+    initial = state.attended[0]
     macs, dense = [], []
     for block in blocks:
-        attended, fed = (of[block.index].double() for of in (state.attended, state.fed))
+        attended, fed = state.attended[block.index], state.fed[block.index]
         row, width = block.architecture, block.attention_out.in_features
         outside = (row.ffn_out, *row.ffn_in)
         feeding = sum(x.in_features * x.out_features for path, x in named_projections(block) if path in outside)
         attending = sum(x.in_features * x.out_features for path, x in named_projections(block) if path not in outside)
-        macs.append((attending * attended + 2 * width * attended**2 + feeding * fed).sum())
-        dense.append(((attending + feeding) * initial + 2 * width * initial**2).sum())
+        macs.append((attending * attended + 2 * width * attended * attended + feeding * fed).sum())
+        dense.append(((attending + feeding) * initial + 2 * width * initial * initial).sum())
     return torch.stack(macs), torch.stack(dense)
 
 

@@ -108,9 +108,25 @@ class Packing:
         return Packing(None, torch.full((batch,), width, device=device), width, width, None)
 
     @staticmethod
-    def of(live: Tensor) -> Packing:
-        """The packing of a [B, S] bool mask. Waits for the device twice, once when nothing is missing."""
-        lengths, shortest, longest = _counted(live)
+    def of(live: Tensor, need_first: bool = False) -> Packing:
+        """The packing of a [B, S] bool mask. Waits for the device twice, once when nothing is missing.
+
+        Args:
+            live: The mask.
+            need_first: Refuse examples that have tokens, but not at their first position.
+
+        Raises:
+            ValueError: If there is such an example.
+        """
+        lengths = live.sum(1)
+        # One question to the device for all three.
+        headless = (lengths * ~live[:, 0]).amax()
+        shortest, longest, headless = torch.stack([*lengths.aminmax(), headless]).tolist()
+        if need_first and headless:
+            raise ValueError(
+                "attention_mask must have padding on the right for a classifier that reads the first token, got it on "
+                "the left. Set the tokenizer's padding_side to 'right'."
+            )
         width = live.shape[1]
         if shortest == width:
             return Packing(None, lengths, width, width, None)
@@ -135,7 +151,8 @@ class Packing:
         rows = chosen if self.rows is None else self.rows[chosen]
         if len(keep) == 1:
             return Packing(rows, torch.full_like(self.lengths, total), self.width, total, None), chosen
-        lengths, shortest, longest = _counted(keep)
+        lengths = keep.sum(1)
+        shortest, longest = torch.stack(lengths.aminmax()).tolist()
         slots = None
         if shortest != longest:
             slots = _left_aligned(keep, longest)[chosen if self.slots is None else self.slots[chosen]]
@@ -184,13 +201,6 @@ class Packing:
         if self.slots is None:
             return None
         return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
-
-
-def _counted(live: Tensor) -> tuple[Tensor, int, int]:
-    """Tokens of each example, the fewest and the most."""
-    lengths = live.sum(1)
-    shortest, longest = torch.stack(lengths.aminmax()).tolist()
-    return lengths, shortest, longest
 
 
 def _left_aligned(live: Tensor, longest: int) -> Tensor:

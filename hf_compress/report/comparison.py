@@ -13,12 +13,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from hf_compress.core.architectures import blocks_of
 from hf_compress.core.cost import count_cost
+from hf_compress.core.layers import carries_state
 from hf_compress.core.saving import write_json
 from hf_compress.report.latency import Latency, measure_latency, unpadded_batches
 from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency, plot_sparsity
 from hf_compress.report.quality import evaluate_model
 from hf_compress.report.sparsity import has_zeros, matrices_of
 from hf_compress.report.table import Entry, build_report, bytes_on_disk, environment, render_markdown
+from hf_compress.tasks.inputs import length_sorted
 from hf_compress.tasks.metrics import main_metric
 
 
@@ -40,7 +42,9 @@ def compare_models(
 ) -> dict[str, Any]:
     """Compare models and write `report.json`, `report.md`, `accuracy_latency.png` and `layer_sizes.png`.
 
-    Where weights have been pruned, the report has their sparsity by layer, and `sparsity.png` shows it.
+    Where weights have been pruned, the report has their sparsity by layer, and `sparsity.png` shows it. Where a model
+    drops tokens, the multiply-accumulates of all models are means over the rows; otherwise they are of one sequence
+    of mean length.
 
     Args:
         models: Name -> classifier or folder of one; the first is the baseline.
@@ -77,6 +81,9 @@ def compare_models(
         opened[name] = model
     timed = _latencies(opened, rows, tokenizer, batch_sizes, repeats, warmup, limit)
     seq_len = sum(len(ids) for ids in rows["input_ids"]) / len(rows)
+    # What is dropped depends on the text; all of a table is counted alike.
+    drops = any(carries_state(model) for model in opened.values())
+    counted = list(length_sorted(rows, 32, tokenizer)) if drops else None
     entries = []
     for name, model in opened.items():
         logger.info("Evaluating %s on %d examples.", name, len(rows))
@@ -84,7 +91,7 @@ def compare_models(
             Entry(
                 name=name,
                 metrics=evaluate_model(model, rows, tokenizer),
-                cost=count_cost(model, seq_len),
+                cost=count_cost(model, seq_len, data=counted),
                 latencies=timed[name],
                 folder=weighed.get(name),
                 disk_bytes=bytes_on_disk(weighed.get(name)),

@@ -26,7 +26,7 @@ class TokenPruningArguments:
         prune_mode, final_token_threshold, token_keep_rate, threshold_ramp, score_norm, score_reference_length: Of
             `TokenPruningConfig`; a model that prunes tokens already keeps its own and refuses others.
         soft_fraction: Part of the updates that learns thresholds; the rest trains under real pruning. 0: thresholds
-            keep the shape they have (`topk` has none).
+            keep the shape they have (`topk` has none). Thresholds that went through a hard stage are fixed.
         temperature_start, temperature_end: Of the soft stage.
         lambda_threshold, lambda_warmup, target_relative_macs, threshold_learning_rate: Of
             `ThresholdAnnealingCallback`.
@@ -58,20 +58,13 @@ class TokenPruningArguments:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.threshold_learning_rate is not None and not 0 <= self.threshold_learning_rate < float("inf"):
             raise ValueError(f"threshold_learning_rate must not be negative, got {self.threshold_learning_rate}.")
-        if self.token_keep_rate != 1 and self.prune_mode == "absolute_threshold":
-            raise ValueError(f"token_keep_rate must go with prune_mode='topk', got {self.token_keep_rate}.")
         if self.teacher_name_or_path is not None and self.alpha_output == 0:
             raise ValueError("alpha_output must be above 0 with teacher_name_or_path: it would teach nothing.")
 
     def config(self) -> TokenPruningConfig:
         """What the model shall be."""
         names = [f.name for f in dataclasses.fields(TokenPruningConfig) if hasattr(self, f.name)]
-        learns = self.soft_fraction > 0 and self.prune_mode == "absolute_threshold"
-        return TokenPruningConfig(
-            **{name: getattr(self, name) for name in names},
-            masking_mode="soft" if learns else "hard",
-            temperature=self.temperature_start,
-        )
+        return TokenPruningConfig(**{name: getattr(self, name) for name in names}, temperature=self.temperature_start)
 
 
 def _require_same(config: PretrainedConfig, pruning: TokenPruningArguments) -> None:
@@ -82,6 +75,37 @@ def _require_same(config: PretrainedConfig, pruning: TokenPruningArguments) -> N
                 f"{field_.name} must be {getattr(config, field_.name)!r} or left out for a model that prunes tokens "
                 f"already, got {asked!r}."
             )
+
+
+def _begin_stage(config: PretrainedConfig, pruning: TokenPruningArguments) -> bool:
+    """Write down the stage that training begins with; returns whether thresholds are learned."""
+    if pruning.soft_fraction == 0:
+        config.masking_mode = "hard"
+    elif config.prune_mode == "absolute_threshold" and config.token_prune_stage is None:
+        config.masking_mode = "soft"
+    return config.masking_mode == "soft"
+
+
+def _require_effect(config: PretrainedConfig, pruning: TokenPruningArguments, learns: bool) -> None:
+    """Refuse settings that would change nothing."""
+    learning = (
+        "learned thresholds (prune_mode='absolute_threshold', soft_fraction above 0, a model whose thresholds are not "
+        "fixed yet)"
+    )
+    steering = ("lambda_threshold", "lambda_warmup", "temperature_start", "temperature_end", "threshold_learning_rate")
+    ramp = ("final_token_threshold", "threshold_ramp", "target_relative_macs")
+    rules = [
+        (steering, learns, learning),
+        (("soft_fraction",), learns or pruning.soft_fraction == 0, learning),
+        (ramp, config.prune_mode == "absolute_threshold", "prune_mode='absolute_threshold'"),
+        (("token_keep_rate",), config.prune_mode == "topk", "prune_mode='topk'"),
+        (("alpha_output",), pruning.teacher_name_or_path is not None, "teacher_name_or_path"),
+    ]
+    defaults = {f.name: f.default for f in dataclasses.fields(pruning)}
+    for names, effective, needs in rules:
+        for name in names:
+            if not effective and getattr(pruning, name) != defaults[name]:
+                raise ValueError(f"{name} must go with {needs}, got {getattr(pruning, name)}.")
 
 
 def prune_tokens(
@@ -107,6 +131,8 @@ def prune_tokens(
         _require_same(model.config, pruning)
     else:
         compress(model, config)
+    learns = _begin_stage(model.config, pruning)
+    _require_effect(model.config, pruning, learns)
     shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
     uses_teacher = pruning.teacher_name_or_path is not None
     arguments = DistillationArguments(**shared, alpha_output=pruning.alpha_output if uses_teacher else 0.0)
@@ -116,17 +142,6 @@ def prune_tokens(
         teacher = open_classifier(pruning.teacher_name_or_path, task)
         add_teacher_columns(common, task, data, pruning.teacher_name_or_path)
     callbacks = []
-    learns = model.config.masking_mode == "soft"
-    if pruning.threshold_learning_rate is not None and not learns:
-        raise ValueError(
-            "threshold_learning_rate must go with learned thresholds (prune_mode='absolute_threshold', soft_fraction "
-            f"above 0, a model whose thresholds are not fixed yet), got {pruning.threshold_learning_rate}."
-        )
-    if pruning.target_relative_macs is not None and model.config.prune_mode == "topk":
-        raise ValueError(
-            "target_relative_macs must go with prune_mode='absolute_threshold', got "
-            f"{pruning.target_relative_macs}; token_keep_rate says what 'topk' leaves."
-        )
     if learns or pruning.target_relative_macs is not None:
         callbacks.append(
             ThresholdAnnealingCallback(

@@ -26,7 +26,7 @@ from hf_compress.core.surgery import unit_columns
 logger = logging.getLogger(__name__)
 
 # Which hidden state the feed-forward block's output is added to: its own input, or the input of the norm before it.
-_POST_NORM = ("bert", "roberta", "electra", "distilbert")
+_POST_NORM = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 _PRE_NORM = ("modernbert", "llama", "opt")
 _LARGEST_SCALE = 10.0
 

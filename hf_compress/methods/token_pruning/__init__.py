@@ -1,6 +1,7 @@
 """Token pruning: tokens that receive little attention are dropped on the way through the layers (LTP)."""
 
 from hf_compress.core.method import Method, Paper
+from hf_compress.methods.token_pruning.callbacks import warn_unsteered
 from hf_compress.methods.token_pruning.config import TokenPruningConfig as TokenPruningConfig
 from hf_compress.methods.token_pruning.modeling import check, compress, rebuild
 from hf_compress.methods.token_pruning.training import (
@@ -22,6 +23,7 @@ METHOD = Method(
     repeatable=False,
     implied=implied,
     start_training=start_training,
+    training_callback=warn_unsteered,
     check_resume=check_resume,
     loss_terms=loss_terms,
     measures=measures,

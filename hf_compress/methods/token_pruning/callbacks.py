@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.methods.token_pruning.control import relative_macs, scale_thresholds
@@ -32,7 +35,8 @@ class ThresholdAnnealingCallback(TrainerCallback):
     to the loss by the trainers of this package; a plain `Trainer` learns thresholds from the task alone.
 
     Args:
-        temperature_start, temperature_end: Ends of a geometric schedule over the training; None leaves the config's.
+        temperature_start, temperature_end: Ends of a geometric schedule over the soft stage: up to the switch of a
+            `StageSwitchCallback`, else over the training. None leaves the config's.
         lambda_threshold: Weight of the regulariser.
         lambda_warmup: Fraction of the training over which it rises from 0.
         target_relative_macs: When given, every measurement takes the distance to it away by one factor on all
@@ -117,7 +121,9 @@ class ThresholdAnnealingCallback(TrainerCallback):
         thresholds = self._thresholds = _require_thresholds(kwargs["model"], "ThresholdAnnealingCallback")
         if self.learning_rate is not None:
             groups = getattr(kwargs.get("optimizer"), "param_groups", [])
-            rates = [g["initial_lr"] for g in groups if any(p is thresholds.values for p in g["params"])]
+            own = [g for g in groups if any(p is thresholds.values for p in g["params"])]
+            # A scheduler that waits for a plateau notes no first rate, and by the time of a resume it may be lower.
+            rates = [g.get("initial_lr", self.learning_rate if state.global_step else g["lr"]) for g in own]
             if rates != [self.learning_rate]:
                 raise ValueError(
                     "learning_rate must be given to the constructor of a trainer of this package "
@@ -125,6 +131,11 @@ class ThresholdAnnealingCallback(TrainerCallback):
                 )
         if self.target_relative_macs is not None:
             loader = kwargs["train_dataloader"]
+            if isinstance(loader.dataset, IterableDataset):
+                raise ValueError(
+                    "target_relative_macs needs a training set with a length to measure on, got a streaming "
+                    f"{type(loader.dataset).__name__}. Leave it out and choose lambda_threshold."
+                )
             size = len(loader.dataset)
             count = min(self.measure_examples, size)
             # Spread out: files are often sorted by label.
@@ -137,20 +148,23 @@ class ThresholdAnnealingCallback(TrainerCallback):
         thresholds = _require_thresholds(model, "ThresholdAnnealingCallback")
         start, end = self.temperatures
         if start is not None:
-            thresholds.temperature = start * (end / start) ** done
+            soft = 1.0 if thresholds.soft_fraction is None else thresholds.soft_fraction
+            thresholds.temperature = start * (end / start) ** min(1.0, done / soft)
         warm = min(1.0, done / self.lambda_warmup) if self.lambda_warmup else 1.0
         if self.target_relative_macs is None:
             thresholds.weight.fill_(warm * self.lambda_threshold)
             return
         if state.global_step % self.measure_every:
             return
+        measured = None
         if model.config.masking_mode == "soft":
-            distance = relative_macs(model, self._probe) - self.target_relative_macs
+            measured = relative_macs(model, self._probe)
+            distance = measured - self.target_relative_macs
             # Both live in buffers, so that a resumed run steers on from where it was.
             thresholds.integral += self.integral_gain * distance
             steered = self.lambda_threshold + self.gain * distance + float(thresholds.integral)
             thresholds.weight.fill_(warm * steered)
-        self._scale(model, state.global_step)
+        self._scale(model, state.global_step, measured)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -158,8 +172,8 @@ class ThresholdAnnealingCallback(TrainerCallback):
         if self.target_relative_macs is not None:
             self._scale(kwargs["model"], state.global_step)
 
-    def _scale(self, model: PreTrainedModel, step: int) -> None:
-        factor = scale_thresholds(model, self._probe, self.target_relative_macs)
+    def _scale(self, model: PreTrainedModel, step: int, measured: float | None = None) -> None:
+        factor = scale_thresholds(model, self._probe, self.target_relative_macs, measured=measured)
         if factor != 1:
             logger.info("Update %d: all thresholds times %.4f.", step, factor)
 
@@ -212,22 +226,45 @@ class StageSwitchCallback(TrainerCallback):
 
     def on_new_model(self, model: PreTrainedModel) -> None:
         """Called by trainers of this package whenever `model_init` has made a model."""
-        _require_thresholds(model, "StageSwitchCallback").values.requires_grad_(True)
+        thresholds = _require_thresholds(model, "StageSwitchCallback")
+        thresholds.values.requires_grad_(True)
+        thresholds.soft_fraction = self.fraction
         model.config.token_prune_stage = "switching"
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        config = kwargs["model"].config
-        mode = "soft" if state.global_step < self.fraction * state.max_steps else "hard"
-        if config.masking_mode == "soft" and mode == "hard":
+        switch = math.ceil(self.fraction * state.max_steps)
+        # Not whenever the mode changes: a run that resumes behind the switch begins with a soft model, too.
+        if state.global_step == switch:
             logger.info("Update %d: the hard stage begins.", state.global_step)
             # Models of the soft stage were not measured under the thresholds that are kept now.
-            state.best_metric = state.best_model_checkpoint = None
-        config.masking_mode = mode
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        kwargs["model"].config.masking_mode = "soft" if state.global_step < switch else "hard"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Training may have been stopped before the switch.
-        kwargs["model"].config.token_prune_stage = kwargs["model"].config.masking_mode
+        config = kwargs["model"].config
+        config.token_prune_stage = config.masking_mode
+        _require_thresholds(kwargs["model"], "StageSwitchCallback").soft_fraction = None
+
+
+class _Unsteered(TrainerCallback):
+    """Says once that thresholds learn without a regulariser."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        thresholds = thresholds_of(kwargs["model"])
+        if thresholds is not None and kwargs["model"].config.masking_mode == "soft" and not thresholds.weight:
+            logger.warning(
+                "Thresholds are in their soft stage, but lambda is 0: nothing pushes tokens out. Add "
+                "ThresholdAnnealingCallback() to the callbacks, or set masking_mode to 'hard' to train under pruning."
+            )
+
+
+def warn_unsteered(callbacks: Sequence[TrainerCallback]) -> TrainerCallback | None:
+    """A callback that warns of a soft stage whose lambda nobody sets; None where one of `callbacks` does."""
+    return None if any(isinstance(c, ThresholdAnnealingCallback) for c in callbacks) else _Unsteered()

@@ -33,12 +33,18 @@ def relative_macs(model: PreTrainedModel, batch: dict[str, Any]) -> float:
     state = LiveTokens(whole=True)
     with evaluating(model):
         model.base_model(**base_inputs(model, batch), **{STATE: state})
-    macs, dense = measures(model, state)["relative_macs"]
-    return float(macs / dense)
+    macs, dense = torch.stack(measures(model, state)["relative_macs"]).tolist()
+    return macs / dense
 
 
 @torch.no_grad()
-def scale_thresholds(model: PreTrainedModel, batch: dict[str, Any], target: float, tolerance: float = 0.01) -> float:
+def scale_thresholds(
+    model: PreTrainedModel,
+    batch: dict[str, Any],
+    target: float,
+    tolerance: float = 0.01,
+    measured: float | None = None,
+) -> float:
     """Multiply all thresholds by one factor, so that dropping tokens leaves the wanted part of the arithmetic.
 
     What the layers have learned about each other stays: only the common scale moves. Thresholds that are close enough
@@ -49,10 +55,14 @@ def scale_thresholds(model: PreTrainedModel, batch: dict[str, Any], target: floa
         batch: Model inputs that it is measured on.
         target: Wanted relative multiply-accumulates, in (0, 1].
         tolerance: Distance from it that is close enough.
+        measured: What `relative_macs` finds for the model as it is; None: it is asked.
 
     Returns:
         The factor, 1.0 where nothing was changed.
     """
+    now = (relative_macs(model, batch) if measured is None else measured) - target
+    if abs(now) <= tolerance:
+        return 1.0
     values = thresholds_of(model).values
     learned = values.detach().clone()
 
@@ -61,9 +71,6 @@ def scale_thresholds(model: PreTrainedModel, batch: dict[str, Any], target: floa
         found = relative_macs(model, batch) - target
         return 0.0 if abs(found) <= tolerance else found
 
-    now = distance(0.0)
-    if now == 0:
-        return 1.0
     step = math.copysign(0.1, now)  # Higher thresholds leave less.
     near, far = 0.0, step
     while (there := distance(far)) * now > 0:

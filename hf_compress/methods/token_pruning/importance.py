@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-# Scores at or below this are those of dead tokens; a threshold of zero must still expel them.
+# Scores below this are those of dead tokens in the released code, which any threshold but zero expels.
 SMALLEST_SCORE = 1e-5
 
 
@@ -141,10 +141,10 @@ def keep_above(scores: Tensor, live: Tensor | None, threshold: Tensor | float) -
     Args:
         scores: [B, S].
         live: [B, S] bool; None: all.
-        threshold: Scalar; equality keeps.
+        threshold: Scalar; equality keeps, and zero keeps all.
     """
-    bound = torch.as_tensor(threshold, device=scores.device, dtype=scores.dtype).clamp(min=SMALLEST_SCORE)
-    keep = scores >= bound
+    bound = torch.as_tensor(threshold, device=scores.device, dtype=scores.dtype)
+    keep = (scores >= bound.clamp(min=SMALLEST_SCORE)) | (bound == 0)
     if live is None:
         keep[:, 0] = True
         return keep

@@ -36,18 +36,26 @@ class PrunedLayer:
         # Looked up by layer, not carried along: gradient checkpointing runs a layer a second time, out of order.
         packing = state.packings.get(rule.index - 1) if rule.index else None
         if packing is None:
-            packing = _initial(hidden_states, attention_mask)
+            packing = _initial(rule, hidden_states, attention_mask)
+        if not packing.longest:
+            return _padding_alone(rule, state, packing, hidden_states)
         if self.training and rule.config.masking_mode == "soft":
             return _soft_forward(self, rule, state, packing, hidden_states)
         return _hard_forward(self, rule, state, packing, hidden_states)
 
 
-def _initial(hidden_states: Tensor, mask: Tensor | None) -> Packing:
+def _initial(rule: TokenRule, hidden_states: Tensor, mask: Tensor | None) -> Packing:
     if mask is None:
         return Packing.full(*hidden_states.shape[:2], hidden_states.device)
     if mask.ndim != 2:
         raise ValueError(f"attention_mask must be [batch, tokens] to prune tokens, got shape {tuple(mask.shape)}.")
-    return Packing.of(mask if mask.dtype == torch.bool else mask >= 0)
+    return Packing.of(mask if mask.dtype == torch.bool else mask >= 0, need_first=rule.reads_first)
+
+
+def _padding_alone(rule: TokenRule, state: LiveTokens, packing: Packing, hidden_states: Tensor) -> Tensor:
+    state.packings[rule.index] = packing
+    state.attended[rule.index] = state.fed[rule.index] = packing.lengths
+    return hidden_states
 
 
 def _importance(rule: TokenRule, received: Tensor, inside: Tensor | None, initial: Tensor) -> Tensor:
@@ -59,7 +67,7 @@ def _hard_forward(
 ) -> Tensor:
     state.attended[rule.index] = packing.lengths
     rows = packing.pack(hidden_states)
-    if rule.first_only and not layer.training and not state.whole:
+    if rule.reads_first and rule.last and not layer.training and not state.whole:
         return _first_token_forward(layer, rule, state, packing, hidden_states, rows)
     prunes = rule.prunes()
     context, received = attend(layer, rule, packing, rows, prunes)
@@ -139,6 +147,8 @@ def _finish_distilbert(layer: nn.Module, context: Tensor, residual: Tensor) -> T
 FINISH = {
     "bert": _finish_bert,
     "roberta": _finish_bert,
+    "xlm-roberta": _finish_bert,
+    "camembert": _finish_bert,
     "electra": _finish_bert,
     "distilbert": _finish_distilbert,
 }

@@ -77,14 +77,21 @@ def rebuild(model: PreTrainedModel, config: TokenPruningConfig) -> None:
         device = blocks[0].attention_out.weight.device
         thresholds = TokenThresholds(initial, config.temperature, device=device)
         model.base_model.add_module(_THRESHOLDS, thresholds)
-    first_only = type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
+    reads_first = _reads_first_token(model)
     for block in blocks:
         finish = FINISH[model.config.model_type]
-        rule = TokenRule(model.config, thresholds, block.index, len(blocks), first_only, finish, block)
+        rule = TokenRule(model.config, thresholds, block.index, len(blocks), reads_first, finish, block)
         object.__setattr__(block.layer, "token_rule", rule)
         specialise_(block.layer, PrunedLayer)
     share_state_(model)
     use_cores_(model)
+
+
+def _reads_first_token(model: PreTrainedModel) -> bool:
+    # Somebody else's class of such a name may pool as it likes; ELECTRA's multiple choice can be told how to.
+    stock = type(model).__module__.startswith("transformers.models.")
+    pools_first = getattr(model.config, "summary_type", "first") == "first"
+    return stock and pools_first and type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
 
 
 def thresholds_of(model: PreTrainedModel) -> TokenThresholds | None:

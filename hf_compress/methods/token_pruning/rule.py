@@ -29,6 +29,8 @@ class TokenThresholds(nn.Module):
         integral: Scalar, memory of that callback's controller.
         temperature: Of the soft stage at this moment; the callback anneals it.
         learning_rate: Of the thresholds, None: that of the weights.
+        soft_fraction: Part of a training that belongs to the soft stage, set by `StageSwitchCallback`; None outside of
+            trainings that switch.
     """
 
     def __init__(self, initial: list[float], temperature: float, **place: object) -> None:
@@ -37,6 +39,7 @@ class TokenThresholds(nn.Module):
         for name in ("weight", "integral"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32, **place))
         self.learning_rate: float | None = None
+        self.soft_fraction: float | None = None
         self.temperature = temperature
 
 
@@ -48,8 +51,8 @@ class TokenRule:
         thresholds: Of the base model; None for `topk`.
         index: Of the layer.
         num_layers: L.
-        first_only: Whether the head reads nothing but the first token, so that the last layer need not compute
-            the others.
+        reads_first: Whether the head reads nothing but the first token, so that the last layer need not compute
+            the others, and padding must not stand there.
         finish: `(layer, context, residual) -> output rows`, what follows attention in this architecture.
     """
 
@@ -59,7 +62,7 @@ class TokenRule:
         thresholds: TokenThresholds | None,
         index: int,
         num_layers: int,
-        first_only: bool,
+        reads_first: bool,
         finish: Callable[[nn.Module, Tensor, Tensor], Tensor],
         block: Block,
     ) -> None:
@@ -67,7 +70,7 @@ class TokenRule:
         self.thresholds = thresholds
         self.index = index
         self.last = index == num_layers - 1
-        self.first_only = first_only and self.last
+        self.reads_first = reads_first
         self.finish = finish
         self.architecture = block.architecture
         self.head_size = block.head_size

@@ -31,12 +31,12 @@ def implied(config: PretrainedConfig) -> TokenPruningConfig | None:
 
 def start_training(model: PreTrainedModel) -> None:
     """Freeze the thresholds in the hard stage and mark the stage in the config."""
-    thresholds = thresholds_of(model)
+    thresholds, config = thresholds_of(model), model.config
+    # The mark in the config may be that of the training which the weights come from.
+    switches = thresholds is not None and thresholds.soft_fraction is not None
+    config.token_prune_stage = "switching" if switches else config.masking_mode
     if thresholds is not None:
-        switching = model.config.token_prune_stage == "switching"
-        thresholds.values.requires_grad_(switching or model.config.masking_mode == "soft")
-    if model.config.token_prune_stage != "switching":
-        model.config.token_prune_stage = model.config.masking_mode
+        thresholds.values.requires_grad_(switches or config.masking_mode == "soft")
 
 
 def check_resume(config: PretrainedConfig, checkpoint: PretrainedConfig) -> None:
@@ -47,11 +47,16 @@ def check_resume(config: PretrainedConfig, checkpoint: PretrainedConfig) -> None
     """
     stage = getattr(checkpoint, "token_prune_stage", None)
     # A run that switches by itself is in both stages: its callback knows which.
-    if stage not in (None, "switching", config.masking_mode):
-        raise ValueError(
-            f"resume_from_checkpoint must be of the {config.masking_mode} stage, got one of the {stage} stage. "
-            "Open it with from_pretrained and call train() without resume_from_checkpoint, into another output_dir."
-        )
+    if stage in (None, config.masking_mode, config.token_prune_stage):
+        return
+    found, remedy = f"one of the {stage} stage", "Open it"
+    if stage == "switching":
+        found = "one of a training that switches stages"
+        remedy = "Construct a trainer with that training's StageSwitchCallback (--soft_fraction), or open it"
+    raise ValueError(
+        f"resume_from_checkpoint must be of the {config.masking_mode} stage, got {found}. {remedy} with "
+        "from_pretrained and call train() without resume_from_checkpoint, into another output_dir."
+    )
 
 
 def regularizer(state: LiveTokens) -> Tensor:
