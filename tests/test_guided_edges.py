@@ -140,3 +140,36 @@ def test_left_padding_is_right_in_a_compiled_model():
         compiled = torch.compile(model.bert, backend="eager")(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(compiled[mask.bool()], eager[mask.bool()])
     assert F.mse_loss(eager[0, 7:], model.bert(input_ids=ids[:1, 7:]).last_hidden_state[0]) > 0  # Positions differ.
+
+
+class Many(torch.utils.data.Dataset):
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return ROWS[index % len(ROWS)]
+
+
+@pytest.mark.parametrize(("count", "per_epoch", "total", "warm"), [
+    (104_743, 3_274, 32_740, 1_964), (363_846, 11_371, 113_710, 6_823), (67_349, 2_105, 21_050, 1_263),
+    (25_000, 782, 7_820, 469),
+], ids=["qnli", "qqp", "sst2", "imdb"])  # fmt: skip
+def test_published_steps_and_warm_up(tmp_path, count, per_epoch, total, warm):
+    args = hc.JointTeacherArguments(
+        str(tmp_path), per_device_train_batch_size=16, gradient_accumulation_steps=2, num_train_epochs=10,
+        warmup_steps=warm, alpha_layer=1.0, alpha_output=0.0, report_to="none", use_cpu=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = hc.JointTeacherTrainer(
+        model=linear(), teacher_model=dense(1), args=args, train_dataset=Many(count), data_collator=pad
+    )
+    found = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    assert (per_epoch, total) == (found[1], found[-1])
+    trainer.create_optimizer_and_scheduler(total)
+    for scheduler in (trainer.lr_scheduler, trainer._teacher._scheduler):
+        factor = scheduler.lr_lambdas[0]
+        assert (factor(0), factor(warm), factor(total)) == (0, 1, 0)
+        assert factor(warm - 1) < 1 > factor(warm + 1)
