@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import ViTConfig, ViTForImageClassification
 
 import hf_compress as hc
 from hf_compress.training.teachers import signals_of
@@ -140,6 +141,16 @@ def test_left_padding_is_right_in_a_compiled_model():
         compiled = torch.compile(model.bert, backend="eager")(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(compiled[mask.bool()], eager[mask.bool()])
     assert F.mse_loss(eager[0, 7:], model.bert(input_ids=ids[:1, 7:]).last_hidden_state[0]) > 0  # Positions differ.
+
+
+def test_images_have_no_limit_of_tokens(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+             "image_size": 8, "patch_size": 4}  # fmt: skip
+    student, teacher = (ViTForImageClassification(ViTConfig(**sizes)) for _ in range(2))
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    rows = [{"pixel_values": image, "labels": n % 2} for n, image in enumerate(images)]
+    args = hc.DistillationArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, alpha_layer=1.0)
+    hc.DistillationTrainer(model=student, teacher_model=teacher, args=args, train_dataset=rows).train()
 
 
 class Many(torch.utils.data.Dataset):

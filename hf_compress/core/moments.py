@@ -51,6 +51,11 @@ def add_gram_by_blocks_(gram: Tensor, rows: Tensor) -> None:
         gram[block, start:].addmm_(rows[:, block].T, rows[:, start:])
 
 
+def device_of_doubles(device: torch.device | str) -> torch.device:
+    """The device itself, or the CPU where it has no double precision."""
+    return torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
+
+
 class SecondMoments:
     """Sum of outer products, sum, and number of the rows seen so far.
 
@@ -66,7 +71,7 @@ class SecondMoments:
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        device = torch.device("cpu") if torch.device(device).type == "mps" else device
+        device = device_of_doubles(device)
         self._upper = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
         self.num_rows = 0

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 def _position_embeddings(model: PreTrainedModel) -> nn.Embedding | None:
     """The learned table of absolute positions; models with rotary positions have none."""
-    return getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    # Vision models keep a plain parameter under this name, of patches.
+    return table if isinstance(table, nn.Embedding) else None
 
 
 def position_offset(model: PreTrainedModel) -> int:

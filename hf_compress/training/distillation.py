@@ -18,10 +18,10 @@ from hf_compress.api import apply_implied
 from hf_compress.core.architectures import base_of
 from hf_compress.core.batches import forward_names
 from hf_compress.core.layers import STATE
-from hf_compress.core.positions import most_tokens
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.cache import TeacherCache, teacher_fingerprint
 from hf_compress.training.collator import TEACHER_PREFIX, split_inputs
+from hf_compress.training.fitting import check_inputs, check_labels
 from hf_compress.training.layer_matching import Projectors, match_layers
 from hf_compress.training.losses import (
     layer_distance,
@@ -39,11 +39,6 @@ logger = logging.getLogger(__name__)
 _PROJECTORS = "projectors.safetensors"
 # A folder whose name holds "optimizer" or "pytorch_model" would change how transformers reads the checkpoint.
 _TEACHER = "teacher"
-
-
-def _label_names(config: Any) -> list[str] | None:
-    names = [config.id2label[i] for i in sorted(config.id2label)]
-    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else [name.lower() for name in names]
 
 
 class DistillationTrainer(CompressionTrainer):
@@ -116,7 +111,7 @@ class DistillationTrainer(CompressionTrainer):
         apply_implied(teacher)
         student_config, teacher_config = self.model.config, teacher.config
         if self.args.alpha_output:
-            self._check_labels(student_config, teacher_config)
+            check_labels(student_config, teacher_config)
         if self.args.alpha_layer:
             self.layer_pairs = self._matched_states(student_config, teacher_config)
             self._make_projectors(student_config.hidden_size, teacher_config.hidden_size)
@@ -129,15 +124,6 @@ class DistillationTrainer(CompressionTrainer):
             layout = {"states": list(states), "logits": args.alpha_output > 0}
             cache = TeacherCache(args.teacher_cache_dir, teacher_fingerprint(teacher), layout, args.process_index)
         return FixedTeacher(teacher.to(args.device), states, args.alpha_output > 0, args.teacher_dropout, cache)
-
-    def _check_labels(self, student: Any, teacher: Any) -> None:
-        if student.num_labels != teacher.num_labels:
-            raise ValueError(
-                f"The teacher must have the student's {student.num_labels} labels, got {teacher.num_labels}."
-            )
-        names = _label_names(student), _label_names(teacher)
-        if None not in names and names[0] != names[1]:
-            raise ValueError(f"The teacher must have the student's labels {names[0]} in this order, got {names[1]}.")
 
     def _matched_states(self, student: Any, teacher: Any) -> list[tuple[int, int]]:
         """Pairs of indices into `hidden_states`, where 0 is the embeddings."""
@@ -221,7 +207,7 @@ class DistillationTrainer(CompressionTrainer):
         if not self._distills():
             terms, outputs = super().loss_terms(model, student_only)
             return {"task": self.args.alpha_task * terms["task"]}, outputs
-        self._check_inputs(teacher_inputs or student_inputs, bool(teacher_inputs))
+        check_inputs(self.model, self._teacher.model, teacher_inputs or student_inputs, bool(teacher_inputs))
         hidden = {"output_hidden_states": True} if self.layer_pairs else {}
         if "labels" in student_only or self.args.alpha_task:
             terms, outputs = super().loss_terms(model, {**student_only, **hidden})
@@ -244,22 +230,6 @@ class DistillationTrainer(CompressionTrainer):
             # An adapter's forward hides the arguments of the model it wraps behind **kwargs.
             model = model.get_base_model()
         return {*forward_names(model), "labels", STATE, *(self.label_names or [])}
-
-    def _check_inputs(self, inputs: Mapping[str, Any], separate: bool) -> None:
-        """What the teacher is about to read must be tokens and positions that it knows."""
-        student, teacher = self.model.config, self._teacher.model.config
-        limit, ids = most_tokens(self._teacher.model), inputs.get("input_ids")
-        if limit is not None and ids is not None and ids.shape[-1] > limit:
-            raise ValueError(
-                f"The teacher must read inputs of {ids.shape[-1]} tokens, got one that reads {limit}. Shorten them "
-                "(max_length), or give it positions and fine-tune it (hf-compress finetune --max_positions)."
-            )
-        if not separate and getattr(student, "vocab_size", None) != getattr(teacher, "vocab_size", None):
-            raise ValueError(
-                f"The teacher must read the student's vocabulary ({student.vocab_size} tokens), "
-                f"got {teacher.vocab_size}. "
-                "Give it its own columns teacher_input_ids, teacher_attention_mask (TeacherStudentCollator)."
-            )
 
     def _output_term(self, targets: Signals, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         student, temperature, mask = logits_of(outputs), self.args.temperature, inputs.get("attention_mask")

@@ -161,8 +161,9 @@ class FixedTeacher(Teacher):
         return Signals(*stored)
 
     def _forward(self, arguments: Mapping[str, Any]) -> Signals:
-        if self.model.device != arguments["input_ids"].device:
-            self.model.to(arguments["input_ids"].device)
+        device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+        if self.model.device != device:
+            self.model.to(device)
         self.model.train(self.dropout and self.place is not None)
         if self.states and carries_state(self.model):
             # A classifier that drops tokens leaves out what its head does not read; here it is compared.

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.calibration import call_order, collect_inputs
-from hf_compress.core.moments import SecondMoments
+from hf_compress.core.moments import SecondMoments, device_of_doubles
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import wanda
 from hf_compress.methods.weight_pruning.groups import Layer
@@ -40,8 +40,7 @@ class ColumnNorms:
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        device = torch.device("cpu") if torch.device(device).type == "mps" else device
-        self._squares = torch.zeros(width, dtype=torch.float64, device=device)
+        self._squares = torch.zeros(width, dtype=torch.float64, device=device_of_doubles(device))
 
     def update(self, rows: Tensor) -> None:
         rows = rows.detach().to(self._squares.device)

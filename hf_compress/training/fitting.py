@@ -1,0 +1,51 @@
+"""Whether a teacher fits its student: labels, vocabulary, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_compress.core.positions import most_tokens
+
+
+def _label_names(config: PretrainedConfig) -> list[str] | None:
+    names = [config.id2label[i] for i in sorted(config.id2label)]
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else [name.lower() for name in names]
+
+
+def check_labels(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+    """Raise `ValueError` when outputs mean different things; labels without names of their own fit all."""
+    if student.num_labels != teacher.num_labels:
+        raise ValueError(f"The teacher must have the student's {student.num_labels} labels, got {teacher.num_labels}.")
+    names = _label_names(student), _label_names(teacher)
+    if None not in names and names[0] != names[1]:
+        raise ValueError(f"The teacher must have the student's labels {names[0]} in this order, got {names[1]}.")
+
+
+def check_inputs(
+    student: PreTrainedModel, teacher: PreTrainedModel, inputs: Mapping[str, Any], separate: bool
+) -> None:
+    """Refuse what a teacher is about to read when it does not know the tokens or positions.
+
+    Args:
+        student, teacher: The models.
+        inputs: The teacher's batch.
+        separate: Whether another tokenizer made it than the student's.
+
+    Raises:
+        ValueError: Names what differs and the remedy.
+    """
+    limit, ids = most_tokens(teacher), inputs.get("input_ids")
+    if limit is not None and ids is not None and ids.shape[-1] > limit:
+        raise ValueError(
+            f"The teacher must read inputs of {ids.shape[-1]} tokens, got one that reads {limit}. Shorten them "
+            "(max_length), or give it positions and fine-tune it (hf-compress finetune --max_positions)."
+        )
+    ours, theirs = (getattr(model.config, "vocab_size", None) for model in (student, teacher))
+    if not separate and ours != theirs:
+        raise ValueError(
+            f"The teacher must read the student's vocabulary ({ours} tokens), got {theirs}. "
+            "Give it its own columns teacher_input_ids, teacher_attention_mask (TeacherStudentCollator)."
+        )
