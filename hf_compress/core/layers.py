@@ -148,7 +148,7 @@ class Packing:
         total = len(chosen)
         if total == (keep.numel() if self.slots is None else len(self.slots)):
             return self, None
-        rows = chosen if self.rows is None else self.rows[chosen]
+        rows = chosen if self.rows is None else self.rows.index_select(0, chosen)
         if len(keep) == 1:
             return Packing(rows, torch.full_like(self.lengths, total), self.width, total, None), chosen
         lengths = keep.sum(1)
@@ -165,9 +165,7 @@ class Packing:
         if self.rows is not None and self.slots is None and self.longest:
             rows = self.rows.view(batch, -1)[:, 0]
         elif self.slots is not None:
-            # An example without tokens starts where the next one does, or behind the last one.
-            starts = (self.lengths.cumsum(0) - self.lengths).clamp(max=self.rows.shape[0] - 1)
-            rows = torch.where(self.lengths > 0, self.rows[starts], rows)
+            rows = torch.where(self.lengths > 0, self.rows[self.starts], rows)
         return Packing(rows, torch.ones_like(self.lengths), self.width, 1, None)
 
     def live(self) -> Tensor:
@@ -181,21 +179,34 @@ class Packing:
     def pack(self, states: Tensor) -> Tensor:
         """[N, D] from [B, S, D]."""
         flat = states.reshape(-1, states.shape[-1])
-        return flat if self.rows is None else flat[self.rows]
+        return flat if self.rows is None else flat.index_select(0, self.rows)
 
     def align(self, packed: Tensor) -> Tensor:
-        """[B, n, D] from [N, D], zero behind the end of each example."""
-        shape = (len(self.lengths), self.longest, packed.shape[-1])
+        """[B, n, D] from [N, D], some row again behind the end of each example."""
+        aligned = packed if self.slots is None else packed.index_select(0, self._sources)
+        return aligned.reshape(len(self.lengths), self.longest, packed.shape[-1])
+
+    @functools.cached_property
+    def _sources(self) -> Tensor:
+        """[B * n] the packed token of each place; behind the end of an example its last token again."""
+        places = torch.arange(self.longest, device=self.lengths.device).minimum(self.lengths[:, None] - 1)
+        # An example without tokens borrows one that nobody will read.
+        return (places + self.starts[:, None]).clamp(min=0).flatten()
+
+    @functools.cached_property
+    def starts(self) -> Tensor:
+        """[B] the first packed token of each example; of one without tokens some other, the last one at most."""
         if self.slots is None:
-            return packed.reshape(shape)
-        aligned = packed.new_zeros(shape[0] * shape[1], shape[2])
-        return aligned.index_copy(0, self.slots, packed).reshape(shape)
+            return torch.arange(0, len(self.lengths) * self.longest, self.longest, device=self.lengths.device)
+        ends = self.lengths.cumsum(0)
+        return (ends - self.lengths).clamp(max=ends[-1:] - 1)
 
     def unalign(self, aligned: Tensor) -> Tensor:
         """[N, ...] from [B, n, ...]."""
         flat = aligned.flatten(0, 1)
-        return flat if self.slots is None else flat[self.slots]
+        return flat if self.slots is None else flat.index_select(0, self.slots)
 
+    @functools.cached_property
     def inside(self) -> Tensor | None:
         """[B, n] bool, True on tokens of the aligned batch; None when there is nothing else."""
         if self.slots is None:

@@ -5,6 +5,9 @@ Letters: B batch, n longest live length, N live tokens of the batch, H heads, d 
 
 from __future__ import annotations
 
+import math
+from operator import attrgetter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +20,8 @@ from hf_compress.methods.token_pruning.rule import TokenRule
 # Attention weights that are held at a time without gradients: more than fits into a core's cache costs three times
 # the time on a CPU, mostly for fetching fresh memory.
 _WEIGHTS_AT_A_TIME = 2**22  # bytes
+# An example with at least so many of them, 105 tokens in twelve heads, is worth operations of its own.
+_WEIGHTS_ALONE = 2**19  # bytes
 
 
 def project(layer: nn.Module, rule: TokenRule, path: str, packing: Packing, rows: Tensor) -> Tensor:
@@ -25,13 +30,17 @@ def project(layer: nn.Module, rule: TokenRule, path: str, packing: Packing, rows
     Returns:
         [B, H, n, d].
     """
-    aligned = packing.align(layer.get_submodule(path)(rows))
-    return aligned.unflatten(-1, (-1, rule.head_size)).transpose(1, 2)
+    return _heads(packing.align(attrgetter(path)(layer)(rows)), rule.head_size)
+
+
+def _heads(states: Tensor, size: int) -> Tensor:
+    """[..., H, n, d] from [..., n, H d], without a copy."""
+    return states.unflatten(-1, (-1, size)).transpose(-2, -3)
 
 
 def key_mask(packing: Packing) -> Tensor | None:
     """[B, 1, 1, n] bool, None when there is no padding."""
-    inside = packing.inside()
+    inside = packing.inside
     return None if inside is None else inside[:, None, None]
 
 
@@ -48,52 +57,105 @@ def attend(
         scored: Whether to find out what each token received.
 
     Returns:
-        [B, n, H d], anything behind the end of an example, and [B, n] received attention, summed over queries and
-        averaged over heads, 0 behind the end; None unless `scored`.
+        [N, H d], and [B, n] received attention, summed over queries and averaged over heads, 0 behind the end; None
+        unless `scored`.
     """
     row = rule.architecture
-    query, key, value = (project(layer, rule, path, packing, rows) for path in (row.queries, row.keys, row.values))
-    dropout = layer.get_submodule(row.attention).dropout.p if layer.training else 0.0
-    scaling = rule.head_size**-0.5
-    if not scored:
-        context = F.scaled_dot_product_attention(query, key, value, key_mask(packing), dropout, scale=scaling)
-        return context.transpose(1, 2).flatten(2), None
+    query, key, value = (attrgetter(path)(layer)(rows) for path in (row.queries, row.keys, row.values))
+    dropout = attrgetter(row.attention)(layer).dropout.p if layer.training else 0.0
     precise = query.dtype in (torch.float32, torch.float64)
     plain = precise and not dropout and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
     if query.device.type == "cpu" and plain:
-        return _in_pieces(query * scaling, key, value, packing)
-    scores = (query * scaling) @ key.transpose(-1, -2)
+        heads = query.shape[-1] // rule.head_size
+        size = heads * packing.longest**2 * query.element_size()
+        if size >= _WEIGHTS_ALONE or len(packing.lengths) == 1:
+            return _one_by_one(query, key, value, packing, rule.head_size, scored)
+        if scored:
+            return _in_pieces(query, key, value, packing, rule.head_size)
+    scaling = rule.head_size**-0.5
+    query, key, value = (_heads(packing.align(states), rule.head_size) for states in (query, key, value))
     mask = key_mask(packing)
+    if not scored:
+        context = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
+        return packing.unalign(context.transpose(1, 2).flatten(2)), None
+    scores = (query * scaling) @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     # Single precision also under autocast: scores near 1/128 lie closer together than bfloat16 can tell.
     weights = scores.softmax(-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
     context = F.dropout(weights, dropout).to(value.dtype) @ value
-    return context.transpose(1, 2).flatten(2), received_attention(weights, packing.inside())
+    return packing.unalign(context.transpose(1, 2).flatten(2)), received_attention(weights, packing.inside)
 
 
-def _in_pieces(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-    """The same without gradients, a few examples at a time and in place; an example alone has no padding."""
-    batch, heads, longest, size = query.shape
-    context = query.new_empty(batch, longest, heads, size)
-    received = query.new_zeros(batch, longest)
-    mask = key_mask(packing)
-    piece = max(1, _WEIGHTS_AT_A_TIME // max(1, heads * longest**2 * query.element_size()))
-    lengths = packing.lengths.tolist() if mask is not None and piece == 1 else None
-    for start in range(0, batch, piece):
-        here = slice(start, start + piece)
-        tokens = slice(0, longest if lengths is None else lengths[start])
-        if not tokens.stop:
-            continue
-        weights = query[here, :, tokens] @ key[here, :, tokens].transpose(-1, -2)
-        inside = mask[here] if mask is not None and lengths is None else None
-        if inside is not None:
-            weights.masked_fill_(~inside, torch.finfo(weights.dtype).min)
-        # The division is left for the two products: both are much smaller.
-        weights.sub_(weights.amax(-1, keepdim=True)).exp_()
-        share = weights.sum(-1, keepdim=True).reciprocal_()
-        context[here, tokens] = (weights @ value[here, :, tokens]).mul_(share).transpose(1, 2)
-        share = share.transpose(-1, -2)
-        # A product with a row reads the weights once and copies nothing.
-        received[here, tokens] = ((share if inside is None else share * inside) @ weights).mean(1).squeeze(1)
-    return context.flatten(2), received
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, size: int, scored: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same without gradients for long examples: packed rows of one are a matrix, there is nothing to align."""
+    if len(packing.lengths) == 1:
+        context, received = _of_one(query, key, value, size, scored)
+        return context, None if received is None else received[None]
+    lengths = [packing.longest] * len(packing.lengths) if packing.slots is None else packing.lengths.tolist()
+    context = torch.empty_like(query)
+    received = query.new_zeros(len(lengths), packing.longest) if scored else None
+    # Memory that is used again for every example: fresh pages cost as much as a product does.
+    space = query.new_empty(2, query.shape[-1] // size * packing.longest**2) if scored else None
+    start = 0
+    for example, length in enumerate(lengths):
+        here = slice(start, start + length)
+        start += length
+        if length:
+            context[here], own = _of_one(*(states[here] for states in (query, key, value)), size, scored, space)
+            if scored:
+                received[example, :length] = own
+    return context, received
+
+
+def _of_one(
+    query: Tensor, key: Tensor, value: Tensor, size: int, scored: bool, space: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Attention within one example: [n, H d] and, if scored, [n] received attention."""
+    query, key, value = (_heads(states, size) for states in (query, key, value))
+    if not scored:
+        context = F.scaled_dot_product_attention(query[None], key[None], value[None], scale=size**-0.5)
+        return context[0].transpose(0, 1).flatten(1), None
+    heads, length, _ = query.shape
+    shape = heads, length, length
+    products, weights = (
+        query.new_empty(2, *shape) if space is None else (x[: math.prod(shape)].view(shape) for x in space)
+    )
+    # Keys that lie as the product reads them: a copy of them costs less than it saves.
+    torch.baddbmm(products, query, key.mT.contiguous(), beta=0, alpha=size**-0.5, out=products)
+    torch.softmax(products, -1, out=weights)
+    # A product with a row reads the weights once and copies nothing.
+    received = query.new_full((1, heads * length), 1 / heads) @ weights.view(-1, length)
+    return torch.bmm(weights, value).transpose(0, 1).flatten(1), received[0]
+
+
+def _in_pieces(query: Tensor, key: Tensor, value: Tensor, packing: Packing, size: int) -> tuple[Tensor, Tensor]:
+    """The same without gradients for short examples, some at a time."""
+    query, key, value = (_heads(packing.align(states), size) for states in (query * size**-0.5, key, value))
+    batch, heads, longest, _ = query.shape
+    query, key, value = (states.flatten(0, 1) for states in (query, key.mT.contiguous(), value))
+    inside, padding = packing.inside, None
+    if inside is not None:
+        # Half of it: a sum with a product of queries and keys stays finite. Adding is faster than filling.
+        lowest = torch.finfo(query.dtype).min / 2
+        padding = torch.zeros_like(inside, dtype=query.dtype).masked_fill_(~inside, lowest)[:, None, None]
+    examples = min(batch, max(1, _WEIGHTS_AT_A_TIME // (heads * longest**2 * query.element_size())))
+    space = query.new_empty(2, examples * heads, longest, longest)
+    context = torch.empty_like(query)
+    received = []
+    for start in range(0, batch, examples):
+        here = slice(start, min(batch, start + examples))
+        rows = slice(here.start * heads, here.stop * heads)
+        products, weights = (x[: rows.stop - rows.start] for x in space)
+        torch.bmm(query[rows], key[rows], out=products)
+        if padding is not None:
+            products.unflatten(0, (-1, heads)).add_(padding[here])
+        torch.softmax(products, -1, out=weights)
+        torch.bmm(weights, value[rows], out=context[rows])
+        received.append(
+            received_attention(weights.unflatten(0, (-1, heads)), None if inside is None else inside[here])
+        )
+    context = context.unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
+    return packing.unalign(context), received[0] if len(received) == 1 else torch.cat(received)

@@ -143,8 +143,13 @@ def keep_above(scores: Tensor, live: Tensor | None, threshold: Tensor | float) -
         live: [B, S] bool; None: all.
         threshold: Scalar; equality keeps, and zero keeps all.
     """
-    bound = torch.as_tensor(threshold, device=scores.device, dtype=scores.dtype)
-    keep = (scores >= bound.clamp(min=SMALLEST_SCORE)) | (bound == 0)
+    if isinstance(threshold, Tensor) and threshold.device.type == "cpu" and not torch.compiler.is_compiling():
+        threshold = threshold.item()
+    # Scores are not negative: all of them reach zero.
+    if isinstance(threshold, Tensor):
+        keep = scores >= threshold.to(scores.dtype).clamp(min=SMALLEST_SCORE) * (threshold != 0)
+    else:
+        keep = scores >= (max(threshold, SMALLEST_SCORE) if threshold else 0.0)
     if live is None:
         keep[:, 0] = True
         return keep

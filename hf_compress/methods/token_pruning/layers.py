@@ -5,6 +5,7 @@ Letters: B batch, S padded length, n longest live length, N live tokens of the b
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -71,9 +72,9 @@ def _hard_forward(
         return _first_token_forward(layer, rule, state, packing, hidden_states, rows)
     prunes = rule.prunes()
     context, received = attend(layer, rule, packing, rows, prunes)
-    context, left = packing.unalign(context), packing
+    left = packing
     if prunes:
-        inside, initial = packing.inside(), state.attended[0]
+        inside, initial = packing.inside, state.attended[0]
         scores = _importance(rule, received, inside, initial)
         if rule.config.prune_mode == "topk":
             keep = keep_top(scores, inside, kept_counts(initial, rule.keep_rate))
@@ -81,7 +82,7 @@ def _hard_forward(
             keep = keep_above(scores, inside, rule.threshold().detach())
         left, chosen = packing.only(keep)
         if chosen is not None:
-            context, rows = context[chosen], rows[chosen]
+            context, rows = (x.index_select(0, chosen) for x in (context, rows))
     out = rule.finish(layer, context, rows)
     state.packings[rule.index] = left
     state.fed[rule.index] = left.lengths
@@ -103,8 +104,8 @@ def _first_token_forward(
     """The last layer for a head that reads the first token only: one query an example."""
     row = rule.architecture
     key, value = (project(layer, rule, path, packing, rows) for path in (row.keys, row.values))
-    first = packing.align(rows)[:, 0]
-    query = layer.get_submodule(row.queries)(first).unflatten(-1, (-1, rule.head_size)).unsqueeze(2)
+    first = rows.index_select(0, packing.starts)
+    query = attrgetter(row.queries)(layer)(first).unflatten(-1, (-1, rule.head_size)).unsqueeze(2)
     mask = key_mask(packing)
     context = F.scaled_dot_product_attention(query, key, value, mask, scale=rule.head_size**-0.5)
     out = rule.finish(layer, context.flatten(1), first)
@@ -122,9 +123,9 @@ def _soft_forward(
     rows = packing.pack(hidden_states)
     prunes = rule.prunes()
     context, received = attend(layer, rule, packing, rows, prunes)
-    out = rule.finish(layer, packing.unalign(context), rows)
+    out = rule.finish(layer, context, rows)
     if prunes:
-        inside = packing.inside()
+        inside = packing.inside
         scores = _importance(rule, received, inside, state.attended[0])
         mask = soft_mask(scores, rule.threshold(), rule.thresholds.temperature)
         # The first token always stays, so nothing is to be learned about it.

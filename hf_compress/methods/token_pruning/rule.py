@@ -81,11 +81,13 @@ class TokenRule:
 
     @property
     def norm(self) -> str:
-        return "live" if self.config.scoring_mode == "mean_norm" else self.config.score_norm
+        # Straight from the dict: attributes of configs are looked up through several layers of Python.
+        fields = vars(self.config)
+        return "live" if fields["scoring_mode"] == "mean_norm" else fields["score_norm"]
 
     def prunes(self) -> bool:
         """Whether this layer looks at scores at all."""
-        if self.config.prune_mode == "topk":
+        if vars(self.config)["prune_mode"] == "topk":
             return self.keep_rate < 1
         return not self.switched_off
 
