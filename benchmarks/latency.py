@@ -7,8 +7,9 @@ Batch 1 and 32, neighbours in length together, so that batch 1 has no padding an
 take turns on every batch; speed-ups are medians of the ratios of rounds. The first model is the baseline. With
 `--token_thresholds`, every model is also measured with tokens dropped by hand-set thresholds; 0 keeps them all, which
 shows what the shorter last layer of such a model gives alone, unless `--first_token` gives the same to the dense
-baseline: its last layer then computes the one row that a classifier's head reads. With `--profile`, where the time of
-a batch goes is recorded afterwards, by kinds of operations.
+baseline: its last layer then computes the one row that a classifier's head reads, and only that row is counted in the
+last layer of every model that computes no other. With `--profile`, where the time of a batch goes is recorded
+afterwards, by kinds of operations.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import blocks_of, named_projections
+from hf_compress.core.batches import base_inputs, live_tokens
 from hf_compress.core.cost import count_cost
+from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.saving import write_json
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
 from hf_compress.report.table import environment, verdict
@@ -74,6 +77,25 @@ def first_token_last_(model: PreTrainedModel) -> None:
         return layer.feed_forward_chunk(layer.attention.output(context.transpose(1, 2).flatten(2), first))
 
     layer.forward = forward
+
+
+@torch.inference_mode()
+def first_token_macs(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    """Mean multiply-accumulates a sequence where the last layer computes the row of the first token only."""
+    block = blocks_of(model)[-1]
+    row, width = block.architecture, block.attention_out.in_features
+    sizes = {path: linear.in_features * linear.out_features for path, linear in named_projections(block)}
+    each = sizes.pop(row.keys) + sizes.pop(row.values) + 2 * width
+    last, sequences = 0.0, 0
+    for batch in batches:
+        inputs, state = base_inputs(model, batch), LiveTokens()
+        lengths = live_tokens(inputs).sum(1)
+        if carries_state(model):
+            model.base_model(**inputs, **{STATE: state})
+            lengths = state.attended[block.index]
+        last += float((each * lengths + sum(sizes.values())).sum())
+        sequences += len(lengths)
+    return sum(count_cost(model, data=batches).macs_by_layer[:-1]) + last / sequences
 
 
 def milliseconds_by_kind(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
@@ -126,6 +148,9 @@ def main() -> None:
     seq_len = sum(len(ids) for ids in rows["input_ids"]) / len(rows)
     timed_examples = unpadded_batches(rows, tokenizer, max(args.batch_sizes), args.examples)
     macs = {name: count_cost(model, data=timed_examples).macs for name, model in models.items()}
+    if args.first_token:
+        short = [name for name, model in models.items() if name == baseline or carries_state(model)]
+        macs.update({name: first_token_macs(models[name], timed_examples) for name in short})
     results = {name: {"macs": macs[name], "mac_ratio": macs[name] / macs[baseline], "batch": {}} for name in models}
     for size in args.batch_sizes:
         batches = unpadded_batches(rows, tokenizer, size, args.examples)
