@@ -253,6 +253,21 @@ BAD = [
     ({"start_step": -1}, "start_step must not be negative, got -1"),
     ({"warmup_epochs": -1}, "warmup_epochs must not be negative"),
     ({"start_step": 5, "end_step": 4}, "end_step must be at least start_step=5, got 4"),
+    (
+        {"progressive": True, "pruning_frequency": 3},
+        "pruning_frequency must be at least 4 with progressive=True, got 3",
+    ),
+    ({"progressive": True, "pattern": "mha"}, "pattern must be another one than 'mha' with progressive=True"),
+    (
+        {"reg_type": "group_lasso"},
+        "reg_coeff must be positive with a reg_type and 0 without, got 0.0 with group_lasso",
+    ),
+    ({"reg_coeff": 0.1}, "reg_coeff must be positive with a reg_type and 0 without, got 0.1 with None"),
+    ({"reg_type": "lasso", "reg_coeff": 0.1}, "reg_type must be one of 'group_lasso', 'group_lasso_gradient'"),
+    (
+        {"reg_type": "group_lasso", "reg_coeff": 0.1, "pattern": "2:4", "target_sparsity": 0.5},
+        "pattern must be one of blocks or channels with reg_type, got '2:4'",
+    ),
     ({"op_names": ["("]}, r"op_names must be regular expressions, got '\('"),
     ({"op_names": "query"}, "op_names must be"),
     ({"pruning_op_types": []}, "pruning_op_types must name at least one class"),
@@ -641,6 +656,10 @@ def test_accumulated_small_batches_equal_one_large(model, batches, tmp_path):
         {"pattern": "2:4", "target_sparsity": 0.5},
         {"criterion": "magnitude", "scope": "local"},
         {"criterion": "snip"},
+        {"progressive": True, "pruning_frequency": 5, "reg_type": "group_lasso", "reg_coeff": 0.1},
+        {"progressive": True, "pruning_frequency": 5, "criterion": "magnitude", "scope": "local"},
+        {"progressive": True, "pruning_frequency": 4, "criterion": "snip", "pattern": "2:4", "target_sparsity": 0.5},
+        {"reg_type": "group_lasso_gradient", "reg_coeff": 1e-4},
     ],
 )
 def test_resumed_equals_unbroken(model, batches, tmp_path, kind, changes):

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
@@ -20,14 +21,17 @@ from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA
 from hf_compress.methods.weight_pruning.groups import Group, Layer, pruned_units, sparsity_of, unit_counts
 from hf_compress.methods.weight_pruning.modeling import expected_units, prune_layers, step_scores, warn_of_spared
+from hf_compress.methods.weight_pruning.progressive import staged, zeros_at
+from hf_compress.methods.weight_pruning.regularizers import group_lasso, group_lasso_by_gradient
 from hf_compress.methods.weight_pruning.timetable import PruningRun, runs_of
 from hf_compress.methods.weight_pruning.zeros import HeldZerosCallback, Zeros
 
 
 logger = logging.getLogger(__name__)
 
-# Keys in `optimizer.state[weight]`: accumulated scores, and a bool tensor that is True where the weight is zero.
-SCORE, PRUNED = "prune_score", "pruned"
+# Keys in `optimizer.state[weight]`: scores, a bool tensor that is True where the weight is zero, and what an update
+# that comes in stages makes of each weight.
+SCORE, PRUNED, PLAN = "prune_score", "pruned", "prune_plan"
 
 
 def keep_zeros(callbacks: Sequence[TrainerCallback]) -> TrainerCallback | None:
@@ -83,6 +87,8 @@ class WeightPruningCallback(TrainerCallback):
         self._pruned: dict[Layer, Tensor] = {}
         self._zeros = Zeros()
         self._fresh: dict[Layer, Tensor] = {}
+        self._plans: dict[Layer, Tensor] = {}
+        self._left: dict[Layer, Tensor] = {}
         self._sparsity = 0.0
         self._scale, self._skipped = 1.0, False
         self._late: set[PruningRun] = set()
@@ -112,7 +118,7 @@ class WeightPruningCallback(TrainerCallback):
 
     @property
     def _last_update(self) -> int:
-        return max(run.schedule.last for run in self._runs)
+        return max(run.last for run in self._runs)
 
     def _restore(self, optimizer: Any, step: int) -> None:
         """Take up what a checkpoint's optimizer state says; loading has cast its bools to the weights' dtype."""
@@ -122,6 +128,8 @@ class WeightPruningCallback(TrainerCallback):
                 if PRUNED in stored:
                     stored[PRUNED] = stored[PRUNED].bool()
                     self._set_mask(layer, stored[PRUNED])
+                if PLAN in stored:
+                    self._plans[layer] = stored[PLAN] = stored[PLAN].to(torch.uint8)
             if run.schedule.in_force(step) > 0 and not any(layer in self._pruned for layer in run.group.layers):
                 raise ValueError(
                     f"resume_from_checkpoint must hold the optimizer's state, where masks and scores are: step {step} "
@@ -147,14 +155,17 @@ class WeightPruningCallback(TrainerCallback):
         step = state.global_step
         due = [run for run in self._runs if run in self._late or run.schedule.due(step) is not None]
         for run in due:
-            self._update(run, run.schedule.in_force(step + 1), optimizer)
-        if due:
+            self._update(run, run.schedule.in_force(step + 1), run.stage(step), optimizer)
+        advancing = [run for run in self._runs if run not in due and run.advances(step)]
+        for run in advancing:
+            self._advance(run, run.stage(step), optimizer)
+        if due or advancing:
             self._zeros.enforce()
             self._measure()
             if step >= self._last_update and not self._late:
                 self._record(model)
 
-    def _update(self, run: PruningRun, sparsity: float, optimizer: Any) -> None:
+    def _update(self, run: PruningRun, sparsity: float, stage: int, optimizer: Any) -> None:
         if sparsity == 0:
             return
         config, layers, scores = run.group.config, [], []
@@ -177,11 +188,31 @@ class WeightPruningCallback(TrainerCallback):
         self._late.discard(run)
         warn_of_spared(run.group, layers, "no gradient reaches them")
         masks = prune_layers(config, layers, scores, [self._pruned.get(layer) for layer in layers], sparsity)
+        for layer, mask, score in zip(layers, masks, scores, strict=True):
+            # Optimizers set their state up at their first step, and only where there is none at all.
+            stored = optimizer.state.get(layer.weight)
+            # What cannot be saved comes at once.
+            if config.progressive and stored:
+                self._plans[layer] = stored[PLAN] = staged(self._pruned.get(layer), mask)
+                stored[SCORE] = score
+                continue
+            self._set_mask(layer, mask)
+            if stored:
+                stored[PRUNED] = mask
+        if config.progressive:
+            self._advance(run, stage, optimizer)
+
+    def _advance(self, run: PruningRun, stage: int, optimizer: Any) -> None:
+        """Let more of the zeros come that the last update decided on."""
+        layers = [layer for layer in run.group.layers if layer in self._plans]
+        if not layers:
+            return
+        scores = [optimizer.state[layer.weight][SCORE] for layer in layers]
+        now = [self._pruned.get(layer) for layer in layers]
+        masks = zeros_at(run.group.config, layers, [self._plans[layer] for layer in layers], scores, now, stage)
         for layer, mask in zip(layers, masks, strict=True):
             self._set_mask(layer, mask)
-            # Optimizers set their state up at their first step, and only where there is none at all.
-            if optimizer.state.get(layer.weight):
-                optimizer.state[layer.weight][PRUNED] = mask
+            optimizer.state[layer.weight][PRUNED] = mask
 
     def on_pre_optimizer_step(
         self,
@@ -193,6 +224,12 @@ class WeightPruningCallback(TrainerCallback):
     ) -> None:
         self._scale = _loss_scale(optimizer)
         for run in self._runs:
+            config = run.group.config
+            if run.shrinks(state.global_step) and config.reg_type == "group_lasso_gradient":
+                for layer in run.group.layers:
+                    if layer.weight.grad is not None:
+                        gradient = layer.matrix(layer.weight.grad.detach())
+                        self._left[layer] = group_lasso_by_gradient(gradient, layer.pattern(config), config.reg_coeff)
             if not (run.scores_at(state.global_step) or run in self._late):
                 continue
             for layer in run.group.layers:
@@ -200,7 +237,7 @@ class WeightPruningCallback(TrainerCallback):
                 gradient = layer.weight.grad
                 if gradient is not None:
                     stored = optimizer.state.get(layer.weight, {}).get(SCORE)
-                    self._fresh[layer] = step_scores(run.group.config, layer, gradient, stored)
+                    self._fresh[layer] = step_scores(config, layer, gradient, stored)
 
     def on_optimizer_step(
         self,
@@ -219,8 +256,22 @@ class WeightPruningCallback(TrainerCallback):
                 # See `_update`: without a gradient, the optimizer has not set its state up.
                 if layer.weight.grad is not None or optimizer.state.get(layer.weight):
                     optimizer.state[layer.weight][PRUNED] = mask
+            self._shrink(state.global_step, optimizer)
         self._fresh.clear()
+        self._left.clear()
         self._zeros.enforce()
+
+    def _shrink(self, step: int, optimizer: Any) -> None:
+        """Make blocks smaller, as the regulariser says."""
+        for run in self._runs:
+            config = run.group.config
+            if run.shrinks(step) and config.reg_type == "group_lasso":
+                rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+                for layer in run.group.layers:
+                    weight, strength = layer.matrix(layer.weight.detach()), rates[layer.weight] * config.reg_coeff
+                    self._left[layer] = group_lasso(weight, layer.pattern(config), float(strength))
+        for layer, left in self._left.items():
+            layer.weight.data.mul_(layer.like_weight(left))
 
     def _set_mask(self, layer: Layer, mask: Tensor) -> None:
         self._pruned[layer] = mask
@@ -301,7 +352,10 @@ class WeightPruningCallback(TrainerCallback):
             return
         achieved = sparsity_of([run.selected for run in self._runs])
         completed = dataclasses.replace(self.config, achieved_sparsity=achieved)
-        steps = record_of(config)["steps"]
-        # A model that was opened from one of those checkpoints carries it already.
-        if not steps or steps[-1] != {"method": NAME, **completed.to_record()}:
+        step = {"method": NAME, **completed.to_record()}
+        # A model that was opened from one of those checkpoints carries it already; a regulariser may have emptied
+        # another block since.
+        if not any(
+            {**step, "achieved_sparsity": s.get("achieved_sparsity")} == s for s in record_of(config)["steps"][-1:]
+        ):
             append_step(config, NAME, completed)

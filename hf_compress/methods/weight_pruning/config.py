@@ -51,6 +51,12 @@ class WeightPruningConfig(MethodConfig):
             update) and at most.
         local_configs: One dict for each set of layers; its keys win over the fields above. Only layers that a dict
             selects are pruned; where two select the same layer, the first one owns it.
+        progressive: Whether the zeros of an update come in four stages, a quarter of `pruning_frequency` apart, the
+            least important first; those of the last update may come after `end_step`.
+        reg_type: From the first update to `end_step`, shrink blocks: `group_lasso` as a proximal step, by
+            `learning rate * reg_coeff * sqrt(size)` of their norm; `group_lasso_gradient` as the original does, by the
+            part `reg_coeff / norm of the gradient`.
+        reg_coeff: How much.
         criterion_reduce_type: How the scores of a unit become one: `mean`, `sum`, `max`.
         achieved_sparsity: Filled in when it is done: pruned units over all units (times N/M).
         heads_per_layer, neurons_per_layer: Filled in by `slim`: what is left in each layer. Heads are counted as
@@ -84,6 +90,9 @@ class WeightPruningConfig(MethodConfig):
     min_sparsity_ratio_per_op: float = 0.0
     max_sparsity_ratio_per_op: float = 0.98
     local_configs: tuple[dict[str, Any], ...] = ()
+    progressive: bool = False
+    reg_type: Literal["group_lasso", "group_lasso_gradient"] | None = None
+    reg_coeff: float = 0.0
     criterion_reduce_type: Literal["mean", "sum", "max"] = "mean"
     achieved_sparsity: float | None = None
     heads_per_layer: list[int] | None = None
@@ -106,6 +115,7 @@ class WeightPruningConfig(MethodConfig):
         self._check_amount()
         self._check_reconstruction()
         self._check_window()
+        self._check_training()
 
     def _check_sizes(self) -> None:
         if (self.heads_per_layer is None) != (self.neurons_per_layer is None):
@@ -166,6 +176,21 @@ class WeightPruningConfig(MethodConfig):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.end_step is not None and self.end_step < (self.start_step or 0):
             raise ValueError(f"end_step must be at least start_step={self.start_step or 0}, got {self.end_step}.")
+
+    def _check_training(self) -> None:
+        if self.progressive and self.pruning_frequency < 4:
+            raise ValueError(
+                f"pruning_frequency must be at least 4 with progressive=True, got {self.pruning_frequency}: an update "
+                "has four stages."
+            )
+        if self.progressive and isinstance(self.parsed_pattern, Heads):
+            raise ValueError("pattern must be another one than 'mha' with progressive=True.")
+        if self.reg_coeff < 0 or (self.reg_coeff > 0) != (self.reg_type is not None):
+            raise ValueError(
+                f"reg_coeff must be positive with a reg_type and 0 without, got {self.reg_coeff} with {self.reg_type}."
+            )
+        if self.reg_type is not None and not isinstance(self.parsed_pattern, Blocks):
+            raise ValueError(f"pattern must be one of blocks or channels with reg_type, got {self.pattern!r}.")
 
     def resolved(self) -> list[WeightPruningConfig]:
         """One config for each set of layers, with the local keys merged in.

@@ -68,9 +68,12 @@ class Blocks:
 
     def spread(self, units: Tensor, kept: Tensor, pruned: Tensor) -> Tensor:
         """[U] bool -> [R, C] bool: which elements go with these units."""
-        shape = pruned.shape
+        return self.expand(units, pruned.shape)
+
+    def expand(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Values of units, in the form of `reduce` or flat -> [R, C]."""
         rows, columns = self.rows or shape[0], self.columns or shape[1]
-        grid = units.view(-(-shape[0] // rows), 1, -(-shape[1] // columns), 1).expand(-1, rows, -1, columns)
+        grid = values.reshape(-(-shape[0] // rows), 1, -(-shape[1] // columns), 1).expand(-1, rows, -1, columns)
         return grid.reshape(grid.shape[0] * rows, -1)[: shape[0], : shape[1]].contiguous()
 
 
@@ -111,6 +114,10 @@ class NOfM:
     def reduce(self, scores: Tensor, reduction: str) -> Tensor:
         """Scores are kept for each element: which N go is decided anew at each update."""
         return scores
+
+    def expand(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
+        """What `reduce` gives is one value for each element already."""
+        return values
 
     def _lowest(self, kept: Tensor, pruned: Tensor) -> Tensor:
         """[M, R, groups] bool, exactly N a group: padding first, then the lowest scores, at ties what is pruned."""

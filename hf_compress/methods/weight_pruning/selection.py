@@ -31,7 +31,7 @@ def _places(indices: Tensor, sizes: Sequence[int]) -> Tensor:
     return (indices - (ends - size)[layer] + 0.5).double() / size[layer]
 
 
-def _smallest(scores: Tensor, count: int) -> Tensor:
+def smallest(scores: Tensor, count: int) -> Tensor:
     """The `count`-th smallest of many float32 values."""
     if scores.device.type != "cpu":
         # `kthvalue` is refused on CUDA under deterministic algorithms.
@@ -49,7 +49,7 @@ def _lowest(scores: Tensor, pruned: Tensor, sizes: Sequence[int], count: int) ->
         return torch.zeros_like(pruned)
     if count >= len(scores):
         return torch.ones_like(pruned)
-    threshold = _smallest(scores, count)
+    threshold = smallest(scores, count)
     chosen = scores < threshold
     ties = (scores == threshold).nonzero().flatten()
     order = torch.argsort(_places(ties, sizes), stable=True)

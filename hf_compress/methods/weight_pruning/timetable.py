@@ -13,6 +13,7 @@ from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.groups import Group, groups_of
 from hf_compress.methods.weight_pruning.modeling import check_reachable, warn_of_spared
 from hf_compress.methods.weight_pruning.patterns import Heads
+from hf_compress.methods.weight_pruning.progressive import STAGES
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def schedule_of(config: WeightPruningConfig, max_steps: int, steps_per_epoch: fl
     schedule = SparsitySchedule(
         config.sparsity_decay_type, config.target_sparsity, start, end, config.pruning_frequency
     )
-    if schedule.last >= max_steps or (end < start and not oneshot):
+    if _complete(config, schedule) >= max_steps or (end < start and not oneshot):
         raise ValueError(
             f"start_step, end_step, warmup_epochs and cooldown_epochs must leave room for the schedule: updates from "
             f"step {start} to {end} in a training of {max_steps} steps ({steps_per_epoch:g} an epoch, "
@@ -58,6 +59,11 @@ def schedule_of(config: WeightPruningConfig, max_steps: int, steps_per_epoch: fl
     return schedule
 
 
+def _complete(config: WeightPruningConfig, schedule: SparsitySchedule) -> int:
+    """Step at which the last zeros come."""
+    return schedule.last + ((STAGES - 1) * (schedule.frequency // STAGES) if config.progressive else 0)
+
+
 @dataclass(frozen=True, eq=False)
 class PruningRun:
     """One group of layers and its schedule in the training at hand.
@@ -72,12 +78,35 @@ class PruningRun:
     schedule: SparsitySchedule
     selected: Group
 
+    @property
+    def last(self) -> int:
+        """Step at which the last zeros come: that of the last update, or of its last stage."""
+        return _complete(self.group.config, self.schedule)
+
+    def stage(self, step: int) -> int:
+        """The stage that the update before or at this step has reached; the last one where there are no stages."""
+        schedule = self.schedule
+        if not self.group.config.progressive or step < schedule.start:
+            return STAGES
+        update = min((step - schedule.start) // schedule.frequency, schedule.num_updates)
+        passed = step - schedule.start - update * schedule.frequency
+        return min(1 + passed // (schedule.frequency // STAGES), STAGES)
+
+    def advances(self, step: int) -> bool:
+        """Whether a later stage of an update begins at this step."""
+        return self.schedule.due(step) is None and self.stage(step) > self.stage(step - 1)
+
     def scores_at(self, step: int) -> bool:
-        """Whether an update to come depends on this step's gradients."""
+        """Whether zeros to come depend on this step's gradients."""
         criterion = self.group.config.criterion
         if criterion == "snip_momentum":
-            return step < self.schedule.last
-        return criterion != "magnitude" and self.schedule.due(step + 1) is not None
+            return step < self.last
+        soon = self.schedule.due(step + 1) is not None or self.advances(step + 1)
+        return criterion != "magnitude" and soon
+
+    def shrinks(self, step: int) -> bool:
+        """Whether blocks are made smaller after this step."""
+        return self.group.config.reg_type is not None and self.schedule.start <= step <= self.schedule.end
 
 
 def runs_of(
