@@ -9,7 +9,8 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 import hf_compress as hc
 from hf_compress.core.architectures import blocks_of
 from hf_compress.core.cost import live_macs
-from hf_compress.core.layers import LiveTokens
+from hf_compress.core.layers import LiveTokens, Packing
+from hf_compress.methods.token_pruning import attention
 from hf_compress.methods.token_pruning import callbacks as callbacks_module
 from hf_compress.methods.token_pruning.callbacks import warn_unsteered
 from hf_compress.methods.token_pruning.importance import keep_above, keep_rate_ramp, kept_counts
@@ -272,3 +273,41 @@ def test_a_compiled_model_computes_the_same(model, batches):
         found = torch.compile(network, backend="eager")(**batch).logits
     assert (kept_tokens(network, batch).fed[1] < batch["attention_mask"].sum(1)).any()
     torch.testing.assert_close(found, expected)
+
+
+def test_several_gpus_in_one_process_are_refused(student, train, tmp_path):
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="n_gpu must be 1 for a model that drops tokens, got 2 .*torchrun"):
+        hc.CompressionTrainer(student(), args)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["together", "example by example"])
+@pytest.mark.parametrize("scored", [False, True])
+def test_every_way_to_attend_is_the_same(student, alone, scored, monkeypatch):
+    """Packed rows of examples of 1 to 9 tokens against softmax written out, for each layout of the work."""
+    layer = student().eval().bert.encoder.layer[1]
+    lengths = [9, 1, 4, 9, 2]
+    monkeypatch.setattr(attention, "_WEIGHTS_ALONE", 0 if alone else 2**30)
+    # Two examples a piece, with one left over.
+    monkeypatch.setattr(attention, "_WEIGHTS_AT_A_TIME", 2 * layer.token_rule.config.num_attention_heads * 81 * 4)
+    packing = Packing.of(torch.arange(9) < torch.tensor(lengths)[:, None])
+    rows = torch.randn(sum(lengths), layer.token_rule.config.hidden_size)
+    with torch.no_grad():
+        context, received = attention.attend(layer, layer.token_rule, packing, rows, scored)
+        start = 0
+        for example, length in enumerate(lengths):
+            own = rows[start : start + length]
+            size, heads = layer.token_rule.head_size, layer.token_rule.config.num_attention_heads
+            q, k, v = (
+                getattr(layer.attention.self, name)(own).view(length, heads, size)
+                for name in ("query", "key", "value")
+            )
+            shares = torch.einsum("ihd,jhd->hij", q, k).div(size**0.5).softmax(-1)
+            expected = torch.einsum("hij,jhd->ihd", shares, v).flatten(1)
+            assert torch.allclose(context[start : start + length], expected, atol=1e-6)
+            if scored:
+                assert torch.allclose(received[example, :length], shares.mean(0).sum(0), atol=1e-6)
+                assert not received[example, length:].any()
+            start += length
+    assert (received is None) == (not scored)

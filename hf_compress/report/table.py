@@ -228,7 +228,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# {report['task']}: {report['baseline']} against compressed models",
         "",
-        f"{report['num_examples']} examples; MACs of one sequence of {report['seq_len']:.1f} tokens, their mean.",
+        f"{report['num_examples']} examples; MACs of a sequence: {report['seq_len']:.1f} tokens on average.",
         "",
         *_table(["model", metric, "params", "non-zero", "MACs", "MACs kept", "on disk"], quality),
     ]

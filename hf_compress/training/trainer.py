@@ -20,7 +20,7 @@ from transformers.utils import CONFIG_NAME
 
 from hf_compress.api import apply_implied, steps_of
 from hf_compress.core.architectures import base_of
-from hf_compress.core.layers import STATE, LiveTokens
+from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.method import Method
 from hf_compress.core.record import quantized_by_another
 from hf_compress.core.saving import complete_or_absent
@@ -49,6 +49,12 @@ class CompressionTrainer(Trainer):
         # Before anything else sees the model: callbacks look for what the config asks for.
         self._adopt(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1 and isinstance(self._core(), PreTrainedModel) and carries_state(self._core()):
+            raise ValueError(
+                f"n_gpu must be 1 for a model that drops tokens, got {self.args.n_gpu} in one process: layers share "
+                "what nn.DataParallel would leave on the first GPU. Start one process for each (torchrun "
+                f"--nproc_per_node={self.args.n_gpu} ...) or set CUDA_VISIBLE_DEVICES to one."
+            )
         # The same for releases before that attribute, which ask the model's signature only.
         self.model_accepts_loss_kwargs = False
         self.averages = {mode: Averages() for mode in ("train", "eval")}
