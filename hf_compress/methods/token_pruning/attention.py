@@ -123,8 +123,7 @@ def _of_one(
     products, weights = (
         query.new_empty(2, *shape) if space is None else (x[: math.prod(shape)].view(shape) for x in space)
     )
-    # Keys that lie as the product reads them: a copy of them costs less than it saves.
-    torch.baddbmm(products, query, key.mT.contiguous(), beta=0, alpha=size**-0.5, out=products)
+    torch.baddbmm(products, query, key.mT, beta=0, alpha=size**-0.5, out=products)
     torch.softmax(products, -1, out=weights)
     # A product with a row reads the weights once and copies nothing.
     received = query.new_full((1, heads * length), 1 / heads) @ weights.view(-1, length)
@@ -135,6 +134,7 @@ def _in_pieces(query: Tensor, key: Tensor, value: Tensor, packing: Packing, size
     """The same without gradients for short examples, some at a time."""
     query, key, value = (_heads(packing.align(states), size) for states in (query * size**-0.5, key, value))
     batch, heads, longest, _ = query.shape
+    # Keys that lie as the product reads them: in short examples a copy of them costs less than it saves.
     query, key, value = (states.flatten(0, 1) for states in (query, key.mT.contiguous(), value))
     inside, padding = packing.inside, None
     if inside is not None:
