@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 import hf_compress as hc
 from hf_compress.core.architectures import blocks_of
 from hf_compress.core.cost import live_macs
-from hf_compress.core.layers import LiveTokens, Packing
+from hf_compress.core.layers import STATE, LiveTokens, Packing
 from hf_compress.methods.token_pruning import attention
 from hf_compress.methods.token_pruning import callbacks as callbacks_module
 from hf_compress.methods.token_pruning.callbacks import warn_unsteered
@@ -311,3 +311,18 @@ def test_every_way_to_attend_is_the_same(student, alone, scored, monkeypatch):
                 assert not received[example, length:].any()
             start += length
     assert (received is None) == (not scored)
+
+
+def test_an_example_without_tokens_does_not_hear_its_neighbours(student):
+    """Its logits are those of it alone, whatever stands beside it and whichever rows are computed."""
+    network = student(masking_mode="hard").eval()
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    ids = torch.randint(5, 100, (3, 6))
+    with torch.no_grad():
+        alone = network(input_ids=ids[1:2], attention_mask=mask[1:2]).logits[0]
+        for mates in (ids, ids.flip(0)):
+            mates = torch.stack([mates[0], ids[1], mates[2]])
+            logits = network(input_ids=mates, attention_mask=mask).logits
+            assert torch.allclose(logits[1], alone, atol=1e-6)
+            whole = network(input_ids=mates, attention_mask=mask, **{STATE: LiveTokens(whole=True)}).logits
+            assert torch.allclose(logits, whole, atol=1e-6)

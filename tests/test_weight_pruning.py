@@ -224,6 +224,12 @@ def test_windows_follow_the_training():
     assert window(sparsity_decay_type="oneshot") == (1, 99, 1)
     assert window(sparsity_decay_type="oneshot", criterion="magnitude") == (0, 99, 0)
     assert window(steps=4) == (1, 3, 1)
+    for steps in range(60, 120):
+        # Whatever the length, the three later stages of the last update find room before training or cooldown.
+        assert window(steps=steps, progressive=True)[1] == steps - 1 - 3
+    assert window(progressive=True, cooldown_epochs=1)[1] == 100 - 10 - 3
+    with pytest.raises(ValueError, match="and 3 steps for the stages of the last update"):
+        window(steps=97, end_step=96, progressive=True)
     for values in ({"end_step": 120}, {"start_step": 100}, {"warmup_epochs": 6, "cooldown_epochs": 5}):
         with pytest.raises(ValueError, match="must leave room for the schedule"):
             window(**values)
@@ -262,6 +268,11 @@ BAD = [
         {"reg_type": "group_lasso"},
         "reg_coeff must be positive with a reg_type and 0 without, got 0.0 with group_lasso",
     ),
+    (
+        {"reg_type": "group_lasso", "reg_coeff": 0.1, "sparsity_decay_type": "oneshot"},
+        "sparsity_decay_type must be gradual with reg_type, got 'oneshot'",
+    ),
+    ({"criterion": "wanda", "progressive": True}, "progressive and reg_type must be left out with criterion='wanda'"),
     ({"reg_coeff": 0.1}, "reg_coeff must be positive with a reg_type and 0 without, got 0.1 with None"),
     ({"reg_type": "lasso", "reg_coeff": 0.1}, "reg_type must be one of 'group_lasso', 'group_lasso_gradient'"),
     (

@@ -147,7 +147,8 @@ def keep_above(scores: Tensor, live: Tensor | None, threshold: Tensor | float) -
         threshold = threshold.item()
     # Scores are not negative: all of them reach zero.
     if isinstance(threshold, Tensor):
-        keep = scores >= threshold.to(scores.dtype).clamp(min=SMALLEST_SCORE) * (threshold != 0)
+        threshold = threshold.to(scores.device, scores.dtype)
+        keep = scores >= threshold.clamp(min=SMALLEST_SCORE) * (threshold != 0)
     else:
         keep = scores >= (max(threshold, SMALLEST_SCORE) if threshold else 0.0)
     if live is None:

@@ -109,6 +109,9 @@ def _first_token_forward(
     mask = key_mask(packing)
     context = F.scaled_dot_product_attention(query, key, value, mask, scale=rule.head_size**-0.5)
     out = rule.finish(layer, context.flatten(1), first)
+    if packing.rows is not None:
+        # An example without tokens has borrowed a row of another one.
+        out = torch.where(packing.lengths[:, None] > 0, out.to(hidden_states.dtype), hidden_states[:, 0])
     left = state.packings[rule.index] = packing.first()
     state.fed[rule.index] = left.lengths
     return _write(hidden_states, left.rows, out)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,8 @@ class WeightPruningCallback(TrainerCallback):
         self._zeros = Zeros()
         self._fresh: dict[Layer, Tensor] = {}
         self._plans: dict[Layer, Tensor] = {}
+        # `magnitude` looks at the weights as they were at the update, through all its stages.
+        self._update_scores: dict[Layer, Tensor] = {}
         self._left: dict[Layer, Tensor] = {}
         self._sparsity = 0.0
         self._scale, self._skipped = 1.0, False
@@ -130,6 +132,8 @@ class WeightPruningCallback(TrainerCallback):
                     self._set_mask(layer, stored[PRUNED])
                 if PLAN in stored:
                     self._plans[layer] = stored[PLAN] = stored[PLAN].to(torch.uint8)
+                    if run.group.config.criterion == "magnitude":
+                        self._update_scores[layer] = stored[SCORE]
             if run.schedule.in_force(step) > 0 and not any(layer in self._pruned for layer in run.group.layers):
                 raise ValueError(
                     f"resume_from_checkpoint must hold the optimizer's state, where masks and scores are: step {step} "
@@ -189,30 +193,39 @@ class WeightPruningCallback(TrainerCallback):
         warn_of_spared(run.group, layers, "no gradient reaches them")
         masks = prune_layers(config, layers, scores, [self._pruned.get(layer) for layer in layers], sparsity)
         for layer, mask, score in zip(layers, masks, scores, strict=True):
-            # Optimizers set their state up at their first step, and only where there is none at all.
-            stored = optimizer.state.get(layer.weight)
-            # What cannot be saved comes at once.
-            if config.progressive and stored:
-                self._plans[layer] = stored[PLAN] = staged(self._pruned.get(layer), mask)
-                stored[SCORE] = score
-                continue
-            self._set_mask(layer, mask)
-            if stored:
-                stored[PRUNED] = mask
+            if config.progressive:
+                self._plans[layer] = staged(self._pruned.get(layer), mask)
+                if config.criterion == "magnitude":
+                    self._update_scores[layer] = score
+            else:
+                self._set_mask(layer, mask)
         if config.progressive:
             self._advance(run, stage, optimizer)
+        self._save(layers, optimizer)
 
     def _advance(self, run: PruningRun, stage: int, optimizer: Any) -> None:
         """Let more of the zeros come that the last update decided on."""
         layers = [layer for layer in run.group.layers if layer in self._plans]
         if not layers:
             return
-        scores = [optimizer.state[layer.weight][SCORE] for layer in layers]
+        scores = [
+            self._update_scores[layer] if layer in self._update_scores else optimizer.state[layer.weight][SCORE]
+            for layer in layers
+        ]
         now = [self._pruned.get(layer) for layer in layers]
         masks = zeros_at(run.group.config, layers, [self._plans[layer] for layer in layers], scores, now, stage)
         for layer, mask in zip(layers, masks, strict=True):
             self._set_mask(layer, mask)
-            optimizer.state[layer.weight][PRUNED] = mask
+        self._save(layers, optimizer)
+
+    def _save(self, layers: Iterable[Layer], optimizer: Any, stepped: bool = False) -> None:
+        """Put into the optimizer's state what cannot be computed again."""
+        for layer in layers:
+            # Optimizers set their state up at their first step, and only where there is none at all.
+            if optimizer.state.get(layer.weight) or (stepped and layer.weight.grad is not None):
+                for key, values in ((PRUNED, self._pruned), (PLAN, self._plans), (SCORE, self._update_scores)):
+                    if layer in values:
+                        optimizer.state[layer.weight][key] = values[layer]
 
     def on_pre_optimizer_step(
         self,
@@ -252,10 +265,7 @@ class WeightPruningCallback(TrainerCallback):
         if not self._skipped:
             for layer, score in self._fresh.items():
                 optimizer.state[layer.weight][SCORE] = score
-            for layer, mask in self._pruned.items():
-                # See `_update`: without a gradient, the optimizer has not set its state up.
-                if layer.weight.grad is not None or optimizer.state.get(layer.weight):
-                    optimizer.state[layer.weight][PRUNED] = mask
+            self._save(self._pruned, optimizer, stepped=True)
             self._shrink(state.global_step, optimizer)
         self._fresh.clear()
         self._left.clear()
@@ -267,7 +277,7 @@ class WeightPruningCallback(TrainerCallback):
             config = run.group.config
             if run.shrinks(step) and config.reg_type == "group_lasso":
                 rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-                for layer in run.group.layers:
+                for layer in (layer for layer in run.group.layers if layer.weight.grad is not None):
                     weight, strength = layer.matrix(layer.weight.detach()), rates[layer.weight] * config.reg_coeff
                     self._left[layer] = group_lasso(weight, layer.pattern(config), float(strength))
         for layer, left in self._left.items():
@@ -329,6 +339,8 @@ class WeightPruningCallback(TrainerCallback):
                 raise ValueError(f"{found} Train longer or lower end_step.")
             for run in runs:
                 self._check_target(run)
+            # Weights that came back have been trained since, and a regulariser may have emptied another block.
+            self._record(model)
         finally:
             self._clear()
 
@@ -352,10 +364,7 @@ class WeightPruningCallback(TrainerCallback):
             return
         achieved = sparsity_of([run.selected for run in self._runs])
         completed = dataclasses.replace(self.config, achieved_sparsity=achieved)
-        step = {"method": NAME, **completed.to_record()}
-        # A model that was opened from one of those checkpoints carries it already; a regulariser may have emptied
-        # another block since.
-        if not any(
-            {**step, "achieved_sparsity": s.get("achieved_sparsity")} == s for s in record_of(config)["steps"][-1:]
-        ):
-            append_step(config, NAME, completed)
+        step, last = {"method": NAME, **completed.to_record()}, record_of(config)["steps"][-1:]
+        # A model that was opened from one of those checkpoints carries it already.
+        known = [{**entry, "achieved_sparsity": achieved} for entry in last] == [step]
+        append_step(config, NAME, completed, instead_of_last=known)

@@ -52,7 +52,7 @@ class WeightPruningConfig(MethodConfig):
         local_configs: One dict for each set of layers; its keys win over the fields above. Only layers that a dict
             selects are pruned; where two select the same layer, the first one owns it.
         progressive: Whether the zeros of an update come in four stages, a quarter of `pruning_frequency` apart, the
-            least important first; those of the last update may come after `end_step`.
+            least important first; those of the last update come after `end_step` where that is given.
         reg_type: From the first update to `end_step`, shrink blocks: `group_lasso` as a proximal step, by
             `learning rate * reg_coeff * sqrt(size)` of their norm; `group_lasso_gradient` as the original does, by the
             part `reg_coeff / norm of the gradient`.
@@ -185,6 +185,12 @@ class WeightPruningConfig(MethodConfig):
             )
         if self.progressive and isinstance(self.parsed_pattern, Heads):
             raise ValueError("pattern must be another one than 'mha' with progressive=True.")
+        if self.needs_inputs and (self.progressive or self.reg_type is not None):
+            raise ValueError(
+                f"progressive and reg_type must be left out with criterion={self.criterion!r}: no training."
+            )
+        if self.reg_type is not None and self.sparsity_decay_type == "oneshot":
+            raise ValueError("sparsity_decay_type must be gradual with reg_type, got 'oneshot': nothing would shrink.")
         if self.reg_coeff < 0 or (self.reg_coeff > 0) != (self.reg_type is not None):
             raise ValueError(
                 f"reg_coeff must be positive with a reg_type and 0 without, got {self.reg_coeff} with {self.reg_type}."

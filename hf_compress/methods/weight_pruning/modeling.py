@@ -153,7 +153,7 @@ def check(model: PreTrainedModel, config: WeightPruningConfig) -> None:
 def compress(
     model: PreTrainedModel, config: WeightPruningConfig, data: Iterable[Mapping[str, Any]] | None
 ) -> WeightPruningConfig:
-    """Prune to the target at once, without training; the schedule's fields are not looked at.
+    """Prune to the target at once, without training; the fields of schedule and regulariser are not looked at.
 
     Args:
         model: Changed in place: weights become zero, nothing else. `sparsegpt` changes those that stay, too.

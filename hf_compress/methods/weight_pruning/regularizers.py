@@ -5,9 +5,16 @@ Letters: R outputs, C inputs of a weight seen as a matrix; b elements of a block
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hf_compress.methods.weight_pruning.patterns import Blocks
+
+
+def _norms(matrix: Tensor, pattern: Blocks) -> Tensor:
+    """Of each block. Squares of small numbers vanish in half precision."""
+    precise = matrix if matrix.dtype == torch.float64 else matrix.float()
+    return pattern.reduce(precise.square(), "sum").sqrt()
 
 
 def group_lasso(weight: Tensor, pattern: Blocks, strength: float) -> Tensor:
@@ -30,9 +37,8 @@ def group_lasso(weight: Tensor, pattern: Blocks, strength: float) -> Tensor:
         tensor([[0.8586, 0.0000],
                 [0.8586, 0.0000]])
     """
-    size = (pattern.rows or weight.shape[0]) * (pattern.columns or weight.shape[1])
-    norms = pattern.reduce(weight.square(), "sum").sqrt()
-    left = (1 - strength * size**0.5 / norms.clamp(min=1e-12)).clamp(min=0)
+    size = pattern.reduce(torch.ones_like(weight, dtype=torch.float32), "sum")
+    left = (1 - strength * size.sqrt() / _norms(weight, pattern).clamp(min=1e-12)).clamp(min=0)
     return pattern.expand(left, weight.shape)
 
 
@@ -57,6 +63,6 @@ def group_lasso_by_gradient(gradient: Tensor, pattern: Blocks, strength: float) 
         tensor([[0.8000, 1.0000],
                 [0.8000, 1.0000]])
     """
-    norms = pattern.reduce(gradient.square(), "sum").sqrt()
+    norms = _norms(gradient, pattern)
     left = (1 - strength / norms.clamp(min=1e-12)).clamp(min=0).masked_fill(norms == 0, 1.0)
     return pattern.expand(left, gradient.shape)

@@ -30,6 +30,7 @@ def schedule_of(config: WeightPruningConfig, max_steps: int, steps_per_epoch: fl
     if end is None:
         # Updates come at the beginning of a step: one at `max_steps` would never come.
         end = min(int(max_steps - config.cooldown_epochs * steps_per_epoch), max_steps - 1)
+        end -= _stage_steps(config)
     if start is None:
         start = int(config.warmup_epochs * steps_per_epoch)
         # The first step has no gradients to look back at. A gradual schedule prunes nothing at its first update.
@@ -38,11 +39,12 @@ def schedule_of(config: WeightPruningConfig, max_steps: int, steps_per_epoch: fl
     schedule = SparsitySchedule(
         config.sparsity_decay_type, config.target_sparsity, start, end, config.pruning_frequency
     )
-    if _complete(config, schedule) >= max_steps or (end < start and not oneshot):
+    if schedule.last + _stage_steps(config) >= max_steps or (end < start and not oneshot):
         raise ValueError(
             f"start_step, end_step, warmup_epochs and cooldown_epochs must leave room for the schedule: updates from "
             f"step {start} to {end} in a training of {max_steps} steps ({steps_per_epoch:g} an epoch, "
-            f"cooldown_epochs={config.cooldown_epochs:g})."
+            f"cooldown_epochs={config.cooldown_epochs:g})"
+            + (f", and {_stage_steps(config)} steps for the stages of the last update." if config.progressive else ".")
         )
     if config.needs_gradients and schedule.last == 0:
         raise ValueError(
@@ -59,9 +61,9 @@ def schedule_of(config: WeightPruningConfig, max_steps: int, steps_per_epoch: fl
     return schedule
 
 
-def _complete(config: WeightPruningConfig, schedule: SparsitySchedule) -> int:
-    """Step at which the last zeros come."""
-    return schedule.last + ((STAGES - 1) * (schedule.frequency // STAGES) if config.progressive else 0)
+def _stage_steps(config: WeightPruningConfig) -> int:
+    """Steps from an update to its last stage."""
+    return (STAGES - 1) * (config.pruning_frequency // STAGES) if config.progressive else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,7 @@ class PruningRun:
     @property
     def last(self) -> int:
         """Step at which the last zeros come: that of the last update, or of its last stage."""
-        return _complete(self.group.config, self.schedule)
+        return self.schedule.last + _stage_steps(self.group.config)
 
     def stage(self, step: int) -> int:
         """The stage that the update before or at this step has reached; the last one where there are no stages."""
