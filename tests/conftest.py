@@ -12,6 +12,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy  # noqa: E402
+import gc  # noqa: E402
 from functools import cache  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -22,6 +23,8 @@ from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.models import WordLevel  # noqa: E402
 from tokenizers.pre_tokenizers import Whitespace  # noqa: E402
 from tokenizers.processors import TemplateProcessing  # noqa: E402
+
+from tests.guided_setup import dense  # noqa: E402
 
 
 transformers.logging.set_verbosity_error()
@@ -159,6 +162,22 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, model_max_length=64, **dict(zip(names, special, strict=True))
     )
+
+
+@pytest.fixture
+def ladder(tmp_path):
+    """Three saved teachers, in folders whose alphabetical order is wrong."""
+    for number, seed in ((2, 11), (9, 12), (10, 13)):
+        dense(seed, 0.1).save_pretrained(tmp_path / "ladder" / f"checkpoint-{number}")
+    return str(tmp_path / "ladder" / "checkpoint-*")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections():
+    """Every training starts with a full garbage collection; what was imported need not be searched each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

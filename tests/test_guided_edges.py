@@ -8,16 +8,16 @@ from transformers import ViTConfig, ViTForImageClassification
 import hf_compress as hc
 from hf_compress.training.teachers import signals_of
 from tests.crash_program import pad
-from tests.test_guided import ROWS, dense, ladder, linear, logged, same, trainer_of, weights  # noqa: F401
+from tests.guided_setup import ROWS, dense, linear, logged, same, trainer_of, weights
 
 
-def start_of(kind, ladder):  # noqa: F811
+def start_of(kind, ladder):
     options = {"teacher_snapshots": [ladder]} if kind == "snapshots" else {}
     return (None if kind == "snapshots" else dense(1, 0.1)), options
 
 
 @pytest.mark.parametrize("kind", ["fixed", "joint", "snapshots"])
-def test_evaluations_are_not_random(kind, tmp_path, ladder):  # noqa: F811
+def test_evaluations_are_not_random(kind, tmp_path, ladder):
     teacher, options = start_of(kind, ladder)
     trainer = trainer_of(kind, tmp_path, linear(0, 0.1), teacher, teacher_dropout=True, **options)
     seen = [trainer.evaluate()["eval_loss/layer"] for _ in range(2)]
@@ -28,7 +28,7 @@ def test_evaluations_are_not_random(kind, tmp_path, ladder):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["fixed", "joint", "snapshots"])
-def test_every_trial_begins_anew(kind, tmp_path, ladder):  # noqa: F811
+def test_every_trial_begins_anew(kind, tmp_path, ladder):
     ends = []
     for trials in (1, 2):
         teacher, options = start_of(kind, ladder)
