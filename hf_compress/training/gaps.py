@@ -43,6 +43,7 @@ class EpochOrder(TrainerCallback):
     def __init__(self) -> None:
         self.state: Tensor | None = None
         self.resumed: Path | None = None
+        self._begins = False
 
     def save(self, output_dir: str, args: Any) -> None:
         """Put the state at the beginning of the epoch into a checkpoint."""
@@ -54,8 +55,21 @@ class EpochOrder(TrainerCallback):
         return f"epoch_rng_state_{args.process_index}.pth"
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Where the checkpoint is one of an epoch's end, `Trainer` sets the right state after this.
         if self.resumed is not None and (file := self.resumed / self.file(args)).exists():
             torch.set_rng_state(torch.load(file, weights_only=True))
         self.resumed = None
         self.state = torch.get_rng_state()
+        self._begins = True
+
+    def on_rng_restored(self) -> None:
+        """To be called when `Trainer` has set the random numbers of a checkpoint.
+
+        In the middle of an epoch it does so after the order is drawn. After a checkpoint of an epoch's end it does so
+        before: then the state in the file is that of the finished epoch, and this one is right.
+        """
+        if self._begins:
+            self.state = torch.get_rng_state()
+
+    def on_batches(self) -> None:
+        """To be called when the first batches are there: the order of this epoch is drawn."""
+        self._begins = False

@@ -178,7 +178,12 @@ class CompressionTrainer(Trainer):
     ) -> Any:
         """Every evaluation and prediction has its own averages of loss terms and measures among its metrics."""
         self.averages["eval"].clear()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # Reading batches draws random numbers. Training must not depend on it: resumed after the last update of an
+        # epoch, it does not repeat the evaluation that followed.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         found = self.averages["eval"].take(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
@@ -253,6 +258,15 @@ class CompressionTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self._epoch_order.save(output_dir, self.args)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._epoch_order.on_rng_restored()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples = super().get_batch_samples(*args, **kwargs)
+        self._epoch_order.on_batches()
+        return samples
 
     def _get_output_dir(self, trial: Any) -> str:
         root = super()._get_output_dir(trial)
