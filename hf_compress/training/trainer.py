@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
 from hf_compress.api import apply_implied, steps_of
@@ -26,12 +23,11 @@ from hf_compress.core.record import quantized_by_another
 from hf_compress.core.saving import complete_or_absent
 from hf_compress.methods import METHODS
 from hf_compress.training.averages import Averages
+from hf_compress.training.checkpoints import CheckpointWriter
 from hf_compress.training.gaps import EpochOrder, ExtraGradients
 
 
 logger = logging.getLogger(__name__)
-
-_STAGING = ".incomplete"
 
 
 class CompressionTrainer(Trainer):
@@ -59,7 +55,7 @@ class CompressionTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.averages = {mode: Averages() for mode in ("train", "eval")}
         self._evaluates = False
-        self._checkpoint_root: str | None = None
+        self._checkpoints = CheckpointWriter(self.args)
         self._epoch_order = EpochOrder()
         self.add_callback(self._epoch_order)
         self.add_callback(ExtraGradients(self.extra_parameter_groups))
@@ -269,8 +265,7 @@ class CompressionTrainer(Trainer):
         return samples
 
     def _get_output_dir(self, trial: Any) -> str:
-        root = super()._get_output_dir(trial)
-        return self._checkpoint_root or root
+        return self._checkpoints.staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # Checkpoints of one process are written aside and renamed when complete. Several processes write one
@@ -278,44 +273,5 @@ class CompressionTrainer(Trainer):
         if self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.push_to_hub:
             super()._save_checkpoint(model, trial)
             return
-        root = Path(super()._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staging = root / _STAGING
-        shutil.rmtree(staging, ignore_errors=True)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        best_step = self.state.best_global_step
-        if best_step and (root / f"{PREFIX_CHECKPOINT_DIR}-{best_step}").exists():
-            self.state.best_model_checkpoint = str(root / f"{PREFIX_CHECKPOINT_DIR}-{best_step}")
-        self._checkpoint_root = str(staging)
-        try:
+        with self._checkpoints.written_aside(self._get_output_dir(trial), self.state):
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            # torch reports a full disk as a RuntimeError of its zip writer.
-            if not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error):
-                raise ValueError(
-                    f"output_dir {str(root)!r} cannot be written: {str(error).splitlines()[0]}"
-                ) from error
-            raise
-        finally:
-            self._checkpoint_root = None
-            self.args.save_total_limit = limit
-        if self.state.best_model_checkpoint == str(staging / name):
-            self.state.best_model_checkpoint = str(root / name)
-            self.state.save_to_json(str(staging / name / TRAINER_STATE_NAME))
-        shutil.rmtree(root / name, ignore_errors=True)
-        os.replace(staging / name, root / name)
-        shutil.rmtree(staging, ignore_errors=True)
-        self._rotate(root)
-
-    def _rotate(self, root: Path) -> None:
-        limit = self.args.save_total_limit
-        if not limit:
-            return
-        numbered = sorted(root.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        best = self.state.best_model_checkpoint
-        spared = {numbered[-1].name} if numbered else set()
-        if best is not None:
-            spared.add(Path(best).name)
-        removable = [path for path in numbered if path.name not in spared]
-        for path in removable[: max(0, len(numbered) - max(limit, len(spared)))]:
-            shutil.rmtree(path)
