@@ -35,23 +35,28 @@ logger = logging.getLogger(__name__)
 _ROUNDING = 0.01
 
 
-def _targets(config: WeightPruningConfig, sizes: Sequence[int], sparsity: float) -> tuple[int, list[int], list[int]]:
-    """Units to prune over some layers, and what each of them loses at least and at most."""
-    ceiling = config.parsed_pattern.ceiling
-    total = sum(sizes)
-    upper = [floor_count(size, min(1.0, config.max_sparsity_ratio_per_op / ceiling)) for size in sizes]
-    last = min(floor_count(total, config.target_sparsity / ceiling), sum(upper))
-    count = min(floor_count(total, sparsity / ceiling), last)
+@dataclasses.dataclass(frozen=True)
+class _Amount:
+    """Units to prune over some layers: now, in the end, and in the end of each layer at least and at most."""
+
+    now: int
+    final: int
+    lower: list[int]
+    upper: list[int]
+
+
+def _amount(config: WeightPruningConfig, sizes: Sequence[int], sparsity: float) -> _Amount:
+    ceiling, total = config.parsed_pattern.ceiling, sum(sizes)
     lower = [floor_count(size, config.min_sparsity_ratio_per_op / ceiling) for size in sizes]
-    # What is still to come may go to layers below their minimum; only what it cannot fill is demanded now.
-    demanded = 1 - (last - count) / sum(lower) if sum(lower) else 0.0
-    return count, [floor_count(low, max(0.0, demanded)) for low in lower], upper
+    upper = [floor_count(size, min(1.0, config.max_sparsity_ratio_per_op / ceiling)) for size in sizes]
+    final = min(floor_count(total, config.target_sparsity / ceiling), sum(upper))
+    return _Amount(min(floor_count(total, sparsity / ceiling), final), final, lower, upper)
 
 
 def expected_units(config: WeightPruningConfig, sizes: Sequence[int]) -> int:
     """Units that are pruned when the target is reached: the target rounded down, and no more than bounds allow."""
     scopes = [sizes] if config.scope == "global" else [[size] for size in sizes]
-    return sum(_targets(config, scope, config.target_sparsity)[0] for scope in scopes)
+    return sum(_amount(config, scope, config.target_sparsity).final for scope in scopes)
 
 
 def check_reachable(group: Group) -> None:
@@ -124,8 +129,8 @@ def prune_layers(
         # Tied layers lose the same units: those that matter least on average.
         ranked = [torch.stack([scores[i].to(device) for i in together]).mean(0) for together in scope]
         already = [torch.stack([gone[i].to(device) for i in together]).all(0) for together in scope]
-        count, lower, upper = _targets(config, [len(values) for values in ranked], sparsity)
-        chosen = select_units(ranked, already, count, lower, upper)
+        due = _amount(config, [len(values) for values in ranked], sparsity)
+        chosen = select_units(ranked, already, due.now, due.lower, due.upper, due.final)
         for together, units in zip(scope, chosen, strict=True):
             for i in together:
                 matrix = patterns[i].spread(units.to(before[i].device), kept[i], before[i])

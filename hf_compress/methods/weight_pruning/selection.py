@@ -64,34 +64,41 @@ def select_units(
     count: int,
     lower: Sequence[int],
     upper: Sequence[int],
+    final: int | None = None,
 ) -> list[Tensor]:
     """The `count` least important units of all layers together.
 
     Args:
         scores: For each layer [U], finite.
         pruned: For each layer [U] bool, what is pruned now; decides ties.
-        count: K, at least the sum of `lower` and at most the sum of `upper`.
-        lower, upper: Units that each layer loses at least and at most.
+        count: K, at most `final`.
+        lower, upper: Units that each layer loses at least and at most in the end.
+        final: Units that are pruned in the end, at least the sum of `lower` and at most the sum of `upper`; what goes
+            now leaves enough of them to bring every layer to its `lower`. None: `count`.
 
     Returns:
         For each layer [U] bool, True for what goes.
 
     Source:
-        Pruning the lowest within bounds on each part is a greedy choice in a matroid, hence of least total score.
+        Sets that can grow to `final` units within bounds on each part are the independent sets of a matroid, so taking
+        the lowest score that may still go, again and again, gives the least total score.
 
     Example:
         >>> none = torch.zeros(2, dtype=torch.bool)
         >>> select_units([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], [none, none], 2, [0, 0], [1, 2])
         [tensor([ True, False]), tensor([ True, False])]
     """
-    sizes = [len(layer) for layer in scores]
-    gone = torch.cat(list(pruned))
-    chosen = list(_lowest(torch.cat(list(scores)), gone, sizes, count).split(sizes))
+    sizes, final = [len(layer) for layer in scores], count if final is None else final
+    together, gone = torch.cat(list(scores)), torch.cat(list(pruned))
+    chosen = list(_lowest(together, gone, sizes, count).split(sizes))
     counts = [int(layer.sum()) for layer in chosen]
-    if all(low <= number <= high for low, number, high in zip(lower, counts, upper, strict=True)):
+    within = all(number <= high for number, high in zip(counts, upper, strict=True))
+    if within and sum(max(low, number) for low, number in zip(lower, counts, strict=True)) <= final:
         return chosen
     bounded = []
     for layer, before, size, low, high in zip(scores, pruned, sizes, lower, upper, strict=True):
         forced, allowed = (_lowest(layer, before, [size], number) for number in (low, high))
         bounded.append(layer.masked_fill(forced, float("-inf")).masked_fill(~allowed, float("inf")))
-    return list(_lowest(torch.cat(bounded), gone, sizes, count).split(sizes))
+    # The first choices on the way to `final` units are the lowest scores among those.
+    in_the_end = _lowest(torch.cat(bounded), gone, sizes, final)
+    return list(_lowest(together.masked_fill(~in_the_end, float("inf")), gone, sizes, count).split(sizes))
