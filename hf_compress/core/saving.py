@@ -1,20 +1,44 @@
-"""Directories that are whole or do not load: everything is written aside first, the weights are moved last."""
+"""Directories with one writer that are whole or do not load: written aside first, under a lock, the weights last."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+
+_TRAINING_LOCK = ".training.lock"
+_WRITING_LOCK = ".writing.lock"
+_STAGED = ".incomplete-model-"
+
+# The files that `from_pretrained` takes weights from, in any format, and those that make it look for more.
+_ADAPTER = re.compile(r"adapter_model\.(safetensors|bin)|adapter_config\.json")
+_WHOLE_MODEL = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+_ALMOST_FULL = 2**20
 
 
 def _opens_last(file: Path) -> tuple[bool, bool]:
     """Sort key: weights after everything else, and what makes shards findable after the shards."""
     weights = ".safetensors" in file.suffixes
     return weights, weights and (file.suffix == ".json" or "-of-" not in file.name)
+
+
+def _opened_first(file: Path) -> tuple[bool, bool, bool]:
+    """Sort key for removal: what `from_pretrained` prefers goes last, so that nothing older opens meanwhile."""
+    return file.name == "adapter_config.json", ".safetensors" in file.suffixes, "-of-" in file.name
 
 
 def _sync(file: Path) -> None:
@@ -27,8 +51,12 @@ def _sync(file: Path) -> None:
 
 def _publish(staged: Path, target: Path) -> None:
     # A folder without weights never opens; one without config.json may, with a class's default sizes.
-    for old in (*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json")):
-        old.unlink()
+    adapter = any(_ADAPTER.fullmatch(file.name) for file in staged.iterdir())
+    # The model that an adapter changes may lie in the same folder.
+    replaced = (_ADAPTER,) if adapter else (_ADAPTER, _WHOLE_MODEL)
+    old = [file for file in target.iterdir() if any(pattern.fullmatch(file.name) for pattern in replaced)]
+    for file in sorted(old, key=_opened_first):
+        file.unlink()
     files = [path for path in staged.rglob("*") if path.is_file()]
     for path in sorted(files, key=lambda file: (_opens_last(file), file.name)):
         _sync(path)
@@ -37,16 +65,139 @@ def _publish(staged: Path, target: Path) -> None:
         os.replace(path, place)
 
 
+def _disk_trouble(error: BaseException, directory: Path) -> str | None:
+    """What is wrong with the disk in the words of the operating system, or None for another error."""
+    if isinstance(error, OSError):
+        return os.strerror(error.errno) if error.errno in _DISK_ERRORS else None
+    if isinstance(error, SafetensorError):
+        found = re.search(r"I/O error: (.*?)( \(os error \d+\))?$", str(error).strip())
+        return found.group(1) if found else None
+    # torch's zip writer says where in its source it failed, but not why.
+    if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+        full = shutil.disk_usage(directory).free < _ALMOST_FULL
+        return os.strerror(errno.ENOSPC) if full else "torch could not write a whole file"
+    return None
+
+
+@contextmanager
+def disk_errors_explained(directory: str | os.PathLike) -> Iterator[None]:
+    """Turn what a full, read-only or failing disk raises into one `ValueError` that names the folder.
+
+    Args:
+        directory: An existing folder, which the block writes into.
+
+    Raises:
+        ValueError: If writing fails. Errors of another kind pass as they are.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        trouble = _disk_trouble(error, Path(directory))
+        if trouble is None:
+            raise
+        raise ValueError(f"output_dir {str(directory)!r} cannot be written: {trouble}.") from error
+
+
+@contextmanager
+def _locked(lock: FileLock, directory: Path, timeout: float) -> Iterator[None]:
+    try:
+        with disk_errors_explained(directory):
+            lock.acquire(timeout=timeout)
+    except Timeout as error:
+        raise ValueError(
+            f"output_dir {str(directory)!r} belongs to a training that is still running: name another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        # Whoever waits for it notices that the file is gone and makes a new one.
+        if lock.lock_counter == 1:
+            with suppress(OSError):
+                os.unlink(lock.lock_file)
+        lock.release()
+
+
+@contextmanager
+def sole_training(directory: str | os.PathLike) -> Iterator[None]:
+    """Keep other processes from training in a folder, or saving into it, while the block runs.
+
+    The operating system frees the lock when the process ends, however it ends.
+
+    Raises:
+        ValueError: If another process trains in this folder, or it cannot be written.
+    """
+    target = Path(directory).resolve()
+    target.mkdir(parents=True, exist_ok=True)
+    # One object in each process, which may take it again: a training saves into its own folder.
+    lock = FileLock(target / _TRAINING_LOCK, thread_local=False, is_singleton=True)
+    with _locked(lock, target, timeout=0):
+        yield
+
+
+def _refuse_running(directory: Path) -> None:
+    if (directory / _TRAINING_LOCK).exists():
+        with sole_training(directory):
+            pass
+
+
+def require_own_folder(
+    output_dir: str | os.PathLike, inputs: Mapping[str, str | os.PathLike | None] | None = None
+) -> None:
+    """Check before any work that results can be written to a folder, and that doing so overwrites no input.
+
+    Args:
+        output_dir: Where results will go. It need not exist, and is not made.
+        inputs: Name of an argument -> the model folder that it names. Names of the Hub and None are allowed.
+
+    Raises:
+        ValueError: If `output_dir` is empty, cannot be written, is the folder of an input, or belongs to a training
+            that is still running.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     require_own_folder(place, {"model_name_or_path": f"{place}/."})
+        Traceback (most recent call last):
+            ...
+        ValueError: output_dir '...' is the folder of model_name_or_path: saving there would overwrite it...
+    """
+    if not os.fspath(output_dir):
+        raise ValueError("output_dir is empty: name a folder.")
+    target = Path(output_dir).absolute()
+    for name, value in (inputs or {}).items():
+        if value and os.path.isdir(value) and target.is_dir() and os.path.samefile(value, target):
+            raise ValueError(
+                f"output_dir {str(output_dir)!r} is the folder of {name}: saving there would overwrite it. "
+                "Name another folder."
+            )
+    existing = next(place for place in (target, *target.parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output_dir {str(output_dir)!r} cannot be made: {str(existing)!r} is a file.")
+    try:
+        # Asking the operating system for permissions is not enough: the superuser has all, on read-only disks too.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir {str(output_dir)!r} cannot be written: {error.strerror}.") from error
+    _refuse_running(target)
+
+
 @contextmanager
 def complete_or_absent(directory: str | os.PathLike) -> Iterator[Path]:
     """Write a model directory so that a crash never leaves one that loads but is incomplete.
 
+    A model that was there is replaced: the files of its weights, whatever their format, are removed. All other files
+    stay. Several processes may save into one directory; each waits for its turn.
+
     Args:
-        directory: Where the files shall be. Other files there stay.
+        directory: Where the files shall be.
 
     Yields:
-        An empty folder beside the target to write into. When the block ends without an error, its files are synced
+        An empty folder inside the target to write into. When the block ends without an error, its files are synced
         and moved, the weights last; after an error they are removed.
+
+    Raises:
+        ValueError: If the name is empty, the disk is full or cannot be written, or another process trains there.
 
     Example:
         >>> import tempfile
@@ -56,23 +207,33 @@ def complete_or_absent(directory: str | os.PathLike) -> Iterator[Path]:
         ...     os.listdir(f"{place}/model")
         ['config.json']
     """
+    require_own_folder(directory)
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    staged = target / ".incomplete"
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir()
-    try:
-        yield staged
-        _publish(staged, target)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with _locked(FileLock(target / _WRITING_LOCK), target, timeout=-1):
+        # Left by processes that were killed: the lock says that nobody else writes here. Versions before 0.1 used
+        # the shorter name.
+        for leftover in (*target.glob(f"{_STAGED}*"), target / ".incomplete"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=target))
+        try:
+            # Here too: what was written so far still fills the disk.
+            with disk_errors_explained(target):
+                yield staged
+                _publish(staged, target)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def write_json(file: str | os.PathLike, content: Any) -> None:
     """Write a JSON file in one step: readers see the old content or the new, never a part."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.incomplete")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    _sync(aside)
-    os.replace(aside, file)
+    # A name of this call's own: two processes may write the same file.
+    aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.incomplete")
+    try:
+        aside.write_text(json.dumps(content, indent=2) + "\n")
+        _sync(aside)
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
