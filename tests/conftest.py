@@ -16,6 +16,7 @@ import gc  # noqa: E402
 from functools import cache  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import datasets  # noqa: E402, F401  (its log handler keeps the stderr that it meets when it is imported)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
-from hf_compress.cli.parsing import parse
-from hf_compress.methods.linformer import LinformerConfig
-from hf_compress.methods.structured_pruning import StructuredPruningConfig
-from hf_compress.methods.weight_pruning import WeightPruningConfig
+from hf_compress.cli.parsing import Parsed, parse
+from hf_compress.cli.table import COMMANDS
 from hf_compress.stages import demo as demo_stage
 from hf_compress.stages import evaluate as evaluate_stage
 from hf_compress.stages import finetune as finetune_stage
@@ -20,26 +20,32 @@ from hf_compress.stages import linearize as linearize_stage
 from hf_compress.stages import prune_structure as prune_stage
 from hf_compress.stages import prune_tokens as tokens_stage
 from hf_compress.stages import prune_weights as prune_weights_stage
-from hf_compress.stages.models import ModelArguments
-from hf_compress.tasks.sources import DataArguments
-from hf_compress.training.arguments import DistillationArguments, JointTeacherArguments, SnapshotTeacherArguments
 
 
-# What suits fine-tuning of an encoder better than the defaults of TrainingArguments.
-_TRAINING = {
-    "learning_rate": 5e-5,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "warmup_steps": 0.1,
-    "weight_decay": 0.01,
-    "train_sampling_strategy": "group_by_length",
-    "save_strategy": "epoch",
-    "save_total_limit": 1,
-    "logging_steps": 50,
-    "report_to": "none",
-    # Pinned memory only exists beside an accelerator; asking for it elsewhere warns at every epoch.
-    "dataloader_pin_memory": torch.cuda.is_available(),
-}
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Parse what stands after a command and run it.
+
+    Args:
+        name: One of `COMMANDS`.
+        arguments: Flags and values.
+    """
+    command = COMMANDS[name]
+    defaults = dict(command.defaults)
+    if "report_to" in defaults:
+        # Pinned memory only exists beside an accelerator; asking for it elsewhere warns at every epoch.
+        defaults["dataloader_pin_memory"] = torch.cuda.is_available()
+    globals()[name.replace("-", "_")](parse(dataclasses_of(name), arguments, defaults))
+
+
+def dataclasses_of(name: str) -> tuple[type, ...]:
+    """The dataclasses that a command's flags fill."""
+    paths = (kind.rpartition(".") for kind in COMMANDS[name].kinds.values())
+    return tuple(getattr(import_module(module), kind) for module, _, kind in paths)
+
+
+def training_help() -> str:
+    """The flags of `transformers.TrainingArguments`."""
+    return HfArgumentParser((TrainingArguments,), add_help=False, usage=argparse.SUPPRESS).format_help()
 
 
 def _print_metrics(results: Mapping[str, Any]) -> None:
@@ -48,23 +54,20 @@ def _print_metrics(results: Mapping[str, Any]) -> None:
             print(f"{name:32s} {value:.4f}" if isinstance(value, float) else f"{name:32s} {value}")
 
 
-def finetune(arguments: Sequence[str]) -> None:
-    kinds = (ModelArguments, DataArguments, TrainingArguments)
-    model, data, training = parse(kinds, arguments, "hf-compress finetune", _TRAINING)
+def finetune(parsed: Parsed) -> None:
+    model, data, training = parsed.values
     _print_metrics(finetune_stage.finetune(model, data, training))
     print(f"saved to {training.output_dir}")
 
 
-def distill(arguments: Sequence[str]) -> None:
-    kinds = (ModelArguments, finetune_stage.TeacherArguments, DataArguments, DistillationArguments)
-    model, teacher, data, training = parse(kinds, arguments, "hf-compress distill", _TRAINING)
+def distill(parsed: Parsed) -> None:
+    model, teacher, data, training = parsed.values
     _print_metrics(finetune_stage.distill(model, teacher, data, training))
     print(f"saved to {training.output_dir}")
 
 
-def prune_structure(arguments: Sequence[str]) -> None:
-    kinds = (ModelArguments, DataArguments, prune_stage.CalibrationArguments, StructuredPruningConfig)
-    model, data, calibration, config = parse(kinds, arguments, "hf-compress prune-structure", {})
+def prune_structure(parsed: Parsed) -> None:
+    model, config, calibration, data = parsed.values
     results = prune_stage.prune_structure(model, data, calibration, config)
     before, after = results["before"], results["after"]
     print(f"{'':24s}{'before':>14s}{'after':>14s}")
@@ -78,10 +81,8 @@ def prune_structure(arguments: Sequence[str]) -> None:
     )
 
 
-def prune_weights(arguments: Sequence[str]) -> None:
-    pruning = prune_weights_stage.PruningArguments
-    kinds = (ModelArguments, pruning, DataArguments, DistillationArguments, WeightPruningConfig)
-    model, options, data, training, config = parse(kinds, arguments, "hf-compress prune-weights", _TRAINING)
+def prune_weights(parsed: Parsed) -> None:
+    model, config, options, data, training = parsed.values
     results = prune_weights_stage.prune_weights(model, options, data, training, config)
     for name, sparsity in results["sparsity_by_layer"].items():
         print(f"{name:56s} {sparsity:.4f}")
@@ -102,9 +103,8 @@ def _print_slimmed(slimmed: Mapping[str, Any] | None) -> None:
     print(f"neurons left by layer  {' '.join(map(str, slimmed['neurons_per_layer']))}")
 
 
-def linearize(arguments: Sequence[str]) -> None:
-    kinds = (ModelArguments, DataArguments, linearize_stage.OutputArguments, LinformerConfig)
-    model, data, output, config = parse(kinds, arguments, "hf-compress linearize", {})
+def linearize(parsed: Parsed) -> None:
+    model, config, output, data = parsed.values
     results = linearize_stage.linearize(model, data, output, config)
     print(f"parameters {results['params']['before']:,d} -> {results['params']['after']:,d}")
     for length, ratio in results["mac_ratio_by_length"].items():
@@ -113,29 +113,26 @@ def linearize(arguments: Sequence[str]) -> None:
     print(f"saved to {output.output_dir}; train it with distill, joint-distill or snapshot-distill")
 
 
-def joint_distill(arguments: Sequence[str]) -> None:
-    kinds = (ModelArguments, finetune_stage.TeacherArguments, DataArguments, JointTeacherArguments)
-    model, teacher, data, training = parse(kinds, arguments, "hf-compress joint-distill", _TRAINING)
+def joint_distill(parsed: Parsed) -> None:
+    model, teacher, data, training = parsed.values
     _print_metrics(linearize_stage.joint_distill(model, teacher, data, training))
     print(f"saved to {training.output_dir}")
 
 
-def snapshot_distill(arguments: Sequence[str]) -> None:
-    kinds = (ModelArguments, DataArguments, SnapshotTeacherArguments)
-    model, data, training = parse(kinds, arguments, "hf-compress snapshot-distill", _TRAINING)
+def snapshot_distill(parsed: Parsed) -> None:
+    model, data, training = parsed.values
     _print_metrics(linearize_stage.snapshot_distill(model, data, training))
     print(f"saved to {training.output_dir}")
 
 
-def prune_tokens(arguments: Sequence[str]) -> None:
-    kinds = (ModelArguments, tokens_stage.TokenPruningArguments, DataArguments, TrainingArguments)
-    model, pruning, data, training = parse(kinds, arguments, "hf-compress prune-tokens", _TRAINING)
+def prune_tokens(parsed: Parsed) -> None:
+    model, pruning, data, training = parsed.values
     _print_metrics(tokens_stage.prune_tokens(model, pruning, data, training))
     print(f"saved to {training.output_dir}")
 
 
-def evaluate(arguments: Sequence[str]) -> None:
-    args, data = parse((evaluate_stage.EvaluateArguments, DataArguments), arguments, "hf-compress evaluate", {})
+def evaluate(parsed: Parsed) -> None:
+    args, data = parsed.values
     for name, metrics in evaluate_stage.evaluate_models(args, data).items():
         print(name)
         _print_metrics(metrics)
@@ -146,14 +143,14 @@ def _print_report(folder: str) -> None:
     print(f"table, report.json and plots are in {folder}")
 
 
-def report(arguments: Sequence[str]) -> None:
-    args, data = parse((evaluate_stage.ReportArguments, DataArguments), arguments, "hf-compress report", {})
+def report(parsed: Parsed) -> None:
+    args, data = parsed.values
     evaluate_stage.report(args, data)
     _print_report(args.output_dir)
 
 
-def demo(arguments: Sequence[str]) -> None:
-    args, data = parse((demo_stage.DemoArguments, DataArguments), arguments, "hf-compress demo", {})
+def demo(parsed: Parsed) -> None:
+    args, data = parsed.values
     result = demo_stage.demo(args, data)
     _print_report(str(Path(args.output_dir) / "report"))
     equal = "bit-equal logits" if result["reload_equal"] else "DIFFERENT logits"

@@ -1,47 +1,18 @@
-"""`hf-compress <command>`: names the commands and turns what goes wrong into exit codes."""
+"""`hf-compress <command>`: answers what needs no model at once, and turns what goes wrong into exit codes."""
 
 from __future__ import annotations
 
+import difflib
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
+from importlib import import_module
 
-from huggingface_hub.errors import HFValidationError
-
-from hf_compress.cli import commands
-from hf_compress.cli.parsing import BadInput, fail
-
-
-COMMANDS = {
-    "demo": commands.demo,
-    "finetune": commands.finetune,
-    "prune-structure": commands.prune_structure,
-    "prune-tokens": commands.prune_tokens,
-    "prune-weights": commands.prune_weights,
-    "distill": commands.distill,
-    "joint-distill": commands.joint_distill,
-    "linearize": commands.linearize,
-    "snapshot-distill": commands.snapshot_distill,
-    "evaluate": commands.evaluate,
-    "report": commands.report,
-}
-
-USAGE = """usage: hf-compress <command> [--config file.yaml] [--flag value ...]
-
-commands:
-  demo             fine-tune, prune to half the arithmetic, recover, report, reload: offline, on real text
-  finetune         train a classifier or regressor on a task
-  prune-structure  remove attention heads and neurons without retraining
-  prune-tokens     learn which tokens can be dropped on the way through the layers
-  prune-weights    zeros in a pattern (N:M, blocks, channels): in training, with or without a teacher, or at once
-  linearize        replace softmax attention by linear attention (Linformer)
-  distill          teach a (compressed) student what a fine-tuned teacher knows
-  joint-distill    the same from a teacher that is fine-tuned at the same time
-  snapshot-distill the same from the saved states of a teacher's fine-tuning
-  evaluate         metrics of saved models on a task
-  report           dense against compressed: quality, size, arithmetic, measured latency
-
-hf-compress <command> --help lists the options. Exit codes: 0 done, 2 bad input, 1 anything else."""
+from hf_compress import __version__
+from hf_compress.cli.errors import describe, fail, is_bad_input
+from hf_compress.cli.help import command_help, usage
+from hf_compress.cli.table import COMMANDS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,25 +22,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; None: the process's.
 
     Returns:
-        0 done, 2 bad input (one line on standard error says what to change), 1 anything else.
+        0 done, 2 bad input (one line on standard error says what to change), 1 anything else, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
+    with_traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    try:
+        return _answer(arguments)
+    except KeyboardInterrupt:
+        print("hf-compress: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        bad = is_bad_input(error)
+        if with_traceback or not bad:
+            traceback.print_exc()
+        if bad:
+            return fail(describe(error))
+        print("hf-compress: this is not about your input but a fault of the program; see above.", file=sys.stderr)
+        return 1
+
+
+def _answer(arguments: list[str]) -> int:
+    if not arguments:
+        print(usage())
+        return 2
     name, *rest = arguments
+    asks = [argument for argument in arguments if argument in ("-h", "--help", "--help_all", "--help-all")]
+    if name == "--version":
+        print(f"hf-compress {__version__}")
+        return 0
+    if asks and (named := next((argument for argument in arguments if argument in COMMANDS), None)):
+        print(command_help(named))
+        if asks[0].startswith("--help") and asks[0] != "--help":
+            print(f"\ntransformers.TrainingArguments\n{import_module('hf_compress.cli.commands').training_help()}")
+        return 0
+    if asks and name.startswith("-"):
+        print(usage())
+        return 0
     if name not in COMMANDS:
-        return fail(f"command must be one of {', '.join(COMMANDS)}, got {name!r}.")
+        near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return fail(f"command must be one of {', '.join(COMMANDS)}, got {name!r}.{hint}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("hf_compress").setLevel(logging.INFO)
-    try:
-        COMMANDS[name](rest)
-    except (BadInput, ValueError, HFValidationError) as error:
-        return fail(str(error))
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        return fail(f"{error.strerror}: {error.filename}")
+    # The stages import torch and transformers, which takes seconds: help and typing errors above do not wait for it.
+    import_module("hf_compress.cli.commands").run(name, rest)
     return 0
 
 

@@ -6,22 +6,42 @@ import argparse
 import dataclasses
 import difflib
 import json
-import sys
+import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
+from hf_compress.cli.errors import BadInput, describe
 
-class BadInput(ValueError):
-    """Something the user can put right; becomes exit code 2 and one line."""
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """What a person typed.
+
+    Args:
+        values: One filled dataclass for each kind, in their order.
+        given: Names of the options that stood in the flags or in the YAML file.
+    """
+
+    values: tuple[Any, ...]
+    given: frozenset[str]
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 class _Parser(HfArgumentParser):
     """`HfArgumentParser` that raises instead of printing its usage and leaving."""
+
+    def __init__(self, kinds: Sequence[type]) -> None:
+        super().__init__(kinds, allow_abbrev=False, add_help=False)
+        # argparse takes -1e-3 for the name of an option.
+        self._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf)")
 
     def error(self, message: str) -> None:
         raise BadInput(message)
@@ -29,8 +49,9 @@ class _Parser(HfArgumentParser):
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
         """As the parent, which knows lists only: a tuple is one or more values, a dict among them is JSON."""
-        choices = get_args(field.type) if get_origin(field.type) in (Union, types.UnionType) else (field.type,)
-        item = next((get_args(choice)[0] for choice in choices if get_origin(choice) is tuple), None)
+        if field.metadata.get("output"):
+            return
+        item = next((get_args(choice)[0] for choice in _choices(field.type) if get_origin(choice) is tuple), None)
         if item is None:
             HfArgumentParser._parse_dataclass_field(parser, field)
             return
@@ -38,81 +59,170 @@ class _Parser(HfArgumentParser):
         parser.add_argument(f"--{field.name}", type=kind, nargs="+", default=field.default)
 
 
-def _fields(kinds: Sequence[type]) -> list[str]:
-    return [field.name for kind in kinds for field in dataclasses.fields(kind) if field.init]
+def build_parser(kinds: Sequence[type]) -> HfArgumentParser:
+    """One flag for each field that a person may set.
+
+    Raises:
+        TypeError: If two dataclasses declare the same field: one flag cannot fill both.
+    """
+    owners: dict[str, type] = {}
+    for kind in kinds:
+        for field in _settable(kind):
+            if field.name in owners:
+                raise TypeError(
+                    f"{field.name} is a field of {owners[field.name].__name__} and of {kind.__name__}: one flag "
+                    "cannot fill both, rename one of them."
+                )
+            owners[field.name] = kind
+    return _Parser(kinds)
 
 
-def _reject_unknown(names: Sequence[str], known: Sequence[str], where: str) -> None:
+def _settable(kind: type) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(kind) if field.init and not field.metadata.get("output")]
+
+
+def _reject_unknown(names: Sequence[Any], known: Sequence[str], where: str) -> None:
     for name in names:
+        if not isinstance(name, str):
+            raise BadInput(f"{where}: {name!r} is not an option; names are words, as in 'learning_rate: 1e-4'.")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise BadInput(f"{where}: {name!r} is not an option.{hint}")
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
+def _read_yaml(file: str) -> dict[Any, Any]:
     try:
         content = yaml.safe_load(Path(file).read_text())
     except OSError as error:
         raise BadInput(f"config must be a readable YAML file, got {file!r}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"config {file!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadInput(f"config {file!r} is not valid YAML: {describe(error)}") from error
     if not isinstance(content, dict):
         raise BadInput(f"config must hold 'name: value' lines, got {type(content).__name__} in {file!r}.")
     return content
 
 
-def _as_flags(values: dict[str, Any]) -> list[str]:
-    flags: list[str] = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        if isinstance(value, dict):
-            flags += [f"--{name}", json.dumps(value)]
-        elif isinstance(value, list):
-            flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
-        else:
-            flags += [f"--{name}", str(value)]
-    return flags
+def _flags_of(name: str, value: Any, kind: Any, takes_many: bool, where: str) -> list[str]:
+    """A value from YAML as a person would type it."""
+    choices = _choices(kind)
+    mappings = any(choice is dict or get_origin(choice) is dict for choice in choices)
+    if isinstance(value, list):
+        if not takes_many:
+            raise BadInput(f"{where}: {name} must be one value, got {value}.")
+        if not value:
+            raise BadInput(f"{where}: {name} has no value.")
+        return [f"--{name}", *(_text(name, item, str(kind), where) for item in value)]
+    if isinstance(value, dict) and mappings:
+        return [f"--{name}={json.dumps(value)}"]
+    if isinstance(value, bool) and bool not in choices:
+        raise BadInput(
+            f"{where}: {name} must not be {value}. YAML reads yes, no, on and off as true and false: put the word "
+            "into quotes."
+        )
+    return [f"--{name}={_text(name, value, str(kind), where)}"]
 
 
-def parse(kinds: Sequence[type], arguments: Sequence[str], program: str, defaults: dict[str, Any]) -> tuple[Any, ...]:
+def _text(name: str, value: Any, kind: str, where: str) -> str:
+    if isinstance(value, dict) and "dict" in kind:
+        return json.dumps(value)
+    if not isinstance(value, str | int | float):
+        raise BadInput(f"{where}: {name} must be text, a number or true or false, got {value!r}.")
+    return str(value)
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    name = "a value"
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            name = flag[2:]
+        if not argument.strip() or (argument.startswith("--") and equals and not value.strip()):
+            raise BadInput(f"{name} is empty: give it a value or leave it out.")
+
+
+def _config_file(arguments: Sequence[str]) -> str | None:
+    found = None
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            found = value if equals else next(iter(arguments[place + 1 : place + 2]), None)
+            if not found or found.startswith("--"):
+                raise BadInput("config must name a YAML file, got nothing.")
+    return found
+
+
+def parse(kinds: Sequence[type], arguments: Sequence[str], defaults: Mapping[str, Any]) -> Parsed:
     """Fill dataclasses from `--config file.yaml` and flags; flags win over YAML, YAML over defaults.
 
     Args:
         kinds: Dataclasses whose fields are the options.
         arguments: What stands after the command.
-        program: For the help text.
         defaults: Values that replace the dataclasses' own defaults for this command.
 
     Raises:
         BadInput: Unknown option, wrong value, missing required option.
     """
-    # One field may stand in two dataclasses (seed of the training, seed of a method): the first one owns the flag.
-    parser = _Parser(kinds, prog=program, allow_abbrev=False, conflict_handler="resolve")
-    parser.add_argument("--config", help="YAML file with defaults for the options below.")
-    known = [*_fields(kinds), "config"]
-    given = [a.split("=")[0][2:].replace("-", "_") for a in arguments if a.startswith("--") and a not in ("--help",)]
-    _reject_unknown([name for name in given if not name.startswith("no_") or name[3:] not in known], known, "flags")
-    arguments = [_underscored(a) for a in arguments]
-    preset = {name: value for name, value in defaults.items() if name in known}
-    probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    probe.add_argument("--config")
-    config = probe.parse_known_args(arguments)[0].config
-    if config:
+    parser = build_parser(kinds)
+    parser.add_argument("--config")
+    hints = {field.name: get_type_hints(kind)[field.name] for kind in kinds for field in _settable(kind)}
+    known = [*hints, "config"]
+    arguments = [_underscored(argument) for argument in arguments]
+    flags = [argument.partition("=")[0][2:] for argument in arguments if argument.startswith("--")]
+    given = {_positive(name, hints) for name in flags}
+    _reject_unknown([name for name in flags if name in given], known, "flags")
+    _refuse_empty(arguments)
+    preset = {name: (value, "defaults") for name, value in defaults.items() if name in hints}
+    config = _config_file(arguments)
+    if config is not None:
+        where = f"config {config!r}"
         content = _read_yaml(config)
-        _reject_unknown(list(content), known, f"config {config!r}")
-        preset.update(content)
-    preset = {name: value for name, value in preset.items() if name not in given}
-    single = {action.dest for action in parser._actions if action.nargs in (None, "?")}
-    for name, value in preset.items():
-        if name in single and isinstance(value, list):
-            raise BadInput(f"config {config!r}: {name} must be one value, got {value}.")
+        _reject_unknown(list(content), known, where)
+        preset.update({name: (value, where) for name, value in content.items()})
+        given.update(content)
+    typed = _typed(parser, {name: preset[name] for name in preset if name not in flags}, hints)
+    _refuse_empty(typed)
+    namespace, rest = parser.parse_known_args([*typed, *arguments])
+    if rest:
+        raise BadInput(f"{rest[0]!r} belongs to no option.")
+    return Parsed(tuple(_construct(kind, namespace) for kind in kinds), frozenset(given - {"config"}))
+
+
+def _positive(name: str, hints: Mapping[str, Any]) -> str:
+    """`do_prune` for `no_do_prune`."""
+    switched = name.removeprefix("no_")
+    return switched if name != switched and bool in _choices(hints.get(switched)) else name
+
+
+def _typed(parser: HfArgumentParser, preset: Mapping[str, tuple[Any, str]], hints: Mapping[str, Any]) -> list[str]:
+    """Values from YAML and a command's defaults, written as flags."""
+    many = {action.dest for action in parser._actions if action.nargs == "+"}
+    flags: list[str] = []
+    for name, (value, where) in preset.items():
+        if value is not None:
+            flags += _flags_of(name, value, hints.get(name), name in many, where)
+        elif type(None) in _choices(hints.get(name)):
+            parser.set_defaults(**{name: None})
+        else:
+            raise BadInput(f"{where}: {name} has no value.")
+    return flags
+
+
+def _construct(kind: type, namespace: argparse.Namespace) -> Any:
+    """A dataclass from what the parser understood; whatever its own checks raise is about the user's values."""
+    values = {field.name: getattr(namespace, field.name) for field in _settable(kind)}
     try:
-        namespaces = parser.parse_args_into_dataclasses([*_as_flags(preset), *arguments], look_for_args_file=False)
-    except (argparse.ArgumentTypeError, TypeError) as error:
-        raise BadInput(str(error)) from error
-    return namespaces[: len(kinds)]
+        return kind(**values)
+    except (ValueError, OSError, ImportError, argparse.ArgumentTypeError) as error:
+        raise BadInput(describe(error)) from error
+    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+        if kind.__module__.startswith("hf_compress.") and not _inherits(kind):
+            raise
+        raise BadInput(f"{type(error).__name__}: {describe(error)}") from error
+
+
+def _inherits(kind: type) -> bool:
+    return any(not parent.__module__.startswith(("hf_compress.", "builtins")) for parent in kind.__mro__)
 
 
 def _underscored(argument: str) -> str:
@@ -120,13 +230,3 @@ def _underscored(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}"
-
-
-def wants_help(arguments: Sequence[str]) -> bool:
-    return any(a in ("-h", "--help") for a in arguments)
-
-
-def fail(message: str) -> int:
-    """Print one line to standard error and give the exit code of bad input."""
-    print(f"hf-compress: {' '.join(str(message).split())}", file=sys.stderr)
-    return 2

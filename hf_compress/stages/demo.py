@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -51,20 +51,21 @@ class DemoArguments:
     """The demo's dials; the defaults need no network.
 
     Args:
-        output_dir: Everything goes here; finished stages are not repeated.
-        model_name_or_path: A hub name or folder instead of the embedded encoder.
-        mac_ratio: Multiply-accumulates kept.
-        epochs: Of fine-tuning.
-        recovery_epochs: Of distillation.
-        seed: Of training and calibration.
+        output_dir: Folder for everything the demo makes. A stage that is already there with the same inputs is not
+            repeated.
+        model_name_or_path: Hub name or folder of an encoder to use instead of the embedded one.
+        mac_ratio: Fraction of the multiply-accumulates that pruning keeps, above 0 and at most 1.
+        epochs: Epochs of fine-tuning the dense model.
+        recovery_epochs: Epochs of distillation after pruning.
+        seed: Random seed of training and of the draw of calibration examples.
     """
 
-    output_dir: str = field(default="demo_output", metadata={"help": "Everything goes here."})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Instead of the embedded encoder."})
-    mac_ratio: float = field(default=0.5, metadata={"help": "Multiply-accumulates kept."})
-    epochs: float = field(default=1.0, metadata={"help": "Of fine-tuning."})
-    recovery_epochs: float = field(default=1.0, metadata={"help": "Of distillation."})
-    seed: int = field(default=0, metadata={"help": "Of training and calibration."})
+    output_dir: str = "demo_output"
+    model_name_or_path: str | None = None
+    mac_ratio: float = 0.5
+    epochs: float = 1.0
+    recovery_epochs: float = 1.0
+    seed: int = 0
 
 
 def _package_files(package: str) -> list[Path]:

@@ -23,18 +23,18 @@ class EvaluateArguments:
     """Which models are evaluated, on what.
 
     Args:
-        models: Hub names or folders.
-        split: `train`, `validation` or `test`.
-        eval_batch_size: Sequences a batch.
+        models: Hub names or folders of the models to evaluate.
+        split: Which split is evaluated: `train`, `validation` or `test`.
+        eval_batch_size: How many examples a batch holds.
         extra_metrics: Further metrics, loaded by `evaluate.load`: hub names or local scripts.
-        output_file: JSON file for the results; None: only printed.
+        output_file: JSON file that receives the results. Left out: they are only printed.
     """
 
-    models: list[str] = field(metadata={"help": "Hub names or folders."})
-    split: str = field(default="validation", metadata={"help": "train, validation or test."})
-    eval_batch_size: int = field(default=32, metadata={"help": "Sequences a batch."})
-    extra_metrics: list[str] | None = field(default=None, metadata={"help": "Loaded by evaluate.load."})
-    output_file: str | None = field(default=None, metadata={"help": "JSON file for the results."})
+    models: list[str]
+    split: str = "validation"
+    eval_batch_size: int = 32
+    extra_metrics: list[str] | None = None
+    output_file: str | None = None
 
     def __post_init__(self) -> None:
         if self.eval_batch_size < 1:
@@ -46,20 +46,20 @@ class ReportArguments:
     """Which models are compared and how.
 
     Args:
-        models: Folders or hub names; the first is the dense baseline.
-        output_dir: Receives `report.md`, `report.json` and the plots.
-        split: `validation` or `test`.
-        latency_batch_sizes: Batch sizes that are timed.
-        latency_repeats: Interleaved rounds over the same batches.
-        latency_examples: Examples that are timed, evenly spread over the lengths.
+        models: Folders or hub names of the models to compare; the first is the dense baseline.
+        output_dir: Folder that receives `report.md`, `report.json` and the plots.
+        split: Which split is measured: `validation` or `test`.
+        latency_batch_sizes: Batch sizes whose latency is timed.
+        latency_repeats: How many rounds are timed; the models take turns in each.
+        latency_examples: How many examples are timed, evenly spread over the lengths.
     """
 
-    models: list[str] = field(metadata={"help": "Folders or hub names; the first is the dense baseline."})
-    output_dir: str = field(metadata={"help": "Receives report.md, report.json and the plots."})
-    split: str = field(default="validation", metadata={"help": "validation or test."})
-    latency_batch_sizes: list[int] = field(default_factory=lambda: [1, 32], metadata={"help": "Batch sizes timed."})
-    latency_repeats: int = field(default=7, metadata={"help": "Interleaved rounds."})
-    latency_examples: int = field(default=256, metadata={"help": "Examples that are timed."})
+    models: list[str]
+    output_dir: str
+    split: str = "validation"
+    latency_batch_sizes: list[int] = field(default_factory=lambda: [1, 32])
+    latency_repeats: int = 7
+    latency_examples: int = 256
 
 
 def _extra(names: Sequence[str], logits: Any, labels: Any) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,10 +47,10 @@ class TeacherArguments:
     """Which model teaches.
 
     Args:
-        teacher_name_or_path: Hub name or folder of the fine-tuned dense model.
+        teacher_name_or_path: Hub name or folder of the model that teaches, usually the fine-tuned dense one.
     """
 
-    teacher_name_or_path: str = field(default="", metadata={"help": "Hub name or folder of the teacher."})
+    teacher_name_or_path: str = ""
 
     def __post_init__(self) -> None:
         if not self.teacher_name_or_path:

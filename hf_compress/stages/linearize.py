@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,10 +40,10 @@ class OutputArguments:
     """Where a converted model goes.
 
     Args:
-        output_dir: Receives model, tokenizer and `results.json`.
+        output_dir: Folder that receives the converted model, its tokenizer and `results.json`.
     """
 
-    output_dir: str = field(metadata={"help": "Where the converted model goes."})
+    output_dir: str
 
 
 def linearize(

@@ -42,11 +42,11 @@ class ModelArguments:
     """Which model a stage starts from.
 
     Args:
-        model_name_or_path: Hub name or folder.
-        tokenizer_name: Hub name or folder of the tokenizer; None: the model's.
-        max_positions: Tokens an input may have, when the model was pretrained for fewer: its position embeddings go on
-            periodically and learn in the training.
-        freeze_embeddings: Leave word and position embeddings as they are; halves a small model's step on a CPU.
+        model_name_or_path: Hub name or folder of the model to start from.
+        tokenizer_name: Hub name or folder of the tokenizer. Left out: the model's own.
+        max_positions: Tokens an input may have, when the model was pretrained for fewer: its position embeddings are
+            continued periodically and learn in the training.
+        freeze_embeddings: Do not train word and position embeddings; halves a small model's step on a CPU.
     """
 
     model_name_or_path: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hf_compress.api import compress, steps_of
@@ -19,14 +19,14 @@ class CalibrationArguments:
     """Which examples pruning looks at, and where the result goes.
 
     Args:
-        output_dir: Receives model, tokenizer and `results.json`.
-        calibration_samples: Sequences drawn from the training split without replacement.
-        calibration_seed: Of the draw.
+        output_dir: Folder that receives the pruned model, its tokenizer and `results.json`.
+        calibration_samples: How many training examples pruning looks at; they are drawn without replacement.
+        calibration_seed: Random seed of the draw of those examples.
     """
 
-    output_dir: str = field(metadata={"help": "Where the pruned model goes."})
-    calibration_samples: int = field(default=512, metadata={"help": "Training sequences that pruning looks at."})
-    calibration_seed: int = field(default=0, metadata={"help": "Of the draw of those sequences."})
+    output_dir: str
+    calibration_samples: int = 512
+    calibration_seed: int = 0
 
 
 def prune_structure(

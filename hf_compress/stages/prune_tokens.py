@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig, TrainingArguments
@@ -23,32 +23,44 @@ class TokenPruningArguments:
     """How tokens are pruned and how the thresholds are found.
 
     Args:
-        prune_mode, final_token_threshold, token_keep_rate, threshold_ramp, score_norm, score_reference_length: Of
-            `TokenPruningConfig`; a model that prunes tokens already keeps its own and refuses others.
+        prune_mode: How tokens are chosen. `absolute_threshold`: a token whose importance is below the layer's
+            threshold is dropped; `topk`: a fixed fraction of the most important ones stays. A model that prunes tokens
+            already keeps this and the next five settings and refuses others.
+        final_token_threshold: Threshold of the last layer before training; those of earlier layers rise to it
+            linearly.
+        token_keep_rate: Fraction of the tokens that the last layer keeps under `topk`; at most 1.
+        threshold_ramp: Where the ramp of thresholds starts. `zero_based`: layer 0 never prunes; `one_based`: it does.
+        score_norm: What importance is divided by. `reference`: by `score_reference_length`; `live`: by the number of
+            tokens still there; `initial`: by the number of tokens at the start.
+        score_reference_length: Length in tokens that importance is divided by under `score_norm=reference`.
         soft_fraction: Part of the updates that learns thresholds; the rest trains under real pruning. 0: thresholds
             keep the shape they have (`topk` has none). Thresholds that went through a hard stage are fixed.
-        temperature_start, temperature_end: Of the soft stage.
-        lambda_threshold, lambda_warmup, target_relative_macs, threshold_learning_rate: Of
-            `ThresholdAnnealingCallback`.
-        teacher_name_or_path: When given, the dense model's outputs are distilled in both stages.
-        alpha_output: Weight of that distillation.
+        temperature_start: Width of the soft decision at the first update, in units of importance.
+        temperature_end: Width of the soft decision when the hard stage begins, in units of importance.
+        lambda_threshold: Weight of the regulariser that pushes thresholds up, that is towards fewer tokens.
+        lambda_warmup: Part of the training over which that weight rises from 0.
+        target_relative_macs: Fraction of the dense model's arithmetic to steer to. Left out: the regulariser alone
+            decides.
+        threshold_learning_rate: Learning rate of the thresholds. Left out: that of the weights.
+        teacher_name_or_path: Hub name or folder of the dense model, whose outputs are then distilled in both stages.
+        alpha_output: Weight of that distillation beside the task loss.
     """
 
-    prune_mode: str = field(default="absolute_threshold", metadata={"help": "absolute_threshold or topk."})
-    final_token_threshold: float = field(default=0.01, metadata={"help": "Top of the initial ramp."})
-    token_keep_rate: float = field(default=1.0, metadata={"help": "Of the last layer, for topk."})
-    threshold_ramp: str = field(default="zero_based", metadata={"help": "zero_based or one_based."})
-    score_norm: str = field(default="reference", metadata={"help": "reference, live or initial."})
-    score_reference_length: int = field(default=128, metadata={"help": "Tokens, for score_norm=reference."})
-    soft_fraction: float = field(default=0.5, metadata={"help": "Part of the updates that learns thresholds."})
-    temperature_start: float = field(default=2e-3, metadata={"help": "Of the soft stage."})
-    temperature_end: float = field(default=1e-4, metadata={"help": "Of the soft stage."})
-    lambda_threshold: float = field(default=0.1, metadata={"help": "Weight of the regulariser."})
-    lambda_warmup: float = field(default=0.1, metadata={"help": "Part of the training over which it rises."})
-    target_relative_macs: float | None = field(default=None, metadata={"help": "Steer to this amount of arithmetic."})
-    threshold_learning_rate: float | None = field(default=None, metadata={"help": "None: learning_rate."})
-    teacher_name_or_path: str | None = field(default=None, metadata={"help": "Dense model to distil from."})
-    alpha_output: float = field(default=1.0, metadata={"help": "Weight of that distillation."})
+    prune_mode: str = "absolute_threshold"
+    final_token_threshold: float = 0.01
+    token_keep_rate: float = 1.0
+    threshold_ramp: str = "zero_based"
+    score_norm: str = "reference"
+    score_reference_length: int = 128
+    soft_fraction: float = 0.5
+    temperature_start: float = 2e-3
+    temperature_end: float = 1e-4
+    lambda_threshold: float = 0.1
+    lambda_warmup: float = 0.1
+    target_relative_macs: float | None = None
+    threshold_learning_rate: float | None = None
+    teacher_name_or_path: str | None = None
+    alpha_output: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.soft_fraction < 1:

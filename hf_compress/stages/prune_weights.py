@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,20 @@ class PruningArguments:
     """What goes on beside pruning.
 
     Args:
-        teacher_name_or_path: Hub name or folder of the fine-tuned dense model. Empty: no teacher.
-        do_prune: False trains in the same way without pruning, for comparison.
-        slim: Cut dead channels and heads out of the pruned model; needs a channel pattern.
-        calibration_samples: Sequences drawn from the training split without replacement, when nothing is trained
-            (`num_train_epochs=0`) and the criterion looks at data.
-        calibration_seed: Of the draw.
+        teacher_name_or_path: Hub name or folder of the fine-tuned dense model that teaches. Left out: no teacher.
+        do_prune: Whether to prune. False trains in the same way without pruning, for comparison.
+        slim: Cut dead channels and heads out of the pruned model, which makes its layers smaller; needs a channel
+            pattern.
+        calibration_samples: How many training examples pruning looks at when nothing is trained (`num_train_epochs=0`)
+            and the criterion needs data; they are drawn without replacement.
+        calibration_seed: Random seed of the draw of those examples.
     """
 
-    teacher_name_or_path: str = field(
-        default="", metadata={"help": "Hub name or folder of the teacher; none if empty."}
-    )
-    do_prune: bool = field(default=True, metadata={"help": "False: the same training without pruning."})
-    slim: bool = field(default=False, metadata={"help": "Cut pruned channels out: smaller layers, not zeros."})
-    calibration_samples: int = field(
-        default=512, metadata={"help": "Training sequences that pruning looks at when num_train_epochs is 0."}
-    )
-    calibration_seed: int = field(default=0, metadata={"help": "Of the draw of those sequences."})
+    teacher_name_or_path: str = ""
+    do_prune: bool = True
+    slim: bool = False
+    calibration_samples: int = 512
+    calibration_seed: int = 0
 
 
 def prune_weights(

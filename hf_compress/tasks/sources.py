@@ -36,11 +36,14 @@ class DataArguments:
 
     Args:
         task_name: One of the GLUE tasks or imdb: read from the hub, or from `data_dir` when that is given.
-        data_dir: Folder with `{train,validation,test}.{parquet,tsv,csv,json}`.
-        train_file, validation_file, test_file: Single files with columns
-            `sentence | sentence1, sentence2 | text` and `label`.
-        max_length: Longest input in tokens; longer ones are cut.
-        max_train_samples, max_eval_samples: Use only so many rows, drawn with a fixed seed.
+        data_dir: Folder with the files `{train,validation,test}.{parquet,tsv,csv,json}`.
+        train_file: File of training examples with the columns `sentence`, or `sentence1` and `sentence2`, or `text`,
+            and `label`.
+        validation_file: File of validation examples with the same columns.
+        test_file: File of test examples with the same columns.
+        max_length: Longest input in tokens; longer texts are cut.
+        max_train_samples: Use only this many training examples, drawn with a fixed seed.
+        max_eval_samples: Use only this many validation and test examples, drawn with a fixed seed.
     """
 
     task_name: str | None = None

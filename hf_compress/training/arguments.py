@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,16 +19,18 @@ class DistillationArguments(TrainingArguments):
 
     Args:
         alpha_task: Weight of the student's own loss on the labels.
-        alpha_output: Weight of the divergence of the outputs (mean squared error for regression).
-        alpha_layer: Weight of the distance of hidden states.
-        temperature: T, softens both output distributions.
-        layer_reduction: `mean` or `sum` over the matched layers.
+        alpha_output: Weight of the divergence of the student's outputs from the teacher's (mean squared error for
+            regression).
+        alpha_layer: Weight of the distance between the student's and the teacher's hidden states.
+        temperature: T, which softens both output distributions; must be above 0.
+        layer_reduction: Whether the distances of the matched layers are averaged (`mean`) or added (`sum`).
         layer_normalize: Compare hidden states after a LayerNorm without parameters.
-        mask_padding: Leave padding positions out of the layer loss.
-        layer_map: For each student layer the zero-based teacher layer whose output it imitates, -1 for none.
-            None: evenly spread, last on last.
-        max_distill_steps: From this update on only the task loss is used and the teacher no longer runs.
-        teacher_dropout: Run the teacher in train mode; never in evaluations.
+        mask_padding: Leave padding positions out of the distance of hidden states.
+        layer_map: For each student layer the zero-based teacher layer whose output it imitates, -1 for none. Left out:
+            evenly spread, last on last.
+        max_distill_steps: Number of updates with a teacher; afterwards only the task loss is used and the teacher no
+            longer runs.
+        teacher_dropout: Run the teacher with dropout in training; it never has dropout in evaluations.
         teacher_cache_dir: Folder that stores the teacher's outputs once for each example.
         compat: `cald` reproduces the layer loss of that code: the sum over all states, embeddings included, of raw
             mean squared errors over all positions, padding included, with the teacher in train mode. It sets
@@ -38,20 +40,18 @@ class DistillationArguments(TrainingArguments):
         ValueError: Names the field, the rule and the value.
     """
 
-    alpha_task: float = field(default=1.0, metadata={"help": "Weight of the task loss."})
-    alpha_output: float = field(default=1.0, metadata={"help": "Weight of the output divergence."})
-    alpha_layer: float = field(default=0.0, metadata={"help": "Weight of the hidden-state distance."})
-    temperature: float = field(default=2.0, metadata={"help": "Softens both output distributions."})
-    layer_reduction: Literal["mean", "sum"] = field(default="mean", metadata={"help": "Over the matched layers."})
-    layer_normalize: bool = field(default=False, metadata={"help": "Compare hidden states after a LayerNorm."})
-    mask_padding: bool = field(default=True, metadata={"help": "Leave padding out of the layer loss."})
-    layer_map: list[int] | None = field(
-        default=None, metadata={"help": "Teacher layer for each student layer, -1 for none; default: evenly spread."}
-    )
-    max_distill_steps: int | None = field(default=None, metadata={"help": "Only the task loss from this update on."})
-    teacher_dropout: bool = field(default=False, metadata={"help": "Run the teacher in train mode."})
-    teacher_cache_dir: str | None = field(default=None, metadata={"help": "Store the teacher's outputs here, once."})
-    compat: Literal["cald"] | None = field(default=None, metadata={"help": "Reproduce the layer loss of CALD."})
+    alpha_task: float = 1.0
+    alpha_output: float = 1.0
+    alpha_layer: float = 0.0
+    temperature: float = 2.0
+    layer_reduction: Literal["mean", "sum"] = "mean"
+    layer_normalize: bool = False
+    mask_padding: bool = True
+    layer_map: list[int] | None = None
+    max_distill_steps: int | None = None
+    teacher_dropout: bool = False
+    teacher_cache_dir: str | None = None
+    compat: Literal["cald"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,23 +104,24 @@ class JointTeacherArguments(DistillationArguments):
 
     Args:
         teacher_learning_rate: Peak learning rate of the teacher; 0 never changes it.
-        teacher_update_cycle: The teacher learns from every so manieth update's batch only.
-        teacher_schedule: `own`: its warm-up and decay end with the training; `stretched`: the student's schedule,
-            advanced only when the teacher learns, so that it stops early (the published behaviour).
+        teacher_update_cycle: The teacher learns from one in this many of the student's updates.
+        teacher_schedule: How the teacher's learning rate changes. `own`: its warm-up and decay end with the training;
+            `stretched`: the student's schedule, advanced only when the teacher learns, so that it stops early (the
+            published behaviour).
         save_teacher: Save the trained teacher to `<output_dir>/teacher`. With `max_distill_steps` it stops learning
             there too, and what is saved has not finished.
-        teacher_dropout: As everywhere, but on by default: a learning teacher runs once a batch, for its own loss and
-            for the targets, and without dropout it would not be trained as fine-tuning trains it.
+        teacher_dropout: Run the teacher with dropout in training. On by default: a learning teacher runs once a batch,
+            for its own loss and for the targets, and without dropout it would not be trained as fine-tuning trains it.
 
     Raises:
         ValueError: Names the field, the rule and the value.
     """
 
-    teacher_learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of the teacher."})
-    teacher_update_cycle: int = field(default=1, metadata={"help": "Student updates for each teacher update."})
-    teacher_schedule: Literal["own", "stretched"] = field(default="own", metadata={"help": "Of its learning rate."})
-    save_teacher: bool = field(default=True, metadata={"help": "Save the teacher to output_dir/teacher."})
-    teacher_dropout: bool = field(default=True, metadata={"help": "Run the teacher in train mode."})
+    teacher_learning_rate: float = 3e-5
+    teacher_update_cycle: int = 1
+    teacher_schedule: Literal["own", "stretched"] = "own"
+    save_teacher: bool = True
+    teacher_dropout: bool = True
 
     def __post_init__(self) -> None:
         if self.teacher_cache_dir:
@@ -148,16 +149,14 @@ class SnapshotTeacherArguments(DistillationArguments):
     """Arguments of `SnapshotTeacherTrainer`.
 
     Args:
-        teacher_snapshots: One pattern such as `runs/dense/checkpoint-*`, or folders. When all names end in a number
-            they are sorted by it; otherwise they stay in the given order.
+        teacher_snapshots: One pattern such as `runs/dense/checkpoint-*`, or folders of saved teachers. When all names
+            end in a number they are sorted by it; otherwise they stay in the given order.
 
     Raises:
         ValueError: If nothing is found, some names end in a number and others do not, or a folder holds no model.
     """
 
-    teacher_snapshots: list[str] | None = field(
-        default=None, metadata={"help": "Pattern or folders of saved teachers, the youngest training state first."}
-    )
+    teacher_snapshots: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.teacher_cache_dir:

@@ -14,18 +14,21 @@ class LinformerConfig(MethodConfig):
 
     Args:
         projected_length: k, the number of slots. Attention costs `4 n k` instead of `2 n^2` multiply-accumulates a
-            feature, so it pays from n = 2 k on.
-        share: `none`: E and F for each layer; `kv`: F is E; `layer`: one matrix for keys and values of all layers.
+            feature for n tokens, so it pays from n = 2 k on.
+        share: Which layers share the matrices E and F. `none`: E and F for each layer; `kv`: F is E; `layer`: one
+            matrix for keys and values of all layers.
         slot_mask: Leave out slots that no token reaches (those from the number of tokens on, divided by
             `slot_stride`). Off, as published, they take part with a score of zero.
-        seed: Of the initial matrices.
-        max_tokens: Tokens an input may have. None: as many as the model has positions. Above that, the position
+        seed: Random seed of the initial matrices.
+        max_tokens: Tokens an input may have. Left out: as many as the model has positions. Above that, the position
             embeddings are continued periodically.
-        initialization: `normal`: as published, standard normal entries. `pooling`: slot j averages the
-            `slot_stride` neighbouring tokens from `j * slot_stride` on, which is close to dense attention at once.
-        length_scaling: Divide by the square root of the number of tokens, as published. `pooling` is an exact
-            average without it.
-        slot_stride: Tokens a slot under `pooling`; None: `max_tokens / projected_length`, rounded up.
+        initialization: How the matrices start. `normal`: as published, standard normal entries; `pooling`: slot j
+            averages the `slot_stride` neighbouring tokens from `j * slot_stride` on, which is close to dense attention
+            at once.
+        length_scaling: Divide by the square root of the number of tokens, as published. `pooling` is an exact average
+            without it.
+        slot_stride: Tokens a slot averages at first under `pooling`. Left out: `max_tokens / projected_length`,
+            rounded up.
 
     Source:
         Linformer (arXiv 2006.04768); CALD (arXiv 2410.06846) for the scale, the sharing modes and the random start

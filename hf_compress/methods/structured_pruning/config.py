@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from hf_compress.core.method import MethodConfig
@@ -14,25 +14,31 @@ class StructuredPruningConfig(MethodConfig):
 
     Args:
         mac_ratio: Fraction of the multiply-accumulates that is **kept**, in (0, 1].
-        selection: How units are ranked. `interpolative`: pivoted decomposition of their activations; `fisher`: mask
-            search on squared gradients (needs labels in the data); `magnitude`: norm of their weights; `random`.
-        correction: Fold what the removed units carried into the next layer: least squares on the kept units, or
-            with `fisher` one least-squares scale for each kept unit, as its authors do.
-        allocation: `tolerance`: one relative residual for all layers; `uniform`: the same fraction everywhere.
-        order: `one_shot`: all statistics from the intact model; `sequential`: each layer sees its pruned prefix.
+        selection: How heads and neurons are ranked. `interpolative`: pivoted decomposition of their activations;
+            `fisher`: mask search on squared gradients (needs labels in the data); `magnitude`: norm of their weights;
+            `random`.
+        correction: Fold what the removed units carried into the next layer: least squares on the kept units, or with
+            `fisher` one least-squares scale for each kept unit, as its authors do.
+        allocation: How much each layer loses. `tolerance`: one relative residual for all layers; `uniform`: the same
+            fraction everywhere.
+        order: When statistics are taken. `one_shot`: all from the intact model; `sequential`: each layer sees the
+            layers below it already pruned.
         center: Decompose deviations from the mean and fold the mean into the bias of the next layer.
-        prune_heads, prune_neurons: What may be removed.
-        min_heads, min_neurons: What every layer keeps at least.
+        prune_heads: Whether attention heads may be removed.
+        prune_neurons: Whether feed-forward neurons may be removed.
+        min_heads: How many heads every layer keeps at least.
+        min_neurons: How many neurons every layer keeps at least.
         round_to: Keep a multiple of this many neurons in each layer (up to its full width).
-        seq_len: Tokens a sequence in the MAC count; None is the mean unpadded length of the calibration data.
-        ridge: Added to the Gram matrix as a fraction of its mean diagonal when correcting; 0 refuses calibration
-            sets with fewer than two tokens a neuron.
-        route: `gram`: exact second moments; `sketch`: pivots from a CountSketch of `sketch_rows` rows and the
-            correction from a second exact pass, for layers so wide that the moments do not fit.
-        sketch_rows: Rows of the sketch; at least four times the kept width is advised.
-        seed: Of `random` and of the sketch.
-        heads_per_layer, neurons_per_layer: Filled in by `compress`: what is left in each layer. Heads are counted
-            as key-value heads.
+        seq_len: Tokens a sequence has in the MAC count. Left out: the mean unpadded length of the calibration data.
+        ridge: Added to the Gram matrix as a fraction of its mean diagonal when correcting; 0 refuses calibration sets
+            with fewer than two tokens a neuron.
+        route: How activations are summarised. `gram`: exact second moments; `sketch`: pivots from a CountSketch of
+            `sketch_rows` rows and the correction from a second exact pass, for layers so wide that the moments do not
+            fit.
+        sketch_rows: How many rows the sketch has; at least four times the kept width is advised.
+        seed: Random seed of `selection=random` and of the sketch.
+        heads_per_layer, neurons_per_layer: Filled in by `compress`: what is left in each layer. Heads are counted as
+            key-value heads.
         tolerance: Filled in by `compress`: the largest relative residual of a removed unit.
 
     Source:
@@ -61,9 +67,9 @@ class StructuredPruningConfig(MethodConfig):
     route: Literal["gram", "sketch"] = "gram"
     sketch_rows: int = 8192
     seed: int = 0
-    heads_per_layer: list[int] | None = None
-    neurons_per_layer: list[int] | None = None
-    tolerance: float | None = None
+    heads_per_layer: list[int] | None = field(default=None, metadata={"output": True})
+    neurons_per_layer: list[int] | None = field(default=None, metadata={"output": True})
+    tolerance: float | None = field(default=None, metadata={"output": True})
 
     def check(self) -> None:
         if not 0 < self.mac_ratio <= 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_compress.core.method import MethodConfig
@@ -29,35 +29,36 @@ class WeightPruningConfig(MethodConfig):
     """Zeros in ordinary weights, in a pattern, at exactly the sparsity asked for.
 
     Args:
-        pattern: `N:M`: N of every M neighbouring inputs are **zero**. `NxM`: blocks of N outputs and M inputs;
-            `1x1` is unstructured. `Nxchannel`, `channelxN`: whole rows, whole columns. `mha`: attention heads, in all
-            four projections; scores are averaged over them.
+        pattern: Which weights go together. `N:M`: N of every M neighbouring inputs are **zero**. `NxM`: blocks of N
+            outputs and M inputs; `1x1` is unstructured. `Nxchannel`, `channelxN`: whole rows, whole columns. `mha`:
+            attention heads, in all four projections; scores are averaged over them.
         target_sparsity: Fraction of the pattern's units to prune (of the weights for N:M, where it is at most N/M).
         criterion: How important a weight is: `magnitude` |W|, `gradient` |G|, `snip` |W G| of the last step,
-            `snip_momentum` a decayed sum of it over all steps. Only in `compress`, with calibration data: `wanda`
-            |W| times the norm of its input; `sparsegpt`, which also changes the weights that stay.
-        scope: `global`: one ranking over all layers; `local`: each layer reaches the target.
+            `snip_momentum` a decayed sum of it over all steps. Only in `compress`, with calibration data: `wanda` |W|
+            times the norm of its input; `sparsegpt`, which also changes the weights that stay.
+        scope: Where weights compete. `global`: one ranking over all layers; `local`: each layer reaches the target.
         sparsity_decay_type: How sparsity grows in training; `oneshot`: at once, at `start_step`.
-        start_step: Step of the first update. None: after `warmup_epochs`.
-        end_step: No update comes later. None: `cooldown_epochs` before training ends.
-        pruning_frequency: Steps between updates.
-        warmup_epochs, cooldown_epochs: Dense epochs at the start and epochs with fixed masks at the end, where
-            `start_step` and `end_step` are None.
-        op_names: Regular expressions searched in module names: what is pruned. None: every layer.
-        excluded_op_names: The same: what is not. None: when `op_names` is None too, the task head, poolers and layers
-            that share their weight with embeddings; otherwise nothing.
+        start_step: Step of the first update. Left out: after `warmup_epochs`.
+        end_step: Step after which no update comes. Left out: `cooldown_epochs` before training ends.
+        pruning_frequency: Steps between two updates of the zeros.
+        warmup_epochs: Epochs without zeros at the start, where `start_step` is left out.
+        cooldown_epochs: Epochs with fixed zeros at the end, where `end_step` is left out.
+        op_names: Regular expressions searched in module names: what is pruned. Left out: every layer.
+        excluded_op_names: Regular expressions searched in module names: what is not pruned. Left out: when `op_names`
+            is left out too, the task head, poolers and layers that share their weight with embeddings; otherwise
+            nothing.
         pruning_op_types: Class names of modules that are pruned; subclasses count.
-        min_sparsity_ratio_per_op, max_sparsity_ratio_per_op: What each layer loses at least (reached with the last
-            update) and at most.
+        min_sparsity_ratio_per_op: What each layer loses at least, reached with the last update.
+        max_sparsity_ratio_per_op: What each layer loses at most.
         local_configs: One dict for each set of layers; its keys win over the fields above. Only layers that a dict
             selects are pruned; where two select the same layer, the first one owns it.
         progressive: Whether the zeros of an update come in four stages, a quarter of `pruning_frequency` apart, the
             least important first; those of the last update come after `end_step` where that is given.
-        reg_type: From the first update to `end_step`, shrink blocks: `group_lasso` as a proximal step, by
-            `learning rate * reg_coeff * sqrt(size)` of their norm; `group_lasso_gradient` as the original does, by the
-            part `reg_coeff / norm of the gradient`.
-        reg_coeff: How much.
-        criterion_reduce_type: How the scores of a unit become one: `mean`, `sum`, `max`.
+        reg_type: How blocks shrink from the first update to `end_step`: `group_lasso` as a proximal step, by `learning
+            rate * reg_coeff * sqrt(size)` of their norm; `group_lasso_gradient` as the original does, by the part
+            `reg_coeff / norm of the gradient`.
+        reg_coeff: How strongly `reg_type` shrinks; above 0 with a `reg_type`.
+        criterion_reduce_type: How the scores of a unit become one: `mean`, `sum` or `max`.
         achieved_sparsity: Filled in when it is done: pruned units over all units (times N/M).
         heads_per_layer, neurons_per_layer: Filled in by `slim`: what is left in each layer. Heads are counted as
             key-value heads.
@@ -94,9 +95,9 @@ class WeightPruningConfig(MethodConfig):
     reg_type: Literal["group_lasso", "group_lasso_gradient"] | None = None
     reg_coeff: float = 0.0
     criterion_reduce_type: Literal["mean", "sum", "max"] = "mean"
-    achieved_sparsity: float | None = None
-    heads_per_layer: list[int] | None = None
-    neurons_per_layer: list[int] | None = None
+    achieved_sparsity: float | None = field(default=None, metadata={"output": True})
+    heads_per_layer: list[int] | None = field(default=None, metadata={"output": True})
+    neurons_per_layer: list[int] | None = field(default=None, metadata={"output": True})
 
     def __post_init__(self) -> None:
         for name in ("op_names", "excluded_op_names", "pruning_op_types", "local_configs"):
