@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 
-from hf_compress.training.cache import TeacherCache, example_keys, teacher_fingerprint
+from hf_compress.training.cache import TeacherCache
+from hf_compress.training.fingerprints import example_keys
 from tests.crash_program import Rows, pad
 from tests.test_distillation import bert, trainer_of
+
+
+TINY_T5 = {"vocab_size": 9, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2,
+           "decoder_start_token_id": 0}  # fmt: skip
+TINY_VIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+            "image_size": 8, "patch_size": 4}  # fmt: skip
 
 
 def weights(trainer):
@@ -86,39 +95,30 @@ def test_other_teachers_are_refused(tmp_path):
         trainer_of(tmp_path / "c", alpha_layer=1.0, teacher_cache_dir=str(tmp_path / "cache"))
 
 
-def test_fingerprint_sees_one_changed_weight():
-    model = bert(seed=1)
-    before = teacher_fingerprint(model)
-    assert before == teacher_fingerprint(bert(seed=1))
-    with torch.no_grad():
-        model.classifier.bias[0] += 1e-6
-    assert teacher_fingerprint(model) != before
-
-
-def test_damage_is_noticed(tmp_path):
-    cache = tmp_path / "cache"
-    trainer_of(tmp_path / "a", teacher_cache_dir=str(cache)).train()
-    values = (cache / "values-0.bin").read_bytes()
-    (cache / "values-0.bin").write_bytes(bytes([values[0] ^ 255]) + values[1:])
-    with pytest.raises(ValueError, match="damaged"):
-        trainer_of(tmp_path / "b", teacher_cache_dir=str(cache)).train()
-    (cache / "values-0.bin").write_bytes(values[:-8])
-    with pytest.raises(ValueError, match="damaged"):
-        trainer_of(tmp_path / "b", teacher_cache_dir=str(cache))
-    (cache / "meta.json").write_text("{")
-    with pytest.raises(ValueError, match="unreadable"):
-        trainer_of(tmp_path / "b", teacher_cache_dir=str(cache))
-
-
-def test_a_cut_off_record_costs_one_example(tmp_path):
-    cache = tmp_path / "cache"
-    trainer_of(tmp_path / "a", teacher_cache_dir=str(cache)).train()
-    index = (cache / "index-0.bin").read_bytes()
-    (cache / "index-0.bin").write_bytes(index[:-5])
-    trainer = trainer_of(tmp_path / "b", teacher_cache_dir=str(cache))
-    assert len(trainer.teacher_cache) == 63
+@pytest.mark.parametrize("damage", ["value", "page", "cut", "text", "other tables"])
+def test_damage_is_said_in_one_line(tmp_path, damage):
+    cache, file = tmp_path / "cache", tmp_path / "cache" / "outputs.sqlite"
+    trainer = trainer_of(tmp_path / "a", teacher_cache_dir=str(cache))
     trainer.train()
-    assert len(trainer_of(tmp_path / "c", teacher_cache_dir=str(cache)).teacher_cache) == 64
+    (data,) = trainer.teacher_cache._database.execute("SELECT data FROM outputs LIMIT 1").fetchone()
+    trainer.teacher_cache._database.close()
+    raw = bytearray(file.read_bytes())
+    if damage == "value":
+        raw[raw.index(data)] ^= 255
+        file.write_bytes(raw)
+    elif damage == "page":
+        raw[65536:66536] = bytes(1000)
+        file.write_bytes(raw)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-70000])
+    elif damage == "text":
+        file.write_text("no database at all " * 100)
+    else:
+        file.unlink()
+        sqlite3.connect(file).execute("CREATE TABLE identity (other TEXT)").connection.close()
+    with pytest.raises(ValueError, match=r"teacher_cache_dir '.*cache' (is damaged|cannot be used)") as caught:
+        trainer_of(tmp_path / "b", teacher_cache_dir=str(cache), num_train_epochs=1).train()
+    assert "\n" not in str(caught.value)
 
 
 def test_foreign_folders_are_left_alone(tmp_path):
@@ -126,3 +126,57 @@ def test_foreign_folders_are_left_alone(tmp_path):
     with pytest.raises(ValueError, match="empty or a teacher cache"):
         TeacherCache(str(tmp_path), "f", {})
     assert json.dumps([p.name for p in tmp_path.iterdir()]) == '["thesis.txt"]'
+
+
+def test_left_overs_do_not_confuse(tmp_path):
+    """Of a crash, and the files of an earlier format."""
+    for name in (".meta.json.incomplete", ".shapes.json.incomplete", "outputs.sqlite-journal"):
+        (tmp_path / name).write_text("{")
+    assert len(TeacherCache(str(tmp_path), "f", {})) == 0
+    old = tmp_path / "old"
+    old.mkdir()
+    for name, text in (("meta.json", '{"version": 1}'), ("index-0.bin", ""), ("values-0.bin", "")):
+        (old / name).write_text(text)
+    with pytest.raises(ValueError, match="was made with another format; delete it or name another folder"):
+        TeacherCache(str(old), "f", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_values_keep_their_precision(tmp_path, dtype):
+    cache = TeacherCache(str(tmp_path), "f", {})
+    inputs = {
+        "input_ids": torch.tensor([[5, 6, 0], [7, 8, 9]]),
+        "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+    }
+    starts, hidden = (
+        (torch.randn(2, 3, dtype=dtype), torch.randn(2, 3, dtype=dtype)),
+        torch.randn(2, 3, 4, dtype=dtype),
+    )
+    live = inputs["attention_mask"].bool()
+    cache.write([b"1", b"2"], inputs, starts, [hidden])
+    seen, (states,) = cache.read([b"1", b"2"], inputs)
+    assert torch.equal(states, hidden * live[..., None])
+    assert all(torch.equal(a, b * live) for a, b in zip(seen, starts, strict=True))
+
+
+def test_what_belongs_to_no_token_is_not_stored(tmp_path):
+    cache = TeacherCache(str(tmp_path), "f", {})
+    inputs = {"input_ids": torch.tensor([[5, 6]])}
+    with pytest.raises(ValueError, match=r"its logits have shape \(1, 3, 9\)"):
+        cache.write([b"1"], inputs, [torch.zeros(1, 3, 9)], [])
+    for model in (T5ForConditionalGeneration(T5Config(**TINY_T5)), ViTForImageClassification(ViTConfig(**TINY_VIT))):
+        with pytest.raises(ValueError, match="teacher_cache_dir must be unset for"):
+            TeacherCache.of(model, str(tmp_path / "x"), {})
+
+
+def test_a_repeated_text_has_one_answer(tmp_path):
+    """The second time it stands in a batch with new texts; a resumed run finds the whole batch stored."""
+    rows = [Rows()[index] for index in range(8)]
+    rows[5] = rows[0]
+    batches = [pad(rows[:4]), pad(rows[4:])]
+    trainer = trainer_of(tmp_path, teacher_cache_dir=str(tmp_path / "cache"))
+    first = [trainer._teacher.signals(batch).logits[0] for batch in batches]
+    again = [trainer._teacher.signals(batch).logits[0] for batch in batches]
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert torch.equal(first[1][1], first[0][0])

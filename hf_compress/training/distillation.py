@@ -19,7 +19,7 @@ from hf_compress.core.architectures import base_of
 from hf_compress.core.batches import forward_names
 from hf_compress.core.layers import STATE
 from hf_compress.training.arguments import DistillationArguments
-from hf_compress.training.cache import TeacherCache, teacher_fingerprint
+from hf_compress.training.cache import TeacherCache
 from hf_compress.training.collator import TEACHER_PREFIX, split_inputs
 from hf_compress.training.fitting import check_inputs, check_labels
 from hf_compress.training.layer_matching import Projectors, match_layers
@@ -122,7 +122,7 @@ class DistillationTrainer(CompressionTrainer):
         cache, args = None, self.args
         if args.teacher_cache_dir:
             layout = {"states": list(states), "logits": args.alpha_output > 0}
-            cache = TeacherCache(args.teacher_cache_dir, teacher_fingerprint(teacher), layout, args.process_index)
+            cache = TeacherCache.of(teacher, args.teacher_cache_dir, layout)
         return FixedTeacher(teacher.to(args.device), states, args.alpha_output > 0, args.teacher_dropout, cache)
 
     def _matched_states(self, student: Any, teacher: Any) -> list[tuple[int, int]]:

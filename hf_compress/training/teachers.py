@@ -17,7 +17,8 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_compress.api import apply_implied
 from hf_compress.core.batches import accepted_arguments
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
-from hf_compress.training.cache import TeacherCache, example_keys
+from hf_compress.training.cache import TeacherCache
+from hf_compress.training.fingerprints import example_keys
 
 
 logger = logging.getLogger(__name__)
@@ -153,11 +154,11 @@ class FixedTeacher(Teacher):
         if self.cache is None:
             return self._forward(arguments)
         keys = example_keys(arguments)
-        stored = self.cache.read(keys, arguments)
-        if stored is None:
-            stored = self._forward(arguments)
-            self.cache.write(keys, arguments, stored.logits, stored.hidden)
-            return stored
+        if (stored := self.cache.read(keys, arguments)) is None:
+            computed = self._forward(arguments)
+            self.cache.write(keys, arguments, computed.logits, computed.hidden)
+            # A text that came before keeps its first outputs: a run that was killed after this batch reads the same.
+            stored = self.cache.read(keys, arguments)
         return Signals(*stored)
 
     def _forward(self, arguments: Mapping[str, Any]) -> Signals:
