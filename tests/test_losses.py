@@ -1,5 +1,7 @@
 """Distances between teacher and student against formulas written out, at the edges of the number range."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,6 +90,25 @@ def test_temperature_squared_keeps_the_gradients_scale():
     difference = student - teacher
     expected = (difference - difference.mean(-1, keepdim=True)) / (4 * 8)
     torch.testing.assert_close(hot, expected, rtol=0.02, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [4.0, 9.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("classes", [2, 5, 1000])
+def test_divergences_are_right_at_every_temperature(temperature, classes):
+    """Against the power series in the difference of logits, in double precision."""
+    teacher, student = 5 + normal(8, classes, scale=3.0), normal(8, classes, seed=1, scale=3.0)
+    p = torch.softmax(teacher.double() / temperature, -1)
+    x = (student.double() - teacher.double()) / temperature
+    x = x - (p * x).sum(-1, keepdim=True)
+    moments = [(p * x**n).sum(-1) / float(math.factorial(n)) for n in range(2, 60)]
+    expected = temperature**2 * torch.stack(moments).sum(0).log1p().mean()
+    found = output_divergence(teacher, student, temperature)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    exact = output_divergence(teacher.double(), student.double(), temperature)
+    assert float(exact) == pytest.approx(float(expected), rel=1e-11)
+    if classes == 2:
+        decision, guess = (t[:, :1] - t[:, 1:] for t in (teacher, student))
+        assert float(multilabel_divergence(decision, guess, temperature)) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_gradient_is_the_difference_of_probabilities():

@@ -23,13 +23,8 @@ from hf_compress.training.cache import TeacherCache
 from hf_compress.training.collator import TEACHER_PREFIX, split_inputs
 from hf_compress.training.fitting import check_inputs, check_labels
 from hf_compress.training.layer_matching import Projectors, match_layers
-from hf_compress.training.losses import (
-    layer_distance,
-    multilabel_divergence,
-    output_divergence,
-    position_divergence,
-    regression_distance,
-)
+from hf_compress.training.losses import layer_distance
+from hf_compress.training.output_terms import output_term
 from hf_compress.training.teachers import FixedTeacher, MicroBatch, Signals, Teacher, logits_of
 from hf_compress.training.trainer import CompressionTrainer
 
@@ -217,7 +212,10 @@ class DistillationTrainer(CompressionTrainer):
         labels = {"labels": student_inputs["labels"]} if "labels" in student_inputs else {}
         targets = self._teacher.signals({**teacher_inputs, **labels} if teacher_inputs else student_inputs)
         if self.args.alpha_output:
-            terms["output"] = self.args.alpha_output * self._output_term(targets, outputs, student_inputs)
+            compared = output_term(
+                targets.logits, logits_of(outputs), self._core(), student_inputs, self.args.temperature
+            )
+            terms["output"] = self.args.alpha_output * compared
         if self.layer_pairs:
             terms["layer"] = self.args.alpha_layer * self._layer_term(targets, outputs, student_inputs)
             # Evaluation gathers every output field; these were asked for by this loss alone.
@@ -230,29 +228,6 @@ class DistillationTrainer(CompressionTrainer):
             # An adapter's forward hides the arguments of the model it wraps behind **kwargs.
             model = model.get_base_model()
         return {*forward_names(model), "labels", STATE, *(self.label_names or [])}
-
-    def _output_term(self, targets: Signals, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-        student, temperature, mask = logits_of(outputs), self.args.temperature, inputs.get("attention_mask")
-        if len(student) == 2:
-            parts = [
-                position_divergence(t, s, temperature, mask) for t, s in zip(targets.logits, student, strict=True)
-            ]
-            return torch.stack(parts).mean()
-        teacher_logits, student_logits = targets.logits[0], student[0]
-        if teacher_logits.shape != student_logits.shape:
-            raise ValueError(
-                f"Teacher logits must have shape {tuple(student_logits.shape)}, got {tuple(teacher_logits.shape)}."
-            )
-        if student_logits.ndim == 3:
-            labels = inputs.get("labels")
-            counted = labels != -100 if labels is not None and labels.shape == student_logits.shape[:2] else mask
-            return output_divergence(teacher_logits, student_logits, temperature, counted)
-        problem = self.model.config.problem_type
-        if student_logits.shape[-1] == 1 or problem == "regression":
-            return regression_distance(teacher_logits, student_logits)
-        if problem == "multi_label_classification":
-            return multilabel_divergence(teacher_logits, student_logits, temperature)
-        return output_divergence(teacher_logits, student_logits, temperature)
 
     def _layer_term(self, targets: Signals, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         by_state = dict(zip(self._teacher.states, targets.hidden, strict=True))

@@ -12,6 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+# Temperatures above this need the slower, exact value of a divergence.
+_WARM = 8.0
+# Logits as far apart as this need it at no temperature, and their exponential would overflow.
+_FAR = 50.0
+
+
 def _precise(values: Tensor) -> Tensor:
     """At least single precision: half precision would overflow at low temperatures."""
     return values if values.dtype == torch.float64 else values.float()
@@ -30,6 +36,33 @@ def _mean_over_examples(values: Tensor, mask: Tensor | None) -> Tensor:
         return values.mean(1).mean()
     mask = mask.to(values.dtype)
     return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+
+
+def _excess(x: Tensor) -> Tensor:
+    """`exp(x) - 1 - x`, without cancellation near 0."""
+    series = torch.ones_like(x)
+    for n in range(12, 2, -1):
+        series = 1 + x / n * series
+    series = x.square() / 2 * series
+    return torch.where(x.abs() < 0.25, series, torch.expm1(x) - x)
+
+
+def _divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """`T^2 KL(teacher || student)` over the last dimension, whose size it loses."""
+    teacher, student = _precise(teacher), _precise(student)
+    log_teacher = F.log_softmax(teacher / temperature, dim=-1)
+    log_student = F.log_softmax(student / temperature, dim=-1)
+    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
+    if temperature > _WARM:
+        # The distributions are nearly equal and their logarithms cancel, which T^2 multiplies; the gradient is exact.
+        # With x the difference of logits about its mean under the teacher, KL = log(1 + sum p (exp(x) - 1 - x)).
+        with torch.no_grad():
+            p, x = log_teacher.exp(), (student - teacher) / temperature
+            x = x - (p * x).sum(-1, keepdim=True)
+            value = (p * _excess(x.clamp(max=_FAR))).sum(-1).log1p()
+            value = torch.where(x.amax(-1) < _FAR, value, divergence)
+        divergence = value + (divergence - divergence.detach())
+    return temperature**2 * divergence
 
 
 def output_divergence(teacher: Tensor, student: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
@@ -52,10 +85,7 @@ def output_divergence(teacher: Tensor, student: Tensor, temperature: float, mask
         >>> float(output_divergence(logits, logits, 2.0))
         0.0
     """
-    log_teacher = F.log_softmax(_precise(teacher) / temperature, dim=-1)
-    log_student = F.log_softmax(_precise(student) / temperature, dim=-1)
-    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
-    return temperature**2 * _mean_over_examples(divergence, mask)
+    return _mean_over_examples(_divergence(teacher, student, temperature), mask)
 
 
 def position_divergence(teacher: Tensor, student: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
@@ -82,10 +112,9 @@ def multilabel_divergence(teacher: Tensor, student: Tensor, temperature: float) 
         student: [B, C] logits.
         temperature: T > 0.
     """
-    teacher, student = _precise(teacher) / temperature, _precise(student) / temperature
-    yes = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
-    no = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
-    return temperature**2 * (yes + no).sum(-1).mean()
+    # A decision is a choice between its logit and 0.
+    teacher, student = (torch.stack([t, torch.zeros_like(t)], dim=-1) for t in (teacher, student))
+    return _divergence(teacher, student, temperature).sum(-1).mean()
 
 
 def regression_distance(teacher: Tensor, student: Tensor) -> Tensor:
