@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
@@ -43,6 +43,7 @@ class CompressionTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Before anything else sees the model: callbacks look for what the config asks for.
+        self._method_callbacks: list[TrainerCallback] = []
         self._adopt(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1 and isinstance(self._core(), PreTrainedModel) and carries_state(self._core()):
@@ -71,9 +72,12 @@ class CompressionTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
         self._adopt(model)
+        if not getattr(self, "is_in_train", False):
+            # The first one, for the constructor: callbacks see it when they are added.
+            return model
         # A model for every trial: what was prepared when the trainer was made is to be prepared again.
         self._start_training(model)
-        for callback in getattr(getattr(self, "callback_handler", None), "callbacks", ()):
+        for callback in self.callback_handler.callbacks:
             getattr(callback, "on_new_model", lambda model: None)(model)
         return model
 
@@ -82,7 +86,14 @@ class CompressionTrainer(Trainer):
 
     def _start_training(self, model: Any) -> None:
         core = base_of(model)
+        # A trial may prune in another way than the one before it.
+        self._remove_method_callbacks()
         for method in self._methods:
+            if method.training_callback is not None:
+                callback = method.training_callback(self.callback_handler.callbacks)
+                if callback is not None:
+                    self.add_callback(callback)
+                    self._method_callbacks.append(callback)
             if method.start_training is not None:
                 method.start_training(core)
             if core is not model and method.parameter_groups is not None and method.parameter_groups(core):
@@ -90,6 +101,10 @@ class CompressionTrainer(Trainer):
                     f"A model with adapters must have {method.name} finished, got one whose {method.name} is still "
                     "to be learned: an adapter would not save it. Train it without adapters first."
                 )
+
+    def _remove_method_callbacks(self) -> None:
+        while self._method_callbacks:
+            self.remove_callback(self._method_callbacks.pop())
 
     def loss_terms(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
         """The weighted terms of the loss and the student's outputs.
@@ -234,22 +249,24 @@ class CompressionTrainer(Trainer):
         if resume_from_checkpoint is True and not (os.path.isdir(folder) and get_last_checkpoint(folder)):
             resume_from_checkpoint = None
         checkpoint = get_last_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
-        self._start_training(self.accelerator.unwrap_model(self.model))
-        # Checkpoints of adapters have no config of the model.
-        configured = bool(checkpoint) and os.path.isfile(os.path.join(checkpoint, CONFIG_NAME))
-        for method in self._methods:
-            if method.check_resume is not None and configured:
-                method.check_resume(self._core().config, AutoConfig.from_pretrained(checkpoint))
+        if self.model_init is None:
+            # Otherwise the model is still to be made; between the trials of a search there is none.
+            self._start_training(self.accelerator.unwrap_model(self.model))
         self._epoch_order.resumed = Path(checkpoint) if checkpoint else None
-        asked = [method.training_callback for method in self._methods if method.training_callback is not None]
-        added = [x for x in (ask(self.callback_handler.callbacks) for ask in asked) if x is not None]
-        for callback in added:
-            self.add_callback(callback)
+        # A trial that was given up leaves its averages.
+        self.averages["train"].clear()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            for callback in added:
-                self.remove_callback(callback)
+            self._remove_method_callbacks()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        # Checkpoints of adapters have no config of the model.
+        if os.path.isfile(os.path.join(resume_from_checkpoint, CONFIG_NAME)):
+            for method in self._methods:
+                if method.check_resume is not None:
+                    method.check_resume(self._core().config, AutoConfig.from_pretrained(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

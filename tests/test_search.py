@@ -1,0 +1,178 @@
+"""Hyperparameter searches over compression: every trial equals a training of its own with the values it drew."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import warnings
+
+import optuna
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+
+import hf_compress as hc
+from hf_compress.training.trainer import CompressionTrainer
+from tests.crash_program import Rows, pad
+
+
+ROWS = [Rows()[index] for index in range(16)]
+PRUNING = hc.WeightPruningConfig(pattern="2x1", pruning_frequency=1, start_step=1, end_step=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def bert(seed, layers=1):
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(BertConfig(
+        vocab_size=99, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=32, initializer_range=0.2,
+    ))  # fmt: skip
+
+
+class Drawn(TrainerCallback):
+    """Remembers the objective's evaluation, and stops a trial where a test wants that."""
+
+    def __init__(self):
+        self.losses, self.fail = [], lambda trainings: False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.losses.append(None)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2 and self.fail(len(self.losses)):
+            raise ValueError("this trial fails")
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.losses[-1] = metrics["eval_loss"]
+
+
+def pruning(folder, drawn, values=None, **options):
+    callback = hc.WeightPruningCallback(PRUNING)
+
+    def init(trial):
+        given = values or ({"target_sparsity": trial.suggest_float("target_sparsity", 0.1, 0.9)} if trial else {})
+        callback.config = dataclasses.replace(PRUNING, **given)
+        return bert(0)
+
+    return build(CompressionTrainer, hc.DistillationArguments, folder, init, [drawn, callback], **options)
+
+
+def tokens(folder, drawn, values=None, **options):
+    """Thresholds of a start and a switch that the search draws, in both stages."""
+    annealing = hc.ThresholdAnnealingCallback(lambda_threshold=0.1, learning_rate=1e-2)
+
+    def init(trial):
+        given = values or (
+            {"final_token_threshold": trial.suggest_float("final_token_threshold", 0.004, 0.012)} if trial else {}
+        )
+        return hc.compress(bert(0, 2), hc.TokenPruningConfig(masking_mode="soft", **given))
+
+    callbacks = [drawn, annealing, hc.StageSwitchCallback(0.5)]
+    return build(CompressionTrainer, hc.DistillationArguments, folder, init, callbacks, **options)
+
+
+def guided(trainer_class, arguments_class, needs_teacher=True, **fixed):
+    def make(folder, drawn, values=None, **options):
+        given = {"teacher_model": bert(1, 2)} if needs_teacher else {}
+        options = {**fixed, **options, **(values or {})}
+        if not needs_teacher:
+            for number in (1, 2):
+                bert(number, 2).save_pretrained(folder / f"teacher-{number}")
+            options["teacher_snapshots"] = [str(folder / "teacher-*")]
+        return build(trainer_class, arguments_class, folder, lambda: bert(0), [drawn], given, **options)
+
+    return make
+
+
+def build(trainer_class, arguments_class, folder, init, callbacks, given=None, **options):
+    defaults = {"per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+                "save_strategy": "no", "eval_strategy": "epoch", "num_train_epochs": 1, "learning_rate": 1e-2,
+                "dataloader_pin_memory": False, "logging_steps": 1}  # fmt: skip
+    return trainer_class(
+        model=None, model_init=init, args=arguments_class(str(folder), **{**defaults, **options}),
+        train_dataset=ROWS, eval_dataset=ROWS[:8], data_collator=pad, callbacks=callbacks, **(given or {}),
+    )  # fmt: skip
+
+
+def distillation_space(trial):
+    return {
+        "alpha_output": trial.suggest_float("alpha_output", 0.1, 2.0),
+        "temperature": trial.suggest_float("temperature", 1.0, 4.0),
+        "alpha_layer": trial.suggest_float("alpha_layer", 0.1, 1.0),
+    }
+
+
+def joint_space(trial):
+    return {**distillation_space(trial), "teacher_learning_rate": trial.suggest_float("teacher_learning_rate", 0, 0.1)}
+
+
+def nothing(trial):
+    return {}
+
+
+SEARCHES = {
+    "weight pruning": (pruning, nothing),
+    "token pruning": (tokens, nothing),
+    "fixed": (guided(hc.DistillationTrainer, hc.DistillationArguments), distillation_space),
+    "joint": (guided(hc.JointTeacherTrainer, hc.JointTeacherArguments, save_teacher=False), joint_space),
+    "snapshots": (
+        guided(hc.SnapshotTeacherTrainer, hc.SnapshotTeacherArguments, needs_teacher=False), distillation_space),
+}  # fmt: skip
+
+
+def search(trainer, space, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.RandomSampler(seed=0)
+        return trainer.hyperparameter_search(
+            space, lambda metrics: metrics["eval_loss"], n_trials=3, backend="optuna", sampler=sampler, **options
+        )
+
+
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_every_trial_is_a_training_of_its_own(tmp_path, kind):
+    make, space = SEARCHES[kind]
+    drawn, seen = Drawn(), []
+
+    def remembered(trial):
+        values = space(trial)
+        seen.append(dict(trial.params))
+        return values
+
+    best = search(make(tmp_path, drawn), remembered)
+    assert len(drawn.losses) == 3
+    assert len(set(drawn.losses)) == 3
+    assert best.objective == min(drawn.losses)
+    for values, loss in zip(seen, drawn.losses, strict=True):
+        alone = Drawn()
+        make(tmp_path, alone, values).train()
+        assert alone.losses == [loss], values
+
+
+@pytest.mark.parametrize("kind", SEARCHES)
+def test_trials_that_fail_or_are_pruned_leave_no_trace(tmp_path, kind):
+    make, space = SEARCHES[kind]
+    ends = []
+    for fail in (None, 2):
+        drawn = Drawn()
+        drawn.fail = lambda trainings, fail=fail: trainings == fail
+        search(make(tmp_path, drawn), space, catch=(ValueError,))
+        ends.append(drawn.losses)
+    assert ends[1] == [ends[0][0], None, ends[0][2]]
+
+    class SecondOnly(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            return trial.number == 1
+
+    drawn = Drawn()
+    search(make(tmp_path, drawn, eval_strategy="steps", eval_steps=3), space, pruner=SecondOnly())
+    whole = Drawn()
+    search(make(tmp_path, whole, eval_strategy="steps", eval_steps=3), space)
+    assert drawn.losses[::2] == whole.losses[::2]
