@@ -10,6 +10,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One thread unless asked otherwise: with matrices this small, waiting for a second one costs more than it saves, much
+# more on a busy machine. Programs that tests start inherit the number.
+THREADS = os.environ.get("HF_COMPRESS_TEST_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = THREADS
 
 import copy  # noqa: E402
 import gc  # noqa: E402
@@ -30,8 +34,7 @@ from tests.guided_setup import dense  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-# Matrices this small: waiting for a second thread costs more than it saves, much more on a busy machine.
-torch.set_num_threads(1)
+torch.set_num_threads(int(THREADS))
 
 VOCABULARY = 99
 _SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 66, "initializer_range": 0.2}

@@ -60,7 +60,6 @@ class Progress(TrainerCallback):
 
 def train(folder: str) -> None:
     """Distil and prune (dropout on, projectors, warm and cold cache) to the end, from the last complete checkpoint."""
-    torch.set_num_threads(1)
     out = Path(folder)
     args = hc.DistillationArguments(
         str(out), num_train_epochs=3, per_device_train_batch_size=8, gradient_accumulation_steps=2, learning_rate=1e-3,

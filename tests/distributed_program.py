@@ -13,7 +13,6 @@ from tests import crash_program
 
 
 def main(folder: str, resume: str) -> None:
-    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     out = Path(folder)
     args = TrainingArguments(

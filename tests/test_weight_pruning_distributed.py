@@ -15,7 +15,7 @@ def launch(folder, resume=""):
     done = subprocess.run(
         [*command, "-m", "tests.distributed_program", str(folder), str(resume)],
         cwd=root, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(root)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -96,7 +96,6 @@ import hf_compress
 from pathlib import Path
 from safetensors.torch import load_file
 import transformers
-torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 wrong = []
