@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 import hf_compress as hc
 from hf_compress.training import guided, teachers
@@ -65,7 +66,8 @@ def test_the_ladder_is_climbed_one_at_a_time(tmp_path, ladder, monkeypatch):
 def test_a_ladder_of_one_is_a_fixed_teacher(tmp_path):
     dense(1, 0.1).save_pretrained(tmp_path / "best")
     seen = trained("snapshots", tmp_path, linear(0, 0.1), teacher_snapshots=[str(tmp_path / "best")])
-    assert same(seen, trained("fixed", tmp_path, linear(0, 0.1), dense(1, 0.1)))
+    teacher = AutoModelForSequenceClassification.from_pretrained(tmp_path / "best")
+    assert same(seen, trained("fixed", tmp_path, linear(0, 0.1), teacher))
 
 
 def test_order_and_errors_of_snapshots(tmp_path, ladder):

@@ -77,13 +77,13 @@ def test_stored_values_come_back_at_live_positions(tmp_path):
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     inputs = {"input_ids": torch.tensor([[5, 6, 0], [7, 8, 9]]), "attention_mask": mask}
     keys = example_keys(inputs)
-    logits, hidden = torch.randn(2, 3), torch.randn(2, 3, 4)
-    cache.write(keys, inputs, [logits], [hidden])
+    flat, wide = torch.randn(2, 3), torch.randn(2, 3, 4)
+    cache.write(keys, inputs, [flat], [wide])
     wider = {k: torch.nn.functional.pad(v, (2, 0)) for k, v in inputs.items()}  # left padding this time
     (stored,), (states,) = TeacherCache(str(tmp_path), "f", {}).read(keys, wider)
-    assert torch.equal(stored, logits)
-    assert torch.equal(states[0, 2:4], hidden[0, :2])
-    assert torch.equal(states[1, 2:5], hidden[1])
+    assert torch.equal(stored, flat)
+    assert torch.equal(states[0, 2:4], wide[0, :2])
+    assert torch.equal(states[1, 2:5], wide[1])
     assert not states[0, 4].any()
 
 
