@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,8 +10,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.core.calibration import require_data
-from hf_compress.core.method import Method, MethodConfig
+from hf_compress.core.method import Method, MethodConfig, check_order
+from hf_compress.core.own_config import own_config_
 from hf_compress.core.record import append_step, quantized_by_another, record_of
+from hf_compress.core.rollback import restored_on_failure
 from hf_compress.methods import METHODS
 
 
@@ -35,6 +36,19 @@ def _parse(step: Mapping[str, Any], config: PretrainedConfig, position: int) -> 
         raise ValueError(f"Step {position} ({name}) is broken: {error}") from error
 
 
+def _parsed(config: PretrainedConfig) -> list[tuple[Method, MethodConfig]]:
+    """The steps of a model's record, each possible after those before it."""
+    parsed: list[tuple[Method, MethodConfig]] = []
+    for position, step in enumerate(record_of(config)["steps"]):
+        method, completed = _parse(step, config, position)
+        try:
+            check_order([earlier for earlier, _ in parsed], method)
+        except ValueError as error:
+            raise ValueError(f"Step {position} ({method.name}) is broken: {error}") from error
+        parsed.append((method, completed))
+    return parsed
+
+
 def steps_of(model_or_config: PreTrainedModel | PretrainedConfig) -> list[dict[str, Any]]:
     """The steps that made a model, first to last; an uncompressed model has none.
 
@@ -48,10 +62,8 @@ def steps_of(model_or_config: PreTrainedModel | PretrainedConfig) -> list[dict[s
         []
     """
     config = getattr(model_or_config, "config", model_or_config)
-    steps = record_of(config)["steps"]
-    parsed = [_parse(step, config, position) for position, step in enumerate(steps)]
-    flat = [{key: getattr(done, key) for key in method.config_class.flat} for method, done in parsed]
-    return [{**step, **knobs} for step, knobs in zip(steps, flat, strict=True)]
+    flat = [{key: getattr(done, key) for key in method.config_class.flat} for method, done in _parsed(config)]
+    return [{**step, **knobs} for step, knobs in zip(record_of(config)["steps"], flat, strict=True)]
 
 
 def check_finite(model: PreTrainedModel) -> None:
@@ -84,11 +96,12 @@ def compress(
             need several passes ask for something that can be read again.
 
     Returns:
-        The same model. With several configs a copy is kept until all are done, so that a failure leaves the model as
-        it was (with other parameter objects).
+        The same model. When anything fails on the way, Ctrl-C included, it is what it was before, down to the
+        parameter objects; until all steps are done, the memory of what they replace is not freed.
 
     Raises:
-        ValueError: Before the model is touched, when a config is impossible for it or its weights are not finite.
+        ValueError: Before the model is touched, when a config is impossible for it or for the steps before, or its
+            weights are not finite.
 
     Example:
         >>> import hf_compress as hc
@@ -103,28 +116,28 @@ def compress(
         raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.")
     if not configs:
         raise ValueError("configs must name at least one step, got none.")
-    methods = [method_of(config) for config in configs]
-    taken = [step["method"] for step in steps_of(model)]
-    for method in methods:
-        if not method.repeatable and method.name in taken:
-            raise ValueError(f"configs must not repeat {method.name}: a model goes through it once.")
-        taken.append(method.name)
+    steps = [(method_of(config), config) for config in configs]
+    earlier = [method for method, _ in _parsed(model.config)]
     check_finite(model)
-    for method, config in zip(methods, configs, strict=True):
-        if method.check is not None:
-            method.check(model, config)
+    for method, config in steps:
+        check_order(earlier, method)
+        _check(method, model, config)
+        earlier.append(method)
     if data is not None:
         require_data(data, len(configs))
-    # Whether a later step can be done may only show in the data, after an earlier one has changed the model.
-    backup = copy.deepcopy(model) if len(configs) > 1 else None
-    try:
-        for method, config in zip(methods, configs, strict=True):
+    with restored_on_failure(model):
+        own_config_(model)
+        for position, (method, config) in enumerate(steps):
+            if position:
+                # Once more: the steps before have changed the model.
+                _check(method, model, config)
             append_step(model.config, method.name, method.compress(model, config, data))
-    except BaseException:
-        if backup is not None:
-            model.__dict__ = backup.__dict__
-        raise
     return model
+
+
+def _check(method: Method, model: PreTrainedModel, config: MethodConfig) -> None:
+    if method.check is not None:
+        method.check(model, config)
 
 
 def apply_implied(model: PreTrainedModel) -> PreTrainedModel:
@@ -163,8 +176,7 @@ def rebuild(model: PreTrainedModel) -> PreTrainedModel:
         >>> from transformers import BertConfig, BertModel
         >>> skeleton = rebuild(BertModel(BertConfig(num_hidden_layers=1)))   # nothing recorded, nothing to do
     """
-    for position, step in enumerate(record_of(model.config)["steps"]):
-        method, completed = _parse(step, model.config, position)
+    for method, completed in _parsed(model.config):
         method.rebuild(model, completed)
     return model
 
@@ -179,8 +191,7 @@ def to_plain(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: If a step cannot be expressed; says which layer prevents it. The model is unchanged then.
     """
     fields: dict[str, Any] = {}
-    for position, step in enumerate(record_of(model.config)["steps"]):
-        method, completed = _parse(step, model.config, position)
+    for position, (method, completed) in enumerate(_parsed(model.config)):
         if method.plain is None:
             raise ValueError(f"Step {position} ({method.name}) has no form that stock transformers can build.")
         fields.update(method.plain(model, completed))

@@ -273,7 +273,7 @@ CASES = [
     (f"{PRUNE} --masking_mode soft", "'masking_mode' is not an option"),
     (f"{PRUNE} --target_relative_mac 0.6", "Did you mean 'target_relative_macs'"),
     (PRUNE.replace("path model", "path gpt2"), "must be an encoder of type|model_type must be one of"),
-    (PRUNE.replace("path model", "path linear"), "softmax attention, got a replaced one in layer 0"),
+    (PRUNE.replace("path model", "path linear"), "token_pruning cannot follow linformer: it needs softmax attention"),
     (PRUNE.replace("path model", "path three"), "3 labels, the task 'data' has 2"),
     (PRUNE.replace("path model", "path pruned") + " --prune_mode topk", "prune_mode must be 'absolute_threshold' or"),
     (PRUNE.replace("path model", "path pruned") + " --score_norm live", "score_norm must be 'reference' or left out"),

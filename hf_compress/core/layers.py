@@ -53,7 +53,7 @@ def specialise_(layer: nn.Module, behaviour: type) -> None:
 
 @functools.cache
 def _specialised(behaviour: type, old: type) -> type:
-    fields = {"__module__": old.__module__, "is_specialised": True, "__reduce_ex__": _reduce}
+    fields = {"__module__": old.__module__, "__reduce_ex__": _reduce}
     return type(old.__name__, (behaviour, old), fields)
 
 

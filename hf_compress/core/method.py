@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -106,6 +106,8 @@ class Method:
         plain: `(model, completed config) -> dict`; the config fields with which stock transformers builds the same
             modules, or `ValueError` that says which layer prevents it. None: never expressible.
         repeatable: Whether a model may go through it more than once.
+        needs: Parts of a dense model that must still be there, in words that end up in messages.
+        replaces: Parts of a dense model that are something else afterwards; no method that needs one may follow.
         implied: `(model config) -> config or None`; the method config that flat fields written by hand ask for, for
             models that have no such step yet.
         start_training: `(model) -> None`; called before training.
@@ -126,6 +128,8 @@ class Method:
     check: Callable[..., None] | None = None
     plain: Callable[..., dict[str, Any]] | None = None
     repeatable: bool = True
+    needs: frozenset[str] = frozenset()
+    replaces: frozenset[str] = frozenset()
     implied: Callable[..., MethodConfig | None] | None = None
     start_training: Callable[..., None] | None = None
     training_callback: Callable[..., Any] | None = None
@@ -133,3 +137,22 @@ class Method:
     loss_terms: Callable[..., dict[str, Tensor]] | None = None
     measures: Callable[..., dict[str, tuple[Tensor, Tensor]]] | None = None
     parameter_groups: Callable[..., list[dict[str, Any]]] | None = None
+
+
+def check_order(earlier: Sequence[Method], method: Method) -> None:
+    """Refuse a method that cannot follow those that a model went through.
+
+    Args:
+        earlier: The methods of the model's steps, in order.
+        method: The next one.
+
+    Raises:
+        ValueError: If it may not be repeated, or needs a part of the model that was replaced.
+    """
+    for before in earlier:
+        if before is method and not method.repeatable:
+            raise ValueError(f"Steps must not repeat {method.name}: a model goes through it once.")
+        for part in sorted(method.needs & before.replaces):
+            raise ValueError(
+                f"{method.name} cannot follow {before.name}: it needs {part}, which {before.name} has replaced."
+            )

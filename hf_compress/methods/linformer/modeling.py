@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block, architecture_of, blocks_of
-from hf_compress.core.attention import CORE, attach_core_, defer_, use_cores_
+from hf_compress.core.attention import attach_core_, defer_, use_cores_
 from hf_compress.core.positions import extend_positions_, position_offset
 from hf_compress.methods.linformer.config import LinformerConfig
 from hf_compress.methods.linformer.projection import LinformerCore, TimeProjection
@@ -31,7 +31,7 @@ def check(model: PreTrainedModel, config: LinformerConfig) -> None:
     """Refuse models that linear attention cannot serve.
 
     Raises:
-        ValueError: Unsupported architecture, causal attention, or attention that was replaced already.
+        ValueError: Unsupported architecture, or causal attention.
     """
     architecture_of(model)
     for block in blocks_of(model):
@@ -40,10 +40,6 @@ def check(model: PreTrainedModel, config: LinformerConfig) -> None:
                 f"model must be a bidirectional encoder, got causal attention in layer {block.index} of "
                 f"{model.config.model_type}: slots would mix in later tokens."
             )
-        if getattr(block.layer, "is_specialised", False):
-            raise ValueError(f"model must have ordinary layers, got one with another forward in layer {block.index}.")
-        if hasattr(block.attention, CORE):
-            raise ValueError(f"model must have ordinary attention, got a replaced one in layer {block.index}.")
 
 
 def compress(

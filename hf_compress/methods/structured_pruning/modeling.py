@@ -15,7 +15,6 @@ from hf_compress.core.architectures import Block, blocks_of
 from hf_compress.core.batches import live_tokens
 from hf_compress.core.calibration import collect_inputs, require_data
 from hf_compress.core.moments import SecondMoments
-from hf_compress.core.record import record_of
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
 from hf_compress.methods.structured_pruning.allocation import Sublayer, allocate, check_budget
 from hf_compress.methods.structured_pruning.config import StructuredPruningConfig
@@ -59,11 +58,6 @@ def check(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
         ValueError: Unsupported architecture, a budget below the minima, or centring without biases to fold into.
     """
     blocks = blocks_of(model)
-    if config.correction and any(step["method"] == "weight_pruning" for step in record_of(model.config)["steps"]):
-        logger.warning(
-            "The correction of structured pruning fills zeros of the output projections again: prune weights "
-            "afterwards, or set correction=False."
-        )
     for block in blocks:
         if config.min_heads > block.num_units or config.min_neurons > block.num_neurons:
             raise ValueError(
@@ -95,6 +89,7 @@ def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data
             model is unchanged then.
     """
     blocks = blocks_of(model)
+    _warn_of_filled_zeros(config, blocks)
     if config.mac_ratio == 1:
         return _completed(config, blocks, config.seq_len, 0.0)
     passes = 2 if config.order == "sequential" or config.route == "sketch" or config.selection == "fisher" else 1
@@ -165,6 +160,23 @@ def plain(model: PreTrainedModel, config: StructuredPruningConfig) -> dict[str, 
         ValueError: Names the layer that stock transformers cannot build.
     """
     return plain_sizes(model)
+
+
+def _warn_of_filled_zeros(config: StructuredPruningConfig, blocks: list[Block]) -> None:
+    projections = [linear for block in blocks for linear in (block.attention_out, block.ffn_out)]
+    if (
+        config.correction
+        and config.mac_ratio < 1
+        and any(
+            # A pretrained weight may be zero by chance.
+            float((linear.weight == 0).float().mean()) > 0.01
+            for linear in projections
+        )
+    ):
+        logger.warning(
+            "The correction of structured pruning fills zeros of the output projections again: prune weights "
+            "afterwards, or set correction=False."
+        )
 
 
 def _require_rows(

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import architecture_of, blocks_of
-from hf_compress.core.attention import CORE, use_cores_
+from hf_compress.core.attention import use_cores_
 from hf_compress.core.layers import share_state_, specialise_
 from hf_compress.methods.token_pruning.config import TokenPruningConfig
 from hf_compress.methods.token_pruning.importance import keep_rate_ramp, threshold_ramp
@@ -28,16 +28,14 @@ def check(model: PreTrainedModel, config: TokenPruningConfig) -> None:
     """Refuse models whose layers cannot drop tokens.
 
     Raises:
-        ValueError: Unsupported architecture, a decoder, or attention that was replaced.
+        ValueError: Unsupported architecture, or a decoder.
     """
     architecture_of(model)
     if model.config.model_type not in FINISH or getattr(model.config, "is_decoder", False):
         raise ValueError(
             f"model must be an encoder of type {', '.join(FINISH)} to drop tokens, got {model.config.model_type}."
         )
-    for block in blocks_of(model):
-        if hasattr(block.attention, CORE):
-            raise ValueError(f"model must have softmax attention, got a replaced one in layer {block.index}.")
+    blocks_of(model)
 
 
 def compress(

@@ -163,4 +163,5 @@ def reconstruct_(model: PreTrainedModel, layers: Sequence[tuple[WeightPruningCon
             config, layer, count = entries[name]
             weight, reduction = layer.matrix(layer.weight.detach()), config.criterion_reduce_type
             pruned = prune_and_reconstruct(weight, factor, config.parsed_pattern, count, reduction)
-            layer.weight.data.copy_(layer.like_weight(pruned))
+            # Not in place: until all is done, the old values are what a failure goes back to.
+            layer.weight.data = layer.like_weight(pruned)

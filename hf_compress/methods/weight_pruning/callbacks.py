@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_compress.core.own_config import own_config_
 from hf_compress.core.record import append_step, record_of
 from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA
@@ -359,12 +360,12 @@ class WeightPruningCallback(TrainerCallback):
 
     def _record(self, model: nn.Module) -> None:
         """Write the step into the model's config as soon as the target is reached, so that checkpoints carry it."""
-        config = getattr(model, "config", None)
-        if config is None:
+        if getattr(model, "config", None) is None:
             return
+        own_config_(model)
         achieved = sparsity_of([run.selected for run in self._runs])
         completed = dataclasses.replace(self.config, achieved_sparsity=achieved)
-        step, last = {"method": NAME, **completed.to_record()}, record_of(config)["steps"][-1:]
+        step, last = {"method": NAME, **completed.to_record()}, record_of(model.config)["steps"][-1:]
         # A model that was opened from one of those checkpoints carries it already.
         known = [{**entry, "achieved_sparsity": achieved} for entry in last] == [step]
-        append_step(config, NAME, completed, instead_of_last=known)
+        append_step(model.config, NAME, completed, instead_of_last=known)

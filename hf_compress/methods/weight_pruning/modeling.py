@@ -212,7 +212,8 @@ def compress(
         chosen = prune_layers(group.config, scored, kept, nothing, group.config.target_sparsity)
         masks.update(zip(scored, chosen, strict=True))
     for layer, mask in masks.items():
-        layer.weight.data.masked_fill_(mask, 0)
+        # Not in place: until all is done, the old values are what a failure goes back to.
+        layer.weight.data = layer.weight.data.masked_fill(mask, 0)
     if swept:
         single = [Group(group.config, [layer]) for group in swept for layer in group.layers]
         counts = [expected_units(alone.config, [alone.num_units]) for alone in single]

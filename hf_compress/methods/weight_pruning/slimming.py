@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from hf_compress.core.architectures import Block, blocks_of
 from hf_compress.core.attention import CORE
 from hf_compress.core.layers import carries_state
+from hf_compress.core.own_config import own_config_
 from hf_compress.core.record import append_step, record_of
+from hf_compress.core.rollback import restored_on_failure
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
 from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
 
@@ -189,14 +191,8 @@ def slim(model: PreTrainedModel, round_to: int = 1) -> PreTrainedModel:
     steps = record_of(model.config)["steps"]
     # Where tokens are dropped by the attention they get from all heads, a dead head still has a say.
     plans = [plan(block, not carries_state(model), round_to) for block in blocks]
-    removed_heads = removed_neurons = 0
-    for block, (heads, neurons) in zip(blocks, plans, strict=True):
-        removed_heads += block.num_units - len(heads.keep)
-        removed_neurons += block.num_neurons - len(neurons.keep)
-        if len(heads.keep) < block.num_units:
-            keep_heads_(block, heads.keep, bias=heads.bias)
-        if len(neurons.keep) < block.num_neurons:
-            keep_neurons_(block, torch.tensor(neurons.keep), bias=neurons.bias)
+    removed_heads = sum(block.num_units - len(heads.keep) for block, (heads, _) in zip(blocks, plans, strict=True))
+    removed_neurons = sum(block.num_neurons - len(cut.keep) for block, (_, cut) in zip(blocks, plans, strict=True))
     if not removed_heads and not removed_neurons:
         logger.warning(
             "Nothing to remove: no whole head and no feed-forward neuron is zero in any of %d layers. Prune with "
@@ -205,13 +201,20 @@ def slim(model: PreTrainedModel, round_to: int = 1) -> PreTrainedModel:
         )
         return model
     sizes = {
-        "heads_per_layer": [block.num_units for block in blocks],
-        "neurons_per_layer": [block.num_neurons for block in blocks],
+        "heads_per_layer": [len(heads.keep) for heads, _ in plans],
+        "neurons_per_layer": [len(neurons.keep) for _, neurons in plans],
     }
     goes_on = bool(steps) and steps[-1]["method"] == NAME
     values = {name: value for name, value in steps[-1].items() if name != "method"} if goes_on else _NOTHING
     completed = dataclasses.replace(WeightPruningConfig(**values), **sizes)
-    append_step(model.config, NAME, completed, instead_of_last=goes_on)
+    with restored_on_failure(model):
+        for block, (heads, neurons) in zip(blocks, plans, strict=True):
+            if len(heads.keep) < block.num_units:
+                keep_heads_(block, heads.keep, bias=heads.bias)
+            if len(neurons.keep) < block.num_neurons:
+                keep_neurons_(block, torch.tensor(neurons.keep), bias=neurons.bias)
+        own_config_(model)
+        append_step(model.config, NAME, completed, instead_of_last=goes_on)
     logger.info("Removed %d heads and %d neurons; left: %s.", removed_heads, removed_neurons, sizes)
     return model
 

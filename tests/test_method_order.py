@@ -1,0 +1,99 @@
+"""Which methods may follow which: in one call and in two, on every architecture, and in records from files."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+import hf_compress as hc
+from tests.conftest import ARCHITECTURES
+from tests.contract.conftest import METHOD_CONFIGS
+
+
+PAIRS = list(itertools.product(METHOD_CONFIGS, repeat=2))
+# Why a pair is impossible on every architecture that knows both methods.
+IMPOSSIBLE = {
+    ("linformer", "linformer"): "Steps must not repeat linformer",
+    ("token_pruning", "token_pruning"): "Steps must not repeat token_pruning",
+    ("linformer", "token_pruning"): "token_pruning cannot follow linformer: it needs softmax attention",
+    ("token_pruning", "linformer"): "linformer cannot follow token_pruning: it needs ordinary layers",
+}
+
+
+def outcome(model, calls, data):
+    """The compressed model and None, or None and the message of the refusal that left it as it was."""
+    parameters = dict(model.named_parameters())
+    values = {name: value.clone() for name, value in parameters.items()}
+    config = model.config.to_dict()
+    done = 0
+    for configs in calls:
+        try:
+            hc.compress(model, *configs, data=data)
+            done += 1
+        except ValueError as error:
+            if not done:
+                assert dict(model.named_parameters()).keys() == parameters.keys()
+                assert all(value is parameters[name] for name, value in model.named_parameters())
+                assert all(torch.equal(value, values[name]) for name, value in model.named_parameters())
+                assert model.config.to_dict() == config
+            return None, str(error)
+    return model, None
+
+
+@pytest.mark.parametrize(
+    "architecture", [name if name == "bert" else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
+def test_every_pair(model, batches, architecture, tmp_path):
+    refused = []
+    for first, second in PAIRS:
+        together, apart = model(architecture), model(architecture)
+        data = batches(together.config, count=3)
+        steps = [METHOD_CONFIGS[first](), METHOD_CONFIGS[second]()]
+        one, message = outcome(together, [steps], data)
+        two, other = outcome(apart, [[step] for step in steps], data)
+        assert message == other
+        if message is not None:
+            assert "\n" not in message
+            refused.append((first, second))
+            continue
+        assert [step["method"] for step in hc.steps_of(one)] == [first, second]
+        assert hc.steps_of(one) == hc.steps_of(two)
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+        one.save_pretrained(tmp_path / f"{first}-{second}")
+        again = AutoModel.from_pretrained(tmp_path / f"{first}-{second}")
+        assert hc.steps_of(again) == hc.steps_of(one)
+        with torch.no_grad():
+            torch.testing.assert_close(again(**data[0])[0], one.eval()(**data[0])[0], rtol=0, atol=1e-5)
+    unknown = {"llama": {"linformer", "token_pruning"}, "opt": {"linformer", "token_pruning"},
+               "modernbert": {"token_pruning"}}.get(architecture, set())  # fmt: skip
+    assert set(refused) == {pair for pair in PAIRS if pair in IMPOSSIBLE or unknown & set(pair)}
+
+
+@pytest.mark.parametrize("pair", list(IMPOSSIBLE))
+def test_impossible_pairs_say_why(model, pair):
+    first, second = (METHOD_CONFIGS[name]() for name in pair)
+    with pytest.raises(ValueError, match=IMPOSSIBLE[pair]):
+        hc.compress(model("bert"), first, second)
+
+
+@pytest.mark.parametrize("pair", list(IMPOSSIBLE))
+def test_impossible_records_do_not_open(model, pair, tmp_path):
+    dense = hc.compress(model("bert"), METHOD_CONFIGS[pair[0]]())
+    dense.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    other = hc.compress(model("bert"), METHOD_CONFIGS[pair[1]]())
+    config.update({name: getattr(other.config, name) for name in hc.METHODS[pair[1]].config_class.flat})
+    config["quantization_config"]["steps"] += other.config.quantization_config.to_dict()["steps"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for opening in (AutoModel.from_pretrained, lambda folder: hc.steps_of(AutoConfig.from_pretrained(folder))):
+        with pytest.raises(ValueError, match=f"Step 1 .{pair[1]}. is broken: {IMPOSSIBLE[pair]}"):
+            opening(tmp_path)
+
+
+def test_a_field_written_by_hand_cannot_follow_linear_attention(model, tmp_path):
+    linear = hc.compress(model("bert", "sequence_classification"), hc.LinformerConfig(projected_length=4))
+    linear.config.prune_mode = "absolute_threshold"
+    with pytest.raises(ValueError, match="token_pruning cannot follow linformer"):
+        hc.CompressionTrainer(model=linear)
