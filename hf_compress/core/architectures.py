@@ -213,9 +213,19 @@ class Block:
         return in_projections + scores_and_mix + seq_len * self.unit_size * self.hidden_size
 
     def attention_macs(self, seq_len: float) -> float:
-        """Multiply-accumulates between the projections: `2 s^2` a column of the context, unless it was replaced."""
+        """Multiply-accumulates between the projections, unless attention was replaced.
+
+        Two for each pair of tokens that see each other and each column of the context: `2 s^2` a column, or in a
+        window that reaches `r` tokens to both sides `2 (s (2 r + 1) - r (r + 1))`, with `r` at most `s - 1`. Masked
+        pairs are not counted there, although kernels without windows compute them; causal attention counts all pairs.
+        """
         width, core = self.attention_out.in_features, getattr(self.attention, CORE, None)
-        return 2 * seq_len**2 * width if core is None else core.macs(seq_len, width, self.hidden_size)
+        if core is not None:
+            return core.macs(seq_len, width, self.hidden_size)
+        # transformers stores the first distance that is out of reach.
+        window = getattr(self.attention, "sliding_window", None)
+        reach = seq_len - 1 if window is None else min(window - 1, seq_len - 1)
+        return 2 * (seq_len * (2 * reach + 1) - reach * (reach + 1)) * width
 
     def macs_per_neuron(self, seq_len: float) -> float:
         """Multiply-accumulates of one feed-forward neuron: `2 s D`, or `3 s D` in a gated block."""

@@ -1,4 +1,4 @@
-"""Longer inputs than a model was pretrained for."""
+"""How many tokens a model has positions for, and inputs that are longer than it was pretrained for."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
+# Where models keep their table: BERT and its relatives, OPT, GPT-2.
+_TABLES = ("embeddings.position_embeddings", "decoder.embed_positions", "wpe")
+
+
 def _position_embeddings(model: PreTrainedModel) -> nn.Embedding | None:
     """The learned table of absolute positions; models with rotary positions have none."""
-    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    # Vision models keep a plain parameter under this name, of patches.
-    return table if isinstance(table, nn.Embedding) else None
+    for path in _TABLES if not getattr(model.config, "is_encoder_decoder", False) else ():
+        table = model.base_model
+        for name in path.split("."):
+            table = getattr(table, name, None)
+        # Vision models keep a plain parameter under the first name, of patches.
+        if isinstance(table, nn.Embedding):
+            return table
+    return None
 
 
 def position_offset(model: PreTrainedModel) -> int:
-    """Rows of the position table that no token uses: RoBERTa starts counting behind its padding row.
+    """Rows of the position table that no token uses: RoBERTa starts counting behind its padding row, OPT at 2.
 
     Example:
         >>> from transformers import RobertaConfig, RobertaModel
@@ -23,7 +32,9 @@ def position_offset(model: PreTrainedModel) -> int:
         2
     """
     table = _position_embeddings(model)
-    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+    if table is None or table.padding_idx is None:
+        return getattr(table, "offset", 0)
+    return table.padding_idx + 1
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:
@@ -49,15 +60,17 @@ def extend_positions_(model: PreTrainedModel, rows: int) -> None:
         Longformer (arXiv 2004.05150), section 5: copies keep the local structure that pretraining learned.
     """
     table, offset = _position_embeddings(model), position_offset(model)
-    model.config.max_position_embeddings = rows
     if table is None:
+        model.config.max_position_embeddings = rows
         return
+    # Some count the unused rows in, others do not.
+    model.config.max_position_embeddings += rows - table.num_embeddings
     period = table.num_embeddings - offset
     index = torch.arange(rows, device=table.weight.device)
     index = torch.where(index < offset, index, offset + (index - offset) % period)
     table.weight = nn.Parameter(table.weight.detach()[index].clone(), requires_grad=table.weight.requires_grad)
     table.num_embeddings = rows
-    embeddings = model.base_model.embeddings
+    embeddings = getattr(model.base_model, "embeddings", None)
     for name, value in (
         ("position_ids", torch.arange(rows)),
         ("token_type_ids", torch.zeros(rows, dtype=torch.int64)),

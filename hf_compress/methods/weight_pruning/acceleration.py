@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.core.batches import accepted_arguments
-from hf_compress.methods.weight_pruning.kernels import Format, Pack, PackedLinear, format_for, set_pack_, unpack_
+from hf_compress.methods.weight_pruning.kernels import (
+    Format,
+    Original,
+    Pack,
+    PackedLinear,
+    format_for,
+    set_pack_,
+    unpack_,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -120,7 +128,7 @@ def _eligible(layers: Mapping[str, nn.Linear], form: Format) -> tuple[dict[str, 
         reason = "its weight was made in inference mode" if weight.is_inference() else form.obstacle(weight)
         if reason is None:
             try:
-                packs[name] = Pack(form, form.pack(weight), weight, weight._version, form.max_rows or math.inf)
+                packs[name] = Pack(form, form.pack(weight), Original(weight), form.max_rows or math.inf)
             except RuntimeError as error:
                 reason = f"torch refuses it: {(str(error).splitlines() or [type(error).__name__])[0]}"
         if reason is not None:
@@ -141,7 +149,9 @@ def accelerate_for_inference(
     dense. The model is put in evaluation mode; sparse kernels run without gradients only (`torch.no_grad()` or
     `torch.inference_mode()`), on inputs up to the batch's number of tokens or 128 on the CPU. Weights stay as they
     are, so `save_pretrained` writes the ordinary model; call this again after loading, moving, casting or changing
-    them, and last: surgery wants plain linear layers. Calling it again decides anew.
+    them, and last: surgery wants plain linear layers. Calling it again decides anew. A layer whose weight was moved,
+    cast or changed runs dense; only single values written through `.data` or NumPy (on a GPU: anything written so)
+    go unnoticed.
 
     Args:
         model: Where it will run, in the dtype it will run in: float16 or bfloat16 on CUDA, float32 on the CPU.

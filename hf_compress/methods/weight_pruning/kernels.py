@@ -114,25 +114,54 @@ def format_for(device: torch.device) -> Format:
     raise ValueError(f"model must be on the CPU or on an NVIDIA GPU to be accelerated, got {device.type}.")
 
 
+class Original:
+    """Notices that the weight a packed one was made of has changed.
+
+    torch counts ordinary changes in place. It does not count those through `.data` or NumPy; reading the whole weight
+    at every call would cost what packing gains, so on the CPU the largest value of every row and of every column is
+    looked at. What changes a few other values in this way goes unnoticed.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self.weight, self.version, self.address, self.dtype = weight, weight._version, weight.data_ptr(), weight.dtype
+        self.places: tuple[Tensor, Tensor] | None = None
+        # A GPU would have to be waited for.
+        if weight.device.type == "cpu":
+            sizes, (rows, columns) = weight.detach().abs(), weight.shape
+            self.places = (
+                torch.cat([torch.arange(rows), sizes.argmax(0)]),
+                torch.cat([sizes.argmax(1), torch.arange(columns)]),
+            )
+            self.values = weight.detach()[self.places]
+
+    def is_still(self, weight: nn.Parameter) -> bool:
+        """Whether a layer's weight is this one, with the values it had."""
+        return (
+            weight is self.weight
+            and weight._version == self.version
+            and weight.dtype == self.dtype
+            and weight.data_ptr() == self.address
+            and (self.places is None or torch.equal(weight.detach()[self.places], self.values))
+        )
+
+
 @dataclass
 class Pack:
     """A packed weight, and what it was made of."""
 
     form: Format
     matrix: Tensor
-    weight: nn.Parameter
-    version: int
+    original: Original
     max_rows: float
 
     def fits(self, layer: nn.Linear, inputs: Tensor) -> bool:
         weight = layer.weight
-        unchanged = weight is self.weight and weight._version == self.version and weight.dtype == self.matrix.dtype
         return (
-            unchanged
-            and inputs.device == self.matrix.device == weight.device
+            inputs.device == self.matrix.device == weight.device
             and inputs.dtype == weight.dtype
             and inputs.numel() <= self.max_rows * layer.in_features
             and not torch.is_autocast_enabled(inputs.device.type)
+            and self.original.is_still(weight)
         )
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -150,6 +179,11 @@ class PackedLinear(nn.Linear):
         if pack is None or self.training or torch.is_grad_enabled() or not pack.fits(self, inputs):
             return super().forward(inputs)
         return pack.form.linear(inputs, pack.matrix, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        # Casting there and back leaves the same parameter with other values.
+        self.pack = None
+        return super()._apply(fn, recurse)
 
 
 def set_pack_(layer: nn.Linear, pack: Pack | None) -> None:
