@@ -208,8 +208,7 @@ def test_an_interrupted_command_goes_on(inside, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(DistillationTrainer, "training_step", dying)
-            with pytest.raises(KeyboardInterrupt):
-                main(broken)
+            assert main(broken) == 130
         assert not Path(f"out{stop}/model.safetensors").exists()
         assert Path(f"out{stop}/checkpoint-{stop}").is_dir()
         assert main([*broken, "--resume_from_checkpoint", "true"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_compress.cli.parsing import Parsed, parse
-from hf_compress.cli.table import COMMANDS
+from hf_compress.cli.table import COMMANDS, LINEAR_START
 from hf_compress.stages import demo as demo_stage
 from hf_compress.stages import evaluate as evaluate_stage
 from hf_compress.stages import finetune as finetune_stage
@@ -105,6 +106,11 @@ def _print_slimmed(slimmed: Mapping[str, Any] | None) -> None:
 
 def linearize(parsed: Parsed) -> None:
     model, config, output, data = parsed.values
+    if config.initialization == "normal":
+        # The other parts of the best start belong to `pooling`.
+        fields = (field for field in dataclasses.fields(config) if field.name in LINEAR_START)
+        published = {field.name: field.default for field in fields if field.name not in parsed.given}
+        config = dataclasses.replace(config, **published)
     results = linearize_stage.linearize(model, data, output, config)
     print(f"parameters {results['params']['before']:,d} -> {results['params']['after']:,d}")
     for length, ratio in results["mac_ratio_by_length"].items():

@@ -33,6 +33,7 @@ def command_help(name: str) -> str:
         f"usage: hf-compress {name} [--config FILE.yaml] [--flag VALUE ...]",
         "",
         f"{command.summary[0].upper()}{command.summary[1:]}.",
+        *textwrap.wrap(command.note, _WIDTH),
         "",
         "General",
         *_entry("--config FILE.yaml", "YAML file of 'name: value' lines for the flags below; flags win over it."),

@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from hf_compress.core.positions import most_tokens
+from hf_compress.core.saving import require_own_folder
 from hf_compress.stages.models import (
     ModelArguments,
     check_vocabulary,
@@ -55,6 +56,11 @@ class TeacherArguments:
     def __post_init__(self) -> None:
         if not self.teacher_name_or_path:
             raise ValueError("teacher_name_or_path must name the model that teaches, got nothing.")
+
+
+def model_folders(model_args: ModelArguments, teacher: str | None = None) -> dict[str, str | None]:
+    """Argument to folder or hub name, of the models that a stage reads and must not overwrite."""
+    return {"model_name_or_path": model_args.model_name_or_path, "teacher_name_or_path": teacher}
 
 
 def _evaluate_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -143,6 +149,7 @@ def finetune(model_args: ModelArguments, data: DataArguments, args: TrainingArgu
     Raises:
         ValueError: If model, tokenizer or data do not fit together, or the loss is not finite.
     """
+    require_own_folder(args.output_dir, model_folders(model_args))
     task, tokenizer, model, rows = prepare(model_args, data, args.seed)
     trainer = CompressionTrainer(**trainer_arguments(model, tokenizer, args, rows))
     return run(trainer, model, tokenizer, args)
@@ -165,6 +172,7 @@ def distill(
     Raises:
         ValueError: If student, teacher and data do not fit together, or the loss is not finite.
     """
+    require_own_folder(args.output_dir, model_folders(model_args, teacher_args.teacher_name_or_path))
     task, tokenizer, student, rows = prepare(model_args, data, args.seed)
     common = trainer_arguments(student, tokenizer, args, rows)
     teacher = None

@@ -13,8 +13,16 @@ from transformers import PreTrainedModel
 from hf_compress.api import compress, steps_of
 from hf_compress.core.cost import count_cost
 from hf_compress.core.positions import most_tokens
+from hf_compress.core.saving import require_own_folder
 from hf_compress.methods.linformer import LinformerConfig
-from hf_compress.stages.finetune import TeacherArguments, add_teacher_columns, prepare, run, trainer_arguments
+from hf_compress.stages.finetune import (
+    TeacherArguments,
+    add_teacher_columns,
+    model_folders,
+    prepare,
+    run,
+    trainer_arguments,
+)
 from hf_compress.stages.models import (
     ModelArguments,
     has_head,
@@ -69,6 +77,7 @@ def linearize(
             if entry.name in _UNUSED and getattr(given, entry.name) != entry.default:
                 hint = "; max_tokens says how long inputs may be" if entry.name == "max_length" else ""
                 raise ValueError(f"{entry.name} must be left out, got {getattr(given, entry.name)}: {why}{hint}.")
+    require_own_folder(output.output_dir, model_folders(model_args))
     named = data.task_name or data.data_dir or data.train_file
     torch.manual_seed(config.seed)
     tokenizer, model = open_pair(model_args, load_task(data) if named else None)
@@ -110,6 +119,9 @@ def joint_distill(
     Raises:
         ValueError: If student, teacher and data do not fit together, or a loss is not finite.
     """
+    folders = model_folders(model_args, teacher_args.teacher_name_or_path)
+    for written in (args.output_dir, f"{args.output_dir}/teacher"):
+        require_own_folder(written, folders)
     task, tokenizer, student, rows = prepare(model_args, data, args.seed)
     common = trainer_arguments(student, tokenizer, args, rows)
     teacher = None
@@ -155,6 +167,8 @@ def snapshot_distill(
     Raises:
         ValueError: If student, teachers and data do not fit together, or the loss is not finite.
     """
+    snapshots = {f"teacher_snapshots ({folder})": folder for folder in args.teacher_snapshots}
+    require_own_folder(args.output_dir, {**model_folders(model_args), **snapshots})
     task, tokenizer, student, rows = prepare(model_args, data, args.seed)
     common = trainer_arguments(student, tokenizer, args, rows)
     if args.uses_teacher:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_compress.api import compress, steps_of
 from hf_compress.core.cost import count_cost
+from hf_compress.core.saving import require_own_folder
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
 from hf_compress.stages.models import ModelArguments, open_pair, save_stage
 from hf_compress.tasks.inputs import calibration_batches, tokenize
@@ -40,6 +41,7 @@ def prune_structure(
     Raises:
         ValueError: If the budget cannot be met or model and data do not fit together.
     """
+    require_own_folder(calibration.output_dir, {"model_name_or_path": model_args.model_name_or_path})
     task = load_task(data)
     tokenizer, model = open_pair(model_args, task)
     rows = tokenize(task.split("train"), task, tokenizer, data.max_length)

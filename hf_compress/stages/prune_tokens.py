@@ -9,9 +9,10 @@ from typing import Any
 from transformers import PretrainedConfig, TrainingArguments
 
 from hf_compress.api import compress, steps_of
+from hf_compress.core.saving import require_own_folder
 from hf_compress.methods.token_pruning import TokenPruningConfig
 from hf_compress.methods.token_pruning.callbacks import StageSwitchCallback, ThresholdAnnealingCallback
-from hf_compress.stages.finetune import add_teacher_columns, prepare, run, trainer_arguments
+from hf_compress.stages.finetune import add_teacher_columns, model_folders, prepare, run, trainer_arguments
 from hf_compress.stages.models import ModelArguments, open_classifier
 from hf_compress.tasks.sources import DataArguments
 from hf_compress.training.arguments import DistillationArguments
@@ -137,6 +138,7 @@ def prune_tokens(
     Raises:
         ValueError: If the model cannot drop tokens or does not fit the data.
     """
+    require_own_folder(args.output_dir, model_folders(model_args, pruning.teacher_name_or_path))
     task, tokenizer, model, rows = prepare(model_args, data, args.seed)
     config = pruning.config()
     if "token_pruning" in [step["method"] for step in steps_of(model)]:

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from hf_compress.api import compress, steps_of
 from hf_compress.core.architectures import blocks_of
 from hf_compress.core.cost import count_cost
-from hf_compress.core.saving import write_json
+from hf_compress.core.saving import require_own_folder, write_json
 from hf_compress.methods.weight_pruning import WeightPruningCallback, WeightPruningConfig, slim
 from hf_compress.methods.weight_pruning.groups import element_sparsity, sparsity_by_layer
-from hf_compress.stages.finetune import add_teacher_columns, prepare, run, trainer_arguments
+from hf_compress.stages.finetune import add_teacher_columns, model_folders, prepare, run, trainer_arguments
 from hf_compress.stages.models import ModelArguments, open_classifier, save_stage
 from hf_compress.tasks.inputs import calibration_batches
 from hf_compress.tasks.sources import DataArguments
@@ -88,6 +88,7 @@ def prune_weights(
             f"teacher_name_or_path must be given with alpha_task={args.alpha_task:g} and "
             f"alpha_layer={args.alpha_layer:g}: without a teacher, only the labels teach."
         )
+    require_own_folder(args.output_dir, model_folders(model_args, pruning.teacher_name_or_path))
     task, tokenizer, model, rows = prepare(model_args, data, args.seed)
     if pruning.slim:
         # Hours of training later would be late to learn that a model cannot be cut.
