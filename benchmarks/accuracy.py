@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from header import commit
+from header import commit, machine
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.core.saving import write_json
@@ -72,8 +69,7 @@ def open_results(args: argparse.Namespace, rows: dict[str, Any], **more: Any) ->
     kept = {k: v for k, v in vars(args).items() if k not in ("out", "plot", "work_dir", "model", "data_dir")}
     return Results(args.out, {
         "arguments": kept, "model": Path(args.model).name, "data": Path(args.data_dir).name, **more,
-        "rows": {name: len(split) for name, split in rows.items()}, "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "machine": platform.machine(),
+        "rows": {name: len(split) for name, split in rows.items()}, "environment": machine(),
     })  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import threading
 import time
@@ -22,6 +21,7 @@ import numpy as np
 import scipy
 import scipy.linalg
 import torch
+from header import machine
 
 from hf_compress.core.saving import write_json
 from hf_compress.methods.structured_pruning.decomposition import interpolative_decomposition
@@ -141,9 +141,7 @@ def main() -> None:
     result = {"large": large(args)} if args.large_rows else {}
     result["small"] = against_scipy(args)
     result["environment"] = {
-        "machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "load_average_before": load, "load_average_after": os.getloadavg()[0], "torch": torch.__version__,
-        "numpy": np.__version__, "scipy": scipy.__version__,
+        **machine(load), "numpy": np.__version__, "scipy": scipy.__version__,
     }  # fmt: skip
     small = result["small"]
     print(f"{args.rows} x {args.width}, keep {args.keep}: identical pivots")

@@ -10,6 +10,8 @@ import statistics
 import subprocess
 import sys
 
+from header import machine
+
 from hf_compress.core.saving import write_json
 
 
@@ -36,7 +38,7 @@ def main() -> None:
     for name, value in medians.items():
         print(f"{name:34s} {value:.3f} s")
     if args.out:
-        write_json(args.out, {"medians": medians, "seconds": seconds})
+        write_json(args.out, {"medians": medians, "seconds": seconds, "environment": machine()})
 
 
 if __name__ == "__main__":

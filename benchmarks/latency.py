@@ -35,7 +35,8 @@ from hf_compress.core.cost import count_cost
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.saving import write_json
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
-from hf_compress.report.table import environment, verdict
+from hf_compress.report.machine import environment
+from hf_compress.report.table import verdict
 from hf_compress.stages.models import check_vocabulary, open_classifier, open_tokenizer
 from hf_compress.tasks.inputs import tokenize
 from hf_compress.tasks.sources import DataArguments, load_task

@@ -17,7 +17,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from header import allocator, arguments_of, commit
+from header import arguments_of, commit, machine
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -118,8 +118,7 @@ def main() -> None:
                 rows.append(row)
                 print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     header = {
-        "arguments": arguments_of(args), "commit": commit(), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "allocator": allocator(),
+        "arguments": arguments_of(args), "commit": commit(), "environment": machine(),
         "memory": timed[0].memory_kind,
     }  # fmt: skip
     if args.out:

@@ -15,7 +15,7 @@ import string
 
 import datasets
 import torch
-from header import arguments_of, commit
+from header import arguments_of, commit, machine
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, default_data_collator, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -135,7 +135,7 @@ def main() -> None:
         trainer.save_model()
         return AutoModelForQuestionAnswering.from_pretrained(f"{args.work_dir}/{folder}")
 
-    result: dict = {"arguments": arguments_of(args), "commit": commit()}
+    result: dict = {"arguments": arguments_of(args), "commit": commit(), "environment": machine()}
 
     def note(name: str, value: float) -> None:
         result[name] = round(value, 2)

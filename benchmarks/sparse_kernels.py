@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from header import arguments_of, commit
+from header import arguments_of, commit, machine
 from torch import Tensor
 
 from hf_compress.core.saving import write_json
@@ -135,11 +135,12 @@ def main() -> None:
         print(f"{name}: {reason}")
     print(f"load average {load:.2f} before, {os.getloadavg()[0]:.2f} after")
     if args.out:
-        environment = {
-            "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__,
-            "load_average_before": load, "load_average_after": os.getloadavg()[0],
-        }  # fmt: skip
-        report = {"arguments": arguments_of(args), "commit": commit(), "results": results, "environment": environment}
+        report = {
+            "arguments": arguments_of(args),
+            "commit": commit(),
+            "results": results,
+            "environment": machine(load),
+        }
         write_json(args.out, report)
 
 

@@ -21,9 +21,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import transformers
 from datasets import Dataset
-from header import arguments_of, commit
+from header import arguments_of, commit, machine
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -225,11 +224,7 @@ def main() -> None:
     report = {
         "arguments": arguments_of(args), "commit": commit(), "results": results,
         "tokens_per_example": sum(lengths) / len(lengths),
-        "environment": {
-            "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "load_average_before": load,
-            "load_average_after": os.getloadavg()[0],
-        },
+        "environment": machine(load),
     }  # fmt: skip
     print(f"load average {load:.2f} before, {os.getloadavg()[0]:.2f} after")
     if args.out:

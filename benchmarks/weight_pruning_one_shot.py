@@ -10,14 +10,11 @@ once and skipped when the command is given again.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import time
 from pathlib import Path
 
-import torch
 from accuracy import Results, scores
-from header import arguments_of
+from header import arguments_of, machine
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
@@ -65,8 +62,7 @@ def main() -> None:
     rows = {name: tokenize(task.split(name), task, tokenizer, args.max_length) for name in task.splits}
     results = Results(args.out, {
         "arguments": arguments_of(args), "data": Path(args.data_dir).name,
-        "rows": {name: len(split) for name, split in rows.items()}, "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "cpus": os.cpu_count(), "machine": platform.machine(),
+        "rows": {name: len(split) for name, split in rows.items()}, "environment": machine(),
     })  # fmt: skip
 
     for seed, folder in enumerate(args.models):

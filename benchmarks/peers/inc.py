@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,8 +20,7 @@ from typing import Any
 
 import numpy
 import torch
-import transformers
-from header import arguments_of, commit
+from header import arguments_of, commit, machine
 from neural_compressor.config import WeightPruningConfig as TheirConfig
 from neural_compressor.training import prepare_compression
 from torch import Tensor
@@ -192,10 +190,8 @@ def main() -> None:
         end()
     config = hc.WeightPruningConfig(**schedule)
     result: dict[str, Any] = {
-        "arguments": arguments_of(args), "commit": measured_at, "torch": torch.__version__,
-        "transformers": transformers.__version__, "numpy": numpy.__version__,
-        "neural_compressor": importlib.metadata.version("neural_compressor"), "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(), "load_average_1min": round(os.getloadavg()[0], 2),
+        "arguments": arguments_of(args), "commit": measured_at, "environment": machine(), "numpy": numpy.__version__,
+        "neural_compressor": importlib.metadata.version("neural_compressor"),
         "dense_step_ms": 1e3 * statistics.median(sides["dense"].step_seconds), "sides": {},
     }  # fmt: skip
     zeros = {name: zeros_of(side.model, config) for name, side in sides.items()}

@@ -16,10 +16,11 @@ from hf_compress.core.cost import count_cost
 from hf_compress.core.layers import carries_state
 from hf_compress.core.saving import write_json
 from hf_compress.report.latency import Latency, measure_latency, unpadded_batches
+from hf_compress.report.machine import environment
 from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency, plot_sparsity
 from hf_compress.report.quality import evaluate_model
 from hf_compress.report.sparsity import has_zeros, matrices_of
-from hf_compress.report.table import Entry, build_report, bytes_on_disk, environment, render_markdown
+from hf_compress.report.table import Entry, build_report, bytes_on_disk, render_markdown
 from hf_compress.tasks.inputs import length_sorted
 from hf_compress.tasks.metrics import main_metric
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from hf_compress.core.cost import Cost
 from hf_compress.report.latency import Latency, Speedup, speedups
+from hf_compress.report.machine import describe, environment
 from hf_compress.report.sparsity import Matrix, element_ratio, grid_of, has_zeros
 
 
@@ -55,30 +52,6 @@ def bytes_on_disk(folder: str | os.PathLike | None) -> int | None:
         return None
     sizes = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
     return sum(sizes) if sizes else None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def environment() -> dict[str, Any]:
-    """Hardware and versions that latencies depend on, with the machine's load at this moment."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def verdict(batch_size: int, speedup: float, mac_ratio: float) -> str:
@@ -270,9 +243,8 @@ def _zeros(models: Sequence[dict[str, Any]]) -> list[str]:
 
 def _measurement(report: dict[str, Any]) -> list[str]:
     place, timed = report["environment"], [t for model in report["models"] for t in model["latency"]]
-    machine = place["accelerator"] or f"{place['processor']}, {place['cores']} cores"
     lines = [
-        f"- {machine}; {place['system']}; load average {place['load_average_1min']} when it began",
+        f"- {describe(place)}",
         f"- Python {place['python']}, torch {place['torch']}, transformers {place['transformers']}",
     ]
     if timed:
