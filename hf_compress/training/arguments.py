@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import glob
 import re
 from dataclasses import dataclass
@@ -55,6 +57,10 @@ class DistillationArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ValueError` when values are out of range or contradict each other."""
         for name in ("alpha_task", "alpha_output", "alpha_layer"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be zero or positive, got {getattr(self, name)}.")
@@ -123,10 +129,11 @@ class JointTeacherArguments(DistillationArguments):
     save_teacher: bool = True
     teacher_dropout: bool = True
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise `ValueError` when values are out of range or contradict each other."""
         if self.teacher_cache_dir:
             raise ValueError("teacher_cache_dir must be unset: a learning teacher's outputs change all the time.")
-        super().__post_init__()
+        super().check()
         if not 0 <= self.teacher_learning_rate < float("inf"):
             raise ValueError(f"teacher_learning_rate must be zero or positive, got {self.teacher_learning_rate}.")
         if self.teacher_update_cycle < 1:
@@ -158,10 +165,11 @@ class SnapshotTeacherArguments(DistillationArguments):
 
     teacher_snapshots: list[str] | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise `ValueError` when values are out of range or contradict each other, or a teacher is not there."""
         if self.teacher_cache_dir:
             raise ValueError("teacher_cache_dir must be unset: it holds the outputs of one teacher only.")
-        super().__post_init__()
+        super().check()
         given = [self.teacher_snapshots] if isinstance(self.teacher_snapshots, str) else self.teacher_snapshots or []
         self.teacher_snapshots = sort_snapshots([found for name in given for found in _expand(name)])
         if not self.teacher_snapshots and self.uses_teacher:
@@ -171,6 +179,38 @@ class SnapshotTeacherArguments(DistillationArguments):
                 raise ValueError(f"teacher_snapshots must be saved models, got {folder!r} without a config.json.")
             if not any(path.suffix in (".safetensors", ".bin") for path in Path(folder).iterdir()):
                 raise ValueError(f"teacher_snapshots must be saved models, got {folder!r} without weights.")
+
+
+def arguments_like(kind: type[DistillationArguments], args: TrainingArguments | None) -> DistillationArguments:
+    """The given arguments with the fields that a trainer needs besides; those it adds have their defaults.
+
+    Args:
+        kind: Which class the trainer needs.
+        args: Its instances are returned as they are; None gives those of an output folder `tmp_trainer`, as in
+            `Trainer`.
+
+    Raises:
+        ValueError: If these are no `TrainingArguments`, or what is added has no sensible default.
+
+    Example:
+        >>> args = arguments_like(DistillationArguments, TrainingArguments("out", learning_rate=1e-4, use_cpu=True))
+        >>> args.learning_rate, args.temperature
+        (0.0001, 2.0)
+    """
+    if args is None:
+        return kind("tmp_trainer")
+    if isinstance(args, kind):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise ValueError(f"args must be {kind.__name__} or TrainingArguments, got {type(args).__name__}.")
+    # Not built again from its fields: those were completed when it was made, and a user may have changed them since.
+    found = copy.copy(args)
+    found.__class__ = kind
+    for entry in dataclasses.fields(kind):
+        if entry.name not in vars(found):
+            setattr(found, entry.name, entry.default)
+    found.check()
+    return found
 
 
 def _expand(name: str) -> list[str]:

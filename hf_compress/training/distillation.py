@@ -18,12 +18,13 @@ from hf_compress.api import apply_implied
 from hf_compress.core.architectures import base_of
 from hf_compress.core.batches import forward_names
 from hf_compress.core.layers import STATE
-from hf_compress.training.arguments import DistillationArguments
+from hf_compress.training.arguments import DistillationArguments, arguments_like
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.collator import TEACHER_PREFIX, split_inputs
-from hf_compress.training.fitting import check_inputs, check_labels
+from hf_compress.training.fitting import check_inputs, check_labels, require_own_weights
 from hf_compress.training.layer_matching import Projectors, match_layers
 from hf_compress.training.losses import layer_distance
+from hf_compress.training.opening import open_teacher, with_decoder_inputs
 from hf_compress.training.output_terms import output_term
 from hf_compress.training.teachers import FixedTeacher, MicroBatch, Signals, Teacher, logits_of
 from hf_compress.training.trainer import CompressionTrainer
@@ -43,13 +44,15 @@ class DistillationTrainer(CompressionTrainer):
         model: The student, e.g. a compressed model.
         teacher_model: The teacher; not needed when `alpha_output` and `alpha_layer` are 0. It may take other
             inputs: arguments that its forward does not name are dropped, and columns `teacher_<name>` go to it
-            alone (see `TeacherStudentCollator`).
-        args: `DistillationArguments`.
+            alone (see `TeacherStudentCollator`). A folder or hub name is opened with the student's kind of head.
+        args: `DistillationArguments`. Plain `TrainingArguments` get the defaults of what they lack: the task loss
+            plus the output divergence at temperature 2.
         kwargs: As for `transformers.Trainer`.
 
     Raises:
         ValueError: If the teacher is missing, has other labels, reads another vocabulary, or does not fit the
-            `layer_map`.
+            `layer_map`, shares weights with the student, or cannot be opened; if `alpha_layer` is to compare an
+            encoder-decoder.
 
     Example:
         >>> trainer = DistillationTrainer(model=student, teacher_model=teacher, args=DistillationArguments("out"),
@@ -57,16 +60,16 @@ class DistillationTrainer(CompressionTrainer):
     """
 
     args: DistillationArguments
+    arguments_class: type[DistillationArguments] = DistillationArguments
 
     def __init__(
         self,
         model: PreTrainedModel | None = None,
-        teacher_model: PreTrainedModel | None = None,
+        teacher_model: PreTrainedModel | str | os.PathLike | None = None,
         args: DistillationArguments | None = None,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            args = DistillationArguments("tmp_trainer")
+        args = arguments_like(self.arguments_class, args)
         if args.uses_teacher and teacher_model is None:
             raise ValueError("teacher_model must be given when alpha_output or alpha_layer is above 0, got None.")
         super().__init__(model=model, args=args, **kwargs)
@@ -74,6 +77,8 @@ class DistillationTrainer(CompressionTrainer):
         self.layer_pairs: list[tuple[int, int]] = []
         self._teacher: Teacher | None = None
         self._window = (0, 1)
+        if isinstance(teacher_model, str | os.PathLike) and args.uses_teacher:
+            teacher_model = open_teacher(teacher_model, self._core())
         self._origin = teacher_model
         self._new_student = False
         if args.uses_teacher:
@@ -87,6 +92,7 @@ class DistillationTrainer(CompressionTrainer):
         if self._new_student and self.optimizer is None:
             # A student for every trial, with arguments of its own: what was made from them is made again.
             self.projectors, self.layer_pairs, self._teacher, self._new_student = None, [], None, False
+            self.args.check()
             if self.args.uses_teacher:
                 self._set_teacher(self._untouched_teacher())
         return super().create_optimizer(model)
@@ -103,11 +109,18 @@ class DistillationTrainer(CompressionTrainer):
                 "teacher_model must be another object than model, got the same (compress changes a model in place: "
                 "open the teacher a second time, or copy.deepcopy it first)."
             )
+        require_own_weights(base_of(self.model), teacher)
         apply_implied(teacher)
         student_config, teacher_config = self.model.config, teacher.config
         if self.args.alpha_output:
             check_labels(student_config, teacher_config)
         if self.args.alpha_layer:
+            for config in (student_config, teacher_config):
+                if getattr(config, "is_encoder_decoder", False):
+                    raise ValueError(
+                        "alpha_layer compares the layers of an encoder or of a decoder, "
+                        f"but {config.model_type} has both. Set alpha_layer=0 and distil the outputs."
+                    )
             self.layer_pairs = self._matched_states(student_config, teacher_config)
             self._make_projectors(student_config.hidden_size, teacher_config.hidden_size)
         states = tuple(dict.fromkeys(teacher_state for _, teacher_state in self.layer_pairs))
@@ -210,7 +223,8 @@ class DistillationTrainer(CompressionTrainer):
         else:
             terms, outputs = {}, model(**student_only, **hidden)
         labels = {"labels": student_inputs["labels"]} if "labels" in student_inputs else {}
-        targets = self._teacher.signals({**teacher_inputs, **labels} if teacher_inputs else student_inputs)
+        asked = {**teacher_inputs, **labels} if teacher_inputs else student_inputs
+        targets = self._teacher.signals(with_decoder_inputs(self._teacher.model, asked))
         if self.args.alpha_output:
             compared = output_term(
                 targets.logits, logits_of(outputs), self._core(), student_inputs, self.args.temperature

@@ -24,6 +24,17 @@ def check_labels(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
         raise ValueError(f"The teacher must have the student's labels {names[0]} in this order, got {names[1]}.")
 
 
+def require_own_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise `ValueError` when a parameter belongs to both: freezing the teacher would freeze the student."""
+    theirs = {id(parameter) for parameter in teacher.parameters()}
+    common = [name for name, parameter in student.named_parameters() if id(parameter) in theirs]
+    if common:
+        raise ValueError(
+            f"teacher_model and model share {len(common)} parameters ({common[0]}, ...): freezing one would freeze "
+            "the other. Open the teacher a second time, or copy.deepcopy it first."
+        )
+
+
 def check_inputs(
     student: PreTrainedModel, teacher: PreTrainedModel, inputs: Mapping[str, Any], separate: bool
 ) -> None:

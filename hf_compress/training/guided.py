@@ -45,6 +45,7 @@ class JointTeacherTrainer(DistillationTrainer):
     """
 
     args: JointTeacherArguments
+    arguments_class = JointTeacherArguments
     _teacher: LearningTeacher | None
 
     def __init__(
@@ -54,13 +55,12 @@ class JointTeacherTrainer(DistillationTrainer):
         args: JointTeacherArguments | None = None,
         **kwargs: Any,
     ) -> None:
-        args = JointTeacherArguments("tmp_trainer") if args is None else args
         super().__init__(model, teacher_model, args, **kwargs)
-        if not args.uses_teacher:
+        if not self.args.uses_teacher:
             logger.warning("alpha_output and alpha_layer are 0: no teacher learns and none is saved.")
         # Kept apart only where a second training will need it.
-        again = self.model_init is not None and teacher_model is not None
-        self._beginning = copy.deepcopy(teacher_model.state_dict()) if again else None
+        again = self.model_init is not None and self._origin is not None
+        self._beginning = copy.deepcopy(self._origin.state_dict()) if again else None
 
     def _untouched_teacher(self) -> PreTrainedModel:
         teacher = super()._untouched_teacher()
@@ -130,6 +130,7 @@ class SnapshotTeacherTrainer(DistillationTrainer):
     """
 
     args: SnapshotTeacherArguments
+    arguments_class = SnapshotTeacherArguments
     _teacher: SnapshotTeacher | None
 
     def __init__(
@@ -141,8 +142,10 @@ class SnapshotTeacherTrainer(DistillationTrainer):
         if kwargs.get("teacher_model") is not None:
             raise ValueError("teacher_model must not be given: args.teacher_snapshots names the teachers.")
         kwargs.pop("teacher_model", None)
-        if args is None:
-            raise ValueError("args must be SnapshotTeacherArguments with teacher_snapshots, got None.")
+        if not isinstance(args, SnapshotTeacherArguments):
+            raise ValueError(
+                f"args must be SnapshotTeacherArguments with teacher_snapshots, got {type(args).__name__}."
+            )
         first = open_snapshot(args.teacher_snapshots[0]) if args.uses_teacher else None
         for folder in args.teacher_snapshots[1:] if args.uses_teacher else ():
             # Said now, not when its turn comes. The weights of all are of one shape when these agree.

@@ -25,6 +25,7 @@ from hf_compress.methods import METHODS
 from hf_compress.training.averages import Averages
 from hf_compress.training.checkpoints import CheckpointWriter
 from hf_compress.training.gaps import EpochOrder, ExtraGradients
+from hf_compress.training.overrides import report_other_loss, require_our_loss
 
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class CompressionTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._composed, self._warned = False, False
+        require_our_loss(type(self), CompressionTrainer)
         # Before anything else sees the model: callbacks look for what the config asks for.
         self._method_callbacks: list[TrainerCallback] = []
         self._adopt(kwargs.get("model", args[0] if args else None))
@@ -130,6 +133,7 @@ class CompressionTrainer(Trainer):
         Raises:
             ValueError: If the loss is NaN or infinite.
         """
+        self._composed = True
         # All of the last layer in evaluation too: what the head does not read is not the method's merit.
         state = LiveTokens(whole=True)
         watched = [method for method in self._methods if method.loss_terms or method.measures]
@@ -152,6 +156,14 @@ class CompressionTrainer(Trainer):
             for name, value in terms.items():
                 seen.add(f"loss/{name}", value, weight)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._composed = False
+        loss = super().training_step(*args, **kwargs)
+        if not self._composed and not self._warned:
+            self._warned = True
+            report_other_loss(type(self), CompressionTrainer)
+        return loss
 
     def _not_finite(self, terms: Mapping[str, float]) -> None:
         listed = ", ".join(f"{name} {value:g}" for name, value in terms.items())
