@@ -21,7 +21,7 @@ import hf_compress as hc
 from hf_compress.core.modes import evaluating
 from hf_compress.stages.models import open_classifier
 from hf_compress.training.averages import Averages
-from hf_compress.training.teachers import open_snapshot
+from hf_compress.training.snapshots import open_snapshot
 from tests.rounding import assert_equal_to_rounding, differ_beyond_rounding
 
 

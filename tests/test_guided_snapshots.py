@@ -9,9 +9,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import hf_compress as hc
-from hf_compress.training import guided, teachers
+from hf_compress.training import guided, snapshots
 from hf_compress.training.arguments import sort_snapshots
-from hf_compress.training.teachers import MicroBatch, SnapshotTeacher
+from hf_compress.training.snapshots import SnapshotTeacher
+from hf_compress.training.teachers import MicroBatch
 from tests.guided_setup import Watch, dense, linear, same, trained, trainer_of, weights
 
 
@@ -29,7 +30,7 @@ class Rung(nn.Module):
     (7, 7, {s: s for s in range(7)}),
 ])  # fmt: skip
 def test_which_snapshot_guides_which_update(monkeypatch, updates, count, table):
-    monkeypatch.setattr(teachers, "open_snapshot", Rung)
+    monkeypatch.setattr(snapshots, "open_snapshot", Rung)
     folders = [f"run/{i}" for i in range(count)]
     for order in (sorted(table), sorted(table, reverse=True)):
         ladder = SnapshotTeacher(folders, Rung("run/0"))
@@ -42,7 +43,7 @@ def test_which_snapshot_guides_which_update(monkeypatch, updates, count, table):
 
 
 def test_the_ladder_is_climbed_one_at_a_time(tmp_path, ladder, monkeypatch):
-    alive, opened, real = [], [], teachers.open_snapshot
+    alive, opened, real = [], [], snapshots.open_snapshot
 
     def watched(folder):
         assert all(reference() is None for reference in alive), f"{folder} came while {opened} were there"
@@ -51,7 +52,7 @@ def test_the_ladder_is_climbed_one_at_a_time(tmp_path, ladder, monkeypatch):
         opened.append(folder.rpartition("-")[2])
         return model
 
-    monkeypatch.setattr(teachers, "open_snapshot", watched)
+    monkeypatch.setattr(snapshots, "open_snapshot", watched)
     monkeypatch.setattr(guided, "open_snapshot", watched)
     trainer = trainer_of("snapshots", tmp_path, linear(0).double(), teacher_snapshots=[ladder], ordered=True)
     guides = []

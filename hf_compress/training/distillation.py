@@ -21,7 +21,7 @@ from hf_compress.core.layers import STATE
 from hf_compress.training.arguments import DistillationArguments, arguments_like
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.collator import TEACHER_PREFIX, split_inputs
-from hf_compress.training.fitting import check_inputs, check_labels, require_own_weights
+from hf_compress.training.fitting import check_inputs, label_order, require_own_weights
 from hf_compress.training.layer_matching import Projectors, match_layers
 from hf_compress.training.losses import layer_distance
 from hf_compress.training.opening import open_teacher, with_decoder_inputs
@@ -112,8 +112,7 @@ class DistillationTrainer(CompressionTrainer):
         require_own_weights(base_of(self.model), teacher)
         apply_implied(teacher)
         student_config, teacher_config = self.model.config, teacher.config
-        if self.args.alpha_output:
-            check_labels(student_config, teacher_config)
+        self._label_order = label_order(student_config, teacher_config) if self.args.alpha_output else None
         if self.args.alpha_layer:
             for config in (student_config, teacher_config):
                 if getattr(config, "is_encoder_decoder", False):
@@ -131,7 +130,9 @@ class DistillationTrainer(CompressionTrainer):
         if args.teacher_cache_dir:
             layout = {"states": list(states), "logits": args.alpha_output > 0}
             cache = TeacherCache.of(teacher, args.teacher_cache_dir, layout)
-        return FixedTeacher(teacher.to(args.device), states, args.alpha_output > 0, args.teacher_dropout, cache)
+        return FixedTeacher(
+            teacher.to(args.device), states, args.alpha_output > 0, args.teacher_dropout, cache, self._label_order
+        )
 
     def _matched_states(self, student: Any, teacher: Any) -> list[tuple[int, int]]:
         """Pairs of indices into `hidden_states`, where 0 is the embeddings."""

@@ -7,21 +7,27 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hf_compress.core.labels import places_by_name, says_nothing
 from hf_compress.core.positions import most_tokens
 
 
-def _label_names(config: PretrainedConfig) -> list[str] | None:
-    names = [config.id2label[i] for i in sorted(config.id2label)]
-    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else [name.lower() for name in names]
+def label_order(student: PretrainedConfig, teacher: PretrainedConfig) -> list[int] | None:
+    """For each of the student's labels its place among the teacher's; None when both count them alike.
 
+    Labels are the same when their names are; names that only count them (LABEL_0, LABEL_1, ...) fit all.
 
-def check_labels(student: PretrainedConfig, teacher: PretrainedConfig) -> None:
-    """Raise `ValueError` when outputs mean different things; labels without names of their own fit all."""
+    Raises:
+        ValueError: If outputs mean different things.
+    """
     if student.num_labels != teacher.num_labels:
         raise ValueError(f"The teacher must have the student's {student.num_labels} labels, got {teacher.num_labels}.")
-    names = _label_names(student), _label_names(teacher)
-    if None not in names and names[0] != names[1]:
-        raise ValueError(f"The teacher must have the student's labels {names[0]} in this order, got {names[1]}.")
+    ours, theirs = ([str(config.id2label[i]) for i in sorted(config.id2label)] for config in (student, teacher))
+    if says_nothing(ours) or says_nothing(theirs):
+        return None
+    places = places_by_name(ours, theirs)
+    if sorted(place for place in places if place is not None) != list(range(len(ours))):
+        raise ValueError(f"The teacher must have the student's labels {ours}, got {theirs}.")
+    return None if places == list(range(len(ours))) else places
 
 
 def require_own_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

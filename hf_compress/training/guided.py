@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_compress.core.saving import complete_or_absent
 from hf_compress.training.arguments import JointTeacherArguments, SnapshotTeacherArguments
 from hf_compress.training.collator import TeacherStudentCollator
 from hf_compress.training.distillation import DistillationTrainer
+from hf_compress.training.fitting import label_order
 from hf_compress.training.learning_teacher import LearningTeacher
-from hf_compress.training.teachers import SnapshotTeacher, open_snapshot
+from hf_compress.training.snapshots import SnapshotTeacher, check_ladder, open_snapshot
 
 
 logger = logging.getLogger(__name__)
-
-_SHAPE = ("architectures", "num_labels", "vocab_size", "hidden_size", "num_hidden_layers")
 
 
 class JointTeacherTrainer(DistillationTrainer):
@@ -69,6 +68,11 @@ class JointTeacherTrainer(DistillationTrainer):
 
     def _make_teacher(self, teacher: PreTrainedModel, states: tuple[int, ...]) -> LearningTeacher:
         args = self.args
+        if label_order(self.model.config, teacher.config) is not None:
+            raise ValueError(
+                "A teacher that learns must count its labels as the student does, because both learn from the same "
+                f"ids: the student has {self.model.config.id2label}, the teacher {teacher.config.id2label}."
+            )
         return LearningTeacher(
             teacher.to(args.device),
             states,
@@ -147,14 +151,8 @@ class SnapshotTeacherTrainer(DistillationTrainer):
                 f"args must be SnapshotTeacherArguments with teacher_snapshots, got {type(args).__name__}."
             )
         first = open_snapshot(args.teacher_snapshots[0]) if args.uses_teacher else None
-        for folder in args.teacher_snapshots[1:] if args.uses_teacher else ():
-            # Said now, not when its turn comes. The weights of all are of one shape when these agree.
-            one, other = ({name: getattr(c, name, None) for name in _SHAPE}
-                          for c in (first.config, AutoConfig.from_pretrained(folder)))  # fmt: skip
-            if one != other:
-                raise ValueError(
-                    f"teacher_snapshots must be states of one model, got {one} and, in {folder!r}, {other}."
-                )
+        if args.uses_teacher:
+            check_ladder(args.teacher_snapshots, first)
         if args.uses_teacher and len(args.teacher_snapshots) == 1:
             logger.warning(
                 "teacher_snapshots holds one state, %s: that is a fixed teacher. Keep more of its training "
@@ -171,8 +169,9 @@ class SnapshotTeacherTrainer(DistillationTrainer):
     def _make_teacher(self, teacher: PreTrainedModel, states: tuple[int, ...]) -> SnapshotTeacher:
         args = self.args
         return SnapshotTeacher(
-            args.teacher_snapshots, teacher.to(args.device), states, args.alpha_output > 0, args.teacher_dropout
-        )
+            args.teacher_snapshots, teacher.to(args.device), states, args.alpha_output > 0, args.teacher_dropout,
+            self._label_order,
+        )  # fmt: skip
 
     def _prepare_teacher(self, num_updates: int) -> None:
         self._teacher.set_length(num_updates)

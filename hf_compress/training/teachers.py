@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf_compress.api import apply_implied
 from hf_compress.core.batches import accepted_arguments
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.fingerprints import example_keys
 
-
-logger = logging.getLogger(__name__)
 
 # Output fields that are compared with the student's, by task head.
 _LOGIT_FIELDS = (("start_logits", "end_logits"), ("logits",))
@@ -133,7 +127,8 @@ class FixedTeacher(Teacher):
         states: Indices into `hidden_states` (0 is the embeddings) that students compare with.
         needs_logits: Whether the outputs are compared.
         dropout: Run the teacher in train mode during training; evaluations are never random.
-        cache: Where to remember outputs.
+        cache: Where to remember outputs, as the teacher gives them.
+        label_order: For each of the student's labels its place among the teacher's, see `label_order`. None: the same.
     """
 
     def __init__(
@@ -143,16 +138,22 @@ class FixedTeacher(Teacher):
         needs_logits: bool = True,
         dropout: bool = False,
         cache: TeacherCache | None = None,
+        label_order: list[int] | None = None,
     ) -> None:
         super().__init__(model.requires_grad_(False).eval(), states, needs_logits)
         self.dropout = dropout
         self.cache = cache
+        self.label_order = label_order
 
     def signals(self, inputs: Mapping[str, Any]) -> Signals:
         arguments = accepted_arguments(self.model, inputs)
         arguments.pop("labels", None)
-        if self.cache is None:
-            return self._forward(arguments)
+        given = self._forward(arguments) if self.cache is None else self._remembered(arguments)
+        if self.label_order is None:
+            return given
+        return Signals(tuple(logits[..., self.label_order] for logits in given.logits), given.hidden)
+
+    def _remembered(self, arguments: Mapping[str, Any]) -> Signals:
         keys = example_keys(arguments)
         if (stored := self.cache.read(keys, arguments)) is None:
             computed = self._forward(arguments)
@@ -172,71 +173,3 @@ class FixedTeacher(Teacher):
         with torch.inference_mode():
             outputs = self.model(**arguments, output_hidden_states=bool(self.states), return_dict=True)
         return signals_of(outputs, self.states, self.needs_logits)
-
-
-class SnapshotTeacher(FixedTeacher):
-    """A ladder of saved models, used one after the other for equal shares of the training.
-
-    Args:
-        folders: In order of age.
-        model: The first of them, opened, on the device where all shall run.
-        states, needs_logits, dropout: As for `FixedTeacher`.
-
-    Source:
-        CALD specification 3.3: with n snapshots and T updates, update s is guided by number
-        `min(s // (T // n), n - 1)`.
-    """
-
-    def __init__(
-        self,
-        folders: list[str],
-        model: PreTrainedModel,
-        states: tuple[int, ...] = (),
-        needs_logits: bool = True,
-        dropout: bool = False,
-    ) -> None:
-        super().__init__(model, states, needs_logits, dropout)
-        self.folders = folders
-        self.device = model.device
-        self.index = 0
-        self.share: int | None = None
-
-    def set_length(self, num_updates: int) -> None:
-        """Divide the training among the snapshots.
-
-        Raises:
-            ValueError: If there are more snapshots than updates.
-        """
-        if len(self.folders) > num_updates:
-            raise ValueError(
-                f"teacher_snapshots must be at most the {num_updates} updates of the training, "
-                f"got {len(self.folders)}."
-            )
-        self.share = num_updates // len(self.folders)
-
-    def begin(self, place: MicroBatch) -> None:
-        super().begin(place)
-        index = min(place.step // self.share, len(self.folders) - 1)
-        if index != self.index:
-            # The old one goes before the new one comes: there is never room needed for two.
-            self.model = None
-            self.model = open_snapshot(self.folders[index]).to(self.device).requires_grad_(False)
-            self.index = index
-            logger.info("Update %d: the teacher is now %s.", place.step, self.folders[index])
-
-
-def open_snapshot(folder: str) -> PreTrainedModel:
-    """The model of a saved directory or Trainer checkpoint, in the class it was saved from.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        kind = getattr(transformers, (config.architectures or ["none"])[0], None)
-        if kind is None:
-            raise ValueError(f"its config.json names no class of transformers: {config.architectures}")
-        return apply_implied(kind.from_pretrained(folder))
-    except (OSError, ValueError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"teacher_snapshots must be saved models, got {folder!r}: {first}") from error

@@ -1,0 +1,158 @@
+"""A ladder of saved teachers: opened one at a time, all of them checked before the training begins."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from hf_compress.api import apply_implied, check_finite
+from hf_compress.core.loaded import require_complete
+from hf_compress.training.teachers import FixedTeacher, MicroBatch
+
+
+logger = logging.getLogger(__name__)
+
+_SHAPE = ("architectures", "num_labels", "id2label", "vocab_size", "hidden_size", "num_hidden_layers")
+# What broken or foreign files raise in transformers, safetensors and torch.
+_BROKEN = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
+
+
+class SnapshotTeacher(FixedTeacher):
+    """A ladder of saved models, used one after the other for equal shares of the training.
+
+    Args:
+        folders: In order of age.
+        model: The first of them, opened, on the device where all shall run.
+        states, needs_logits, dropout, label_order: As for `FixedTeacher`.
+
+    Source:
+        CALD specification 3.3: with n snapshots and T updates, update s is guided by number
+        `min(s // (T // n), n - 1)`.
+    """
+
+    def __init__(
+        self,
+        folders: list[str],
+        model: PreTrainedModel,
+        states: tuple[int, ...] = (),
+        needs_logits: bool = True,
+        dropout: bool = False,
+        label_order: list[int] | None = None,
+    ) -> None:
+        super().__init__(model, states, needs_logits, dropout, label_order=label_order)
+        self.folders = folders
+        self.device = model.device
+        self.index = 0
+        self.share: int | None = None
+
+    def set_length(self, num_updates: int) -> None:
+        """Divide the training among the snapshots.
+
+        Raises:
+            ValueError: If there are more snapshots than updates.
+        """
+        if len(self.folders) > num_updates:
+            raise ValueError(
+                f"teacher_snapshots must be at most the {num_updates} updates of the training, "
+                f"got {len(self.folders)}."
+            )
+        self.share = num_updates // len(self.folders)
+
+    def begin(self, place: MicroBatch) -> None:
+        super().begin(place)
+        index = min(place.step // self.share, len(self.folders) - 1)
+        if index != self.index:
+            # The old one goes before the new one comes: there is never room needed for two.
+            self.model = None
+            self.model = open_snapshot(self.folders[index]).to(self.device).requires_grad_(False)
+            self.index = index
+            logger.info("Update %d: the teacher is now %s.", place.step, self.folders[index])
+
+
+def open_snapshot(folder: str) -> PreTrainedModel:
+    """The model of a saved directory or Trainer checkpoint, in the class it was saved from.
+
+    Raises:
+        ValueError: If there is none, or its files lack weights.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        kind = getattr(transformers, str((config.architectures or ["none"])[0]), None)
+        if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+            raise ValueError(f"its config.json names no model class of transformers: {config.architectures}")
+        model, loaded = kind.from_pretrained(folder, output_loading_info=True)
+        require_complete(loaded)
+        check_finite(model)
+        return apply_implied(model)
+    except _BROKEN as error:
+        raise _no_snapshot(folder, error) from error
+
+
+def check_ladder(folders: list[str], first: PreTrainedModel) -> None:
+    """Find out now what would end the training when a later snapshot's turn comes.
+
+    Args:
+        folders: In order of age.
+        first: The first of them, opened.
+
+    Raises:
+        ValueError: If a snapshot has other labels or sizes than the first, or its weights cannot be read.
+    """
+    expected = {name: getattr(first.config, name, None) for name in _SHAPE}
+    tensors = _tensors(folders[0]) if len(folders) > 1 else {}
+    for folder in folders[1:]:
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except _BROKEN as error:
+            raise _no_snapshot(folder, error) from error
+        found = {name: getattr(config, name, None) for name in _SHAPE}
+        differ = [name for name in _SHAPE if found[name] != expected[name]]
+        if differ:
+            raise ValueError(
+                f"teacher_snapshots must be states of one model: {folder!r} has "
+                f"{', '.join(f'{name}={found[name]}' for name in differ)}, {folders[0]!r} has "
+                f"{', '.join(f'{name}={expected[name]}' for name in differ)}."
+            )
+        if _tensors(folder) != tensors:
+            # Another layout of the files may hold the same model; opening it tells.
+            open_snapshot(folder)
+
+
+def _no_snapshot(folder: str, error: BaseException) -> ValueError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ValueError(f"teacher_snapshots must be saved models, got {folder!r}: {first}")
+
+
+def _tensors(folder: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a folder's weight files; reads headers and, with them, the files' sizes."""
+    try:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in _weight_files(Path(folder)):
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
+            else:
+                held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                shapes.update({name: tuple(value.shape) for name, value in held.items()})
+        return shapes
+    except _BROKEN as error:
+        raise _no_snapshot(folder, error) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that `from_pretrained` would read, in its order of preference."""
+    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            shards = json.loads((folder / index).read_text())["weight_map"].values()
+            return [folder / name for name in sorted(set(shards))]
+    raise ValueError(f"it holds none of {SAFE_WEIGHTS_NAME}, {WEIGHTS_NAME} and their indices")
