@@ -159,6 +159,8 @@ def demo(parsed: Parsed) -> None:
     args, data = parsed.values
     result = demo_stage.demo(args, data)
     _print_report(str(Path(args.output_dir) / "report"))
-    equal = "bit-equal logits" if result["reload_equal"] else "DIFFERENT logits"
-    print(f"reloaded with plain from_pretrained in a fresh process: {equal}")
+    reload = result["reload"]
+    weights = "bit-equal weights" if reload["weights_equal"] else "DIFFERENT weights"
+    logits = f"logits {'equal to rounding' if reload['equal'] else 'DIFFERENT'} (by {reload['logits_differ_by']:.1e})"
+    print(f"reloaded with plain from_pretrained in a fresh process: {weights}, {logits}")
     print(f"{result['minutes']} minutes")
