@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 import hf_compress as hc
 from hf_compress.report.quality import evaluate_model
 from hf_compress.tasks.inputs import tokenize
+from hf_compress.tasks.labels import match_labels
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -53,11 +54,12 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir))
-    splits = ("train", task.evaluation_split or "train")
-    train, valid = (tokenize(task.split(name), task, tokenizer, args.max_length) for name in splits)
     origin = args.teacher if args.mode in ("target", "hybrid") and not args.student_reinit else args.model
     set_seed(args.seed)  # A new head is drawn here.
     student = AutoModelForSequenceClassification.from_pretrained(origin, num_labels=task.num_labels)
+    task = match_labels(task, student.config)
+    splits = ("train", task.measured_split())
+    train, valid = (tokenize(task.split(name), task, tokenizer, args.max_length) for name in splits)
     dense = copy.deepcopy(student)
     hc.compress(student, hc.LinformerConfig(projected_length=args.slots, share=args.share))
 

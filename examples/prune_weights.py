@@ -35,6 +35,7 @@ import hf_compress as hc
 from hf_compress.report.quality import evaluate_model
 from hf_compress.report.sparsity import element_ratio, matrices_of
 from hf_compress.tasks.inputs import tokenize
+from hf_compress.tasks.labels import match_labels
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -78,9 +79,11 @@ def main() -> None:
     data = DataArguments(
         task_name=args.task_name, data_dir=args.data_dir, max_train_samples=args.max_train_samples, max_length=64
     )
-    task = load_task(data)
-    train, valid = (tokenize(task.split(name), task, tokenizer, 64) for name in ("train", "validation"))
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
+    task = match_labels(load_task(data), model.config)
+    splits = ("train", task.measured_split())
+    train, valid = (tokenize(task.split(name), task, tokenizer, 64) for name in splits)
+    print(f"measured on the {splits[1]} split")
     print("dense ", evaluate_model(model, valid, tokenizer), f"{element_ratio(matrices_of(model)):.4f} zeros")
 
     common = {

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 import hf_compress as hc
 from hf_compress.report.quality import evaluate_model
 from hf_compress.tasks.inputs import calibration_batches, tokenize
+from hf_compress.tasks.labels import match_labels
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -30,11 +31,13 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir))
-    length = min(128, tokenizer.model_max_length)
-    train, valid = (tokenize(task.split(name), task, tokenizer, length) for name in ("train", "validation"))
     teacher = AutoModelForSequenceClassification.from_pretrained(args.model)
     student = AutoModelForSequenceClassification.from_pretrained(args.model)
+    task = match_labels(load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir)), student.config)
+    length = min(128, tokenizer.model_max_length)
+    splits = ("train", task.measured_split())
+    train, valid = (tokenize(task.split(name), task, tokenizer, length) for name in splits)
+    print(f"measured on the {splits[1]} split")
     print("dense    ", evaluate_model(teacher, valid, tokenizer))
 
     config = hc.StructuredPruningConfig(mac_ratio=args.mac_ratio)

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 import hf_compress as hc
 from hf_compress.report.tokens import trace_tokens, write_token_page
 from hf_compress.tasks.inputs import tokenize
+from hf_compress.tasks.labels import match_labels
 from hf_compress.tasks.metrics import task_metrics
 from hf_compress.tasks.sources import DataArguments, load_task
 
@@ -33,9 +34,11 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir))
-    train, valid = (tokenize(task.split(name), task, tokenizer, 128) for name in ("train", "validation"))
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
+    task = match_labels(load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir)), model.config)
+    splits = ("train", task.measured_split())
+    train, valid = (tokenize(task.split(name), task, tokenizer, 128) for name in splits)
+    print(f"measured on the {splits[1]} split")
     callbacks = []
     if args.mode == "topk":
         config = hc.TokenPruningConfig(prune_mode="topk", token_keep_rate=args.keep_rate)
@@ -60,7 +63,7 @@ def main() -> None:
     trainer.save_model()
     metrics = trainer.evaluate()
     print(args.mode, {name: metrics[name] for name in ("eval_accuracy", "eval_relative_macs") if name in metrics})
-    texts = task.split("validation")[task.text_columns[0]][:3]
+    texts = task.split(splits[1])[task.text_columns[0]][:3]
     write_token_page(f"{args.out}/words.html", [trace_tokens(model, tokenizer, text) for text in texts])
 
 

@@ -12,7 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 import hf_compress as hc
 from hf_compress.cli.main import main
@@ -78,7 +84,7 @@ def place(tmp_path_factory):
         config["quantization_config"] = {"quant_method": "hf_compress", **record}
         (root / name / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    GPT2Model(
+    GPT2ForSequenceClassification(
         GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=0)
     ).save_pretrained(root / "gpt2")
     write_tokenizer(root / "gpt2")
@@ -87,7 +93,7 @@ def place(tmp_path_factory):
     for folder, header, body in (
         ("data", "sentence\tlabel", rows),
         ("nolabel", "sentence\tscore", rows),
-        ("notext", "review\tlabel", rows),
+        ("notext", "blurb\tlabel", rows),
         ("oneclass", "sentence\tlabel", [row[:-1] + "0" for row in rows]),
         ("gaps", "sentence\tlabel", [row[:-1] + str(3 * (i % 2)) for i, row in enumerate(rows)]),
         ("norows", "sentence\tlabel", []),
@@ -166,7 +172,7 @@ CASES = [
     (PRUNE.replace("path model", "path bigtok"), "belongs to another model"),
     (PRUNE.replace("output_dir out", "output_dir file"), "output_dir|exists|file"),
     (FINETUNE.replace("data_dir data", "data_dir nolabel"), "missing: label"),
-    (FINETUNE.replace("data_dir data", "data_dir notext"), "columns must hold"),
+    (FINETUNE.replace("data_dir data", "data_dir notext"), "blurb, label: name the one with the texts by"),
     (FINETUNE.replace("data_dir data", "data_dir oneclass"), "at least two classes"),
     (FINETUNE.replace("data_dir data", "data_dir gaps"), "class ids 0..C-1"),
     (FINETUNE.replace("data_dir data", "data_dir norows"), "norows|at least one row|empty|cannot be read"),

@@ -72,8 +72,8 @@ def test_ratios_are_against_the_first_model(report):
     assert pruned["latency"][1]["speedup"] == pytest.approx({"median": 1.8, "low": 1.8, "high": 1.8})
     assert pruned["latency"][0]["speedup"] == pytest.approx({"median": 1.0, "low": 1.0 / 1.1, "high": 1.0})
     assert pruned["verdicts"] == [
-        "NOT faster at batch 1: 1.00x measured, 2.00x fewer MACs",
-        "batch 32: 1.80x faster measured, 2.00x fewer MACs",
+        "LOST 0.0200 accuracy (0.9200 -> 0.9000); NOT faster at batch 1: 1.00x measured, 2.00x fewer MACs",
+        "LOST 0.0200 accuracy (0.9200 -> 0.9000); batch 32: 1.80x faster measured, 2.00x fewer MACs",
     ]
     assert dense["verdicts"] == []
 
@@ -101,7 +101,7 @@ def test_markdown_has_every_row_and_sentence(report):
     cells = [cell.strip() for cell in next(line for line in lines if line.startswith("| dense ")).split("|")[1:-1]]
     assert cells == ["dense", "0.9200", "2k", "1k", "1k", "1.000", "8.0 MB"]
     assert "1.80x (1.80 to 1.80)" in text
-    assert "- pru|ned: NOT faster at batch 1" in text
+    assert "- pru|ned: LOST 0.0200 accuracy (0.9200 -> 0.9000); NOT faster at batch 1" in text
     for fact in (
         "872 examples",
         "25.2 tokens",
@@ -121,7 +121,7 @@ def test_a_report_without_timing_is_a_table_of_quality():
     text = render_markdown(build_report(entries, "sst2", "accuracy", 1, 1.0))
     assert "| b " in text
     assert "p50" not in text
-    assert "Verdict" not in text
+    assert "- b: the same accuracy (0.5000)" in text
 
 
 @pytest.mark.parametrize(

@@ -25,19 +25,29 @@ class Cost:
         params: Number of parameters, shared ones once.
         nonzero_params: Those that are not exactly zero.
         macs: Multiply-accumulates of one forward pass of the given batch, without embeddings, LayerNorm, softmax
-            and task head.
+            and task head; None where they were not counted.
         bytes: Memory of the parameters in their dtype.
         macs_by_layer: The MACs of each layer, in order; they sum to `macs`.
     """
 
     params: int
     nonzero_params: int
-    macs: float
+    macs: float | None
     bytes: int
     macs_by_layer: list[float] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def count_size(model: PreTrainedModel) -> dict[str, int]:
+    """`params`, `nonzero_params` and `bytes` of a `Cost`; of any architecture."""
+    parameters = list(model.parameters())
+    return {
+        "params": sum(p.numel() for p in parameters),
+        "nonzero_params": sum(int(p.count_nonzero()) for p in parameters),
+        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+    }
 
 
 def block_macs(block: Block, seq_len: float) -> float:
@@ -132,11 +142,4 @@ def count_cost(
     blocks = blocks_of(model)
     each = [float(block_macs(block, seq_len)) for block in blocks] if data is None else _macs_on(model, blocks, data)
     by_layer = [batch_size * macs for macs in each]
-    parameters = list(model.parameters())
-    return Cost(
-        params=sum(p.numel() for p in parameters),
-        nonzero_params=sum(int(p.count_nonzero()) for p in parameters),
-        macs=sum(by_layer),
-        bytes=sum(p.numel() * p.element_size() for p in parameters),
-        macs_by_layer=by_layer,
-    )
+    return Cost(**count_size(model), macs=sum(by_layer), macs_by_layer=by_layer)

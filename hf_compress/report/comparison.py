@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.core.architectures import blocks_of
-from hf_compress.core.cost import count_cost
+from hf_compress.core.architectures import Block, blocks_of
+from hf_compress.core.cost import Cost, count_cost, count_size
 from hf_compress.core.layers import carries_state
 from hf_compress.core.saving import write_json
-from hf_compress.report.latency import Latency, measure_latency, unpadded_batches
+from hf_compress.report.latency import batches_of, length_blocks, measure_latency
 from hf_compress.report.machine import environment
 from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency, plot_sparsity
-from hf_compress.report.quality import evaluate_model
-from hf_compress.report.sparsity import has_zeros, matrices_of
+from hf_compress.report.quality import Answers, Measured, evaluated, standard_error
+from hf_compress.report.sparsity import Matrix, has_zeros, matrices_of
 from hf_compress.report.table import Entry, build_report, bytes_on_disk, render_markdown
 from hf_compress.tasks.inputs import length_sorted
 from hf_compress.tasks.metrics import main_metric
@@ -29,12 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 def compare_models(
-    models: Mapping[str, PreTrainedModel | str | os.PathLike],
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    models: Mapping[str, Measured | PreTrainedModel | str | os.PathLike],
+    rows: Dataset | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     task_name: str,
     output_dir: str | os.PathLike,
     *,
+    split: str | None = None,
     folders: Mapping[str, str] | None = None,
     batch_sizes: Sequence[int] = (1, 32),
     repeats: int = 7,
@@ -45,16 +47,19 @@ def compare_models(
 
     Where weights have been pruned, the report has their sparsity by layer, and `sparsity.png` shows it. Where a model
     drops tokens, the multiply-accumulates of all models are means over the rows; otherwise they are of one sequence
-    of mean length.
+    of mean length. Where they cannot be counted, they are left blank. Table and JSON are written anew after each
+    measurement, so that what is known survives a later failure.
 
     Args:
-        models: Name -> classifier or folder of one; the first is the baseline.
-        rows: Tokenized examples with `labels`.
-        tokenizer: Of all the models.
+        models: Name -> classifier or folder of one, or a `Measured` with a tokenizer and rows of its own; the first is
+            the baseline.
+        rows: Tokenized examples with `labels`, for models that have none of their own.
+        tokenizer: Of these models.
         task_name: Decides which metric is shown.
         output_dir: Created when absent.
+        split: Name of the split that the rows are from.
         folders: Name -> folder whose weight files are weighed, for models that were opened by the caller.
-        batch_sizes: Timed, each in one interleaved run.
+        batch_sizes: Timed, each in one interleaved run on the same texts.
         repeats: Timed rounds over the same batches.
         warmup: Rounds before that.
         limit: Examples that are timed, evenly spread over the lengths; the quality is always of all rows. None: all.
@@ -63,72 +68,101 @@ def compare_models(
         What `report.json` holds.
 
     Raises:
-        ValueError: If there are no models, no rows or no batch sizes, or a model is not supported.
+        ValueError: If there are no models, no rows or no batch sizes, or models have not the same examples.
     """
     if not models:
         raise ValueError("models must hold at least one model, got none.")
     if not batch_sizes:
         raise ValueError("batch_sizes must hold at least one size, got none.")
-    if not len(rows):
-        raise ValueError("rows must hold at least one example, got none.")
-    # Two sizes above the number of rows would be the same measurement under two names.
-    batch_sizes = list(dict.fromkeys(min(size, len(rows)) for size in batch_sizes))
-    place = environment()
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}.")
     opened, weighed = {}, dict(folders or {})
     for name, model in models.items():
         if isinstance(model, str | os.PathLike):
             weighed.setdefault(name, str(model))
             model = AutoModelForSequenceClassification.from_pretrained(model)
-        opened[name] = model
-    timed = _latencies(opened, rows, tokenizer, batch_sizes, repeats, warmup, limit)
-    seq_len = sum(len(ids) for ids in rows["input_ids"]) / len(rows)
-    # What is dropped depends on the text; all of a table is counted alike.
-    drops = any(carries_state(model) for model in opened.values())
-    counted = list(length_sorted(rows, 32, tokenizer)) if drops else None
-    entries = []
-    for name, model in opened.items():
-        logger.info("Evaluating %s on %d examples.", name, len(rows))
-        entries.append(
-            Entry(
-                name=name,
-                metrics=evaluate_model(model, rows, tokenizer),
-                cost=count_cost(model, seq_len, data=counted),
-                latencies=timed[name],
-                folder=weighed.get(name),
-                disk_bytes=bytes_on_disk(weighed.get(name)),
-                heads=[block.num_units for block in blocks_of(model)],
-                neurons=[block.num_neurons for block in blocks_of(model)],
-                matrices=matrices_of(model),
-            )
-        )
-    num_labels = next(iter(opened.values())).config.num_labels
+        opened[name] = model if isinstance(model, Measured) else Measured(model, rows, tokenizer)
+    counts = {name: len(each.rows) for name, each in opened.items()}
+    if not all(counts.values()):
+        raise ValueError("rows must hold at least one example, got none.")
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"rows must be the same examples for all models, got {counts}.")
+    first = next(iter(opened.values()))
+    # Two sizes above the number of rows would be the same measurement under two names.
+    batch_sizes = list(dict.fromkeys(min(size, len(first.rows)) for size in batch_sizes))
+    blocks = {size: length_blocks(first.rows, size, limit) for size in batch_sizes}
     settings = {"repeats": repeats, "warmup": warmup, "limit": limit}
-    report = build_report(entries, task_name, main_metric(task_name, num_labels), len(rows), seq_len, settings)
-    report["environment"] = place
-    _write(report, Path(output_dir), any(has_zeros(entry.matrices) for entry in entries))
+    metric, place, folder = main_metric(task_name, first.model.config.num_labels), environment(), Path(output_dir)
+
+    def write(entries: Sequence[Entry]) -> dict[str, Any]:
+        report = build_report(entries, task_name, metric, len(first.rows), seq_len, settings, split)
+        report["environment"] = place
+        write_json(folder / "report.json", report)
+        (folder / "report.md").write_text(render_markdown(report), encoding="utf-8")
+        return report
+
+    entries = []
+    seq_len = _mean_length(first.rows)
+    for entry in _entries(opened, weighed, metric):
+        entries.append(entry)
+        write(entries)
+    for size in batch_sizes:
+        logger.info("Timing %d models at batch size %d, %d rounds.", len(opened), size, repeats)
+        batches = {name: batches_of(each.rows, each.tokenizer, blocks[size]) for name, each in opened.items()}
+        timed = measure_latency({name: each.model for name, each in opened.items()}, batches, repeats, warmup)
+        entries = [replace(e, latencies=[*e.latencies, t]) for e, t in zip(entries, timed, strict=True)]
+        report = write(entries)
+    _plot(report, folder)
     return report
 
 
-def _latencies(
-    models: Mapping[str, PreTrainedModel], rows: Dataset, tokenizer: PreTrainedTokenizerBase,
-    batch_sizes: Sequence[int], repeats: int, warmup: int, limit: int | None,
-) -> dict[str, list[Latency]]:  # fmt: skip
-    timed: dict[str, list[Latency]] = {name: [] for name in models}
-    for size in batch_sizes:
-        logger.info("Timing %d models at batch size %d, %d rounds.", len(models), size, repeats)
-        batches = unpadded_batches(rows, tokenizer, size, limit)
-        for latency in measure_latency(models, batches, repeats, warmup):
-            timed[latency.name].append(latency)
-    return timed
+def _mean_length(rows: Dataset) -> float:
+    return sum(len(ids) for ids in rows["input_ids"]) / len(rows)
 
 
-def _write(report: dict[str, Any], folder: Path, with_zeros: bool) -> None:
-    write_json(folder / "report.json", report)
-    (folder / "report.md").write_text(render_markdown(report))
+def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric: str) -> Iterator[Entry]:
+    """What is found out about each model before anything is timed."""
+    # What is dropped depends on the text; all of a table is counted alike.
+    drops = any(carries_state(each.model) for each in models.values())
+    baseline: Answers | None = None
+    for name, each in models.items():
+        logger.info("Evaluating %s on %d examples.", name, len(each.rows))
+        answers = evaluated(each)
+        baseline = baseline or answers
+        blocks = _blocks(each.model, name)
+        seq_len = _mean_length(each.rows)
+        counted = list(length_sorted(each.rows, 32, each.tokenizer)) if drops and blocks else None
+        yield Entry(
+            name=name,
+            metrics=answers.metrics(),
+            cost=count_cost(each.model, seq_len, data=counted)
+            if blocks
+            else Cost(**count_size(each.model), macs=None),
+            latencies=[],
+            folder=folders.get(name),
+            disk_bytes=bytes_on_disk(folders.get(name)),
+            heads=[block.num_units for block in blocks],
+            neurons=[block.num_neurons for block in blocks],
+            matrices=matrices_of(each.model),
+            seq_len=seq_len,
+            standard_error=None if answers is baseline else standard_error(baseline, answers, metric),
+        )
+
+
+def _blocks(model: PreTrainedModel, name: str) -> list[Block]:
+    try:
+        return blocks_of(model)
+    except ValueError as error:
+        logger.warning("The arithmetic of %s is not counted: %s", name, error)
+        return []
+
+
+def _plot(report: dict[str, Any], folder: Path) -> None:
     try:
         plot_quality_latency(report, folder / "accuracy_latency.png")
-        plot_layer_sizes(report, folder / "layer_sizes.png")
-        if with_zeros:
+        if any(model["heads"] for model in report["models"]):
+            plot_layer_sizes(report, folder / "layer_sizes.png")
+        if any(has_zeros([Matrix(**matrix) for matrix in model["matrices"]]) for model in report["models"]):
             plot_sparsity(report, folder / "sparsity.png")
     except ImportError as error:
         # The numbers are what took minutes; they must not be lost for want of an optional package.

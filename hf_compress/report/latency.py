@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_compress.core.batches import accepted_arguments
 from hf_compress.core.modes import evaluating
 from hf_compress.report.memory import peak_memory
-from hf_compress.tasks.inputs import length_sorted
+from hf_compress.tasks.inputs import padded_batch
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _run_rounds(
 
 def measure_latency(
     models: Mapping[str, nn.Module] | Sequence[nn.Module],
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]],
     repeats: int = 10,
     warmup: int = 2,
 ) -> list[Latency]:
@@ -141,7 +141,8 @@ def measure_latency(
 
     Args:
         models: Name -> model, or models. Each runs where it is, in eval mode, and gets its mode back.
-        batches: Dicts of input tensors. Labels and what a forward does not name are left out.
+        batches: Dicts of input tensors. Labels and what a forward does not name are left out. Models that read
+            the same texts by different tokenizers have batches of their own: model name -> batches.
         repeats: Timed rounds over all batches.
         warmup: Rounds before that are not timed.
 
@@ -157,15 +158,22 @@ def measure_latency(
         >>> timed.batch_size, timed.num_batches, len(timed.totals)
         (2, 1, 3)
     """
-    named, batches = _named(models), list(batches)
-    if not batches:
+    named = _named(models)
+    if isinstance(batches, Mapping):
+        given = {name: list(batches[name]) for name in named}
+    else:
+        given = dict.fromkeys(named, list(batches))
+    counts = {name: len(own) for name, own in given.items()}
+    if not all(counts.values()):
         raise ValueError("batches must hold at least one batch, got none.")
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"batches must be equally many for all models, got {counts}.")
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
     if warmup < 0:
         raise ValueError(f"warmup must not be negative, got {warmup}.")
     with evaluating(*named.values()):
-        inputs = {name: _prepared(model, batches) for name, model in named.items()}
+        inputs = {name: _prepared(model, given[name]) for name, model in named.items()}
         with torch.inference_mode():
             _run_rounds(named, inputs, warmup)
             totals = _run_rounds(named, inputs, repeats)
@@ -224,14 +232,11 @@ def speedups(latencies: Sequence[Latency], baseline: str) -> dict[str, Speedup]:
     return result
 
 
-def unpadded_batches(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, limit: int | None = None
-) -> list[dict[str, Tensor]]:
-    """Batches of neighbours in length without labels: no padding at size 1, the least possible above.
+def length_blocks(rows: Dataset, batch_size: int, limit: int | None = None) -> list[list[int]]:
+    """The places of rows in batches of neighbours in length.
 
     Args:
         rows: Tokenized examples.
-        tokenizer: Pads.
         batch_size: Examples.
         limit: At most about so many examples, in whole batches spread evenly over the lengths; None: all.
 
@@ -250,6 +255,24 @@ def unpadded_batches(
     wanted = math.ceil(limit / batch_size) if limit is not None else len(blocks)
     if wanted < len(blocks):
         blocks = [blocks[int((place + 0.5) * len(blocks) / wanted)] for place in range(wanted)]
-    chosen = rows.select([index for block in blocks for index in block])
-    batches = length_sorted(chosen, batch_size, tokenizer)
-    return [{k: v for k, v in batch.items() if k not in ("index", "labels")} for batch in batches]
+    return blocks
+
+
+def batches_of(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, blocks: Sequence[Sequence[int]]
+) -> list[dict[str, Tensor]]:
+    """The batches of `length_blocks`, padded, without labels."""
+    batches = [padded_batch(rows, block, tokenizer) for block in blocks]
+    return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+
+
+def unpadded_batches(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, limit: int | None = None
+) -> list[dict[str, Tensor]]:
+    """Batches of neighbours in length without labels: no padding at size 1, the least possible above.
+
+    Args:
+        rows, batch_size, limit: As for `length_blocks`.
+        tokenizer: Pads.
+    """
+    return batches_of(rows, tokenizer, length_blocks(rows, batch_size, limit))

@@ -33,6 +33,8 @@ class Entry:
         disk_bytes: Of its safetensors files; None when they are not in a local folder.
         heads, neurons: Kept in each layer.
         matrices: Zeros of each weight matrix.
+        seq_len: Tokens of the sequence whose multiply-accumulates were counted; None: the report's.
+        standard_error: Of the difference between its main metric and the baseline's, over the examples.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Entry:
     heads: list[int] = field(default_factory=list)
     neurons: list[int] = field(default_factory=list)
     matrices: list[Matrix] = field(default_factory=list)
+    seq_len: float | None = None
+    standard_error: float | None = None
 
 
 def bytes_on_disk(folder: str | os.PathLike | None) -> int | None:
@@ -54,13 +58,13 @@ def bytes_on_disk(folder: str | os.PathLike | None) -> int | None:
     return sum(sizes) if sizes else None
 
 
-def verdict(batch_size: int, speedup: float, mac_ratio: float) -> str:
+def verdict(batch_size: int, speedup: float, mac_ratio: float | None) -> str:
     """One plain sentence: what was measured beside what the arithmetic promises.
 
     Args:
         batch_size: Of the measurement.
         speedup: Measured, above 1 is faster than the baseline.
-        mac_ratio: Multiply-accumulates kept, of the baseline's.
+        mac_ratio: Multiply-accumulates kept, of the baseline's; None: not counted.
 
     Example:
         >>> verdict(32, 1.8, 0.5)
@@ -68,13 +72,38 @@ def verdict(batch_size: int, speedup: float, mac_ratio: float) -> str:
         >>> verdict(1, 0.98, 0.5)
         'NOT faster at batch 1: 0.98x measured, 2.00x fewer MACs'
     """
-    if abs(mac_ratio - 1) < 0.005:
+    if mac_ratio is None:
+        promised = "MACs not counted"
+    elif abs(mac_ratio - 1) < 0.005:
         promised = "the same MACs"
     else:
         promised = f"{1 / mac_ratio:.2f}x fewer MACs" if mac_ratio < 1 else f"{mac_ratio:.2f}x more MACs"
     if speedup < _FASTER:
         return f"NOT faster at batch {batch_size}: {speedup:.2f}x measured, {promised}"
     return f"batch {batch_size}: {speedup:.2f}x faster measured, {promised}"
+
+
+def quality_verdict(metric: str, before: float, after: float, error: float | None = None) -> str:
+    """One plain clause: what quality was lost or gained, and whether that is more than chance.
+
+    Args:
+        metric: Its name.
+        before, after: Of the baseline and of the model.
+        error: Standard error of the difference; None: not known.
+
+    Example:
+        >>> quality_verdict("accuracy", 0.77, 0.53, 0.02)
+        'LOST 0.2400 accuracy (0.7700 -> 0.5300, standard error 0.0200)'
+        >>> quality_verdict("accuracy", 0.92, 0.915, 0.01)
+        'accuracy 0.9200 -> 0.9150 (a difference within two standard errors of 0.0100)'
+    """
+    change, numbers = after - before, f"{before:.4f} -> {after:.4f}"
+    if change == 0:
+        return f"the same {metric} ({after:.4f})"
+    if error is not None and abs(change) <= 2 * error:
+        return f"{metric} {numbers} (a difference within two standard errors of {error:.4f})"
+    known = f", standard error {error:.4f}" if error is not None else ""
+    return f"{'LOST' if change < 0 else 'gained'} {abs(change):.4f} {metric} ({numbers}{known})"
 
 
 def _by_batch_size(entries: Sequence[Entry]) -> list[dict[str, Speedup]]:
@@ -92,6 +121,7 @@ def build_report(
     num_examples: int,
     seq_len: float,
     settings: dict[str, Any] | None = None,
+    split: str | None = None,
 ) -> dict[str, Any]:
     """Put models side by side; everything in the result is plain JSON.
 
@@ -102,6 +132,7 @@ def build_report(
         num_examples: That the metrics were computed on.
         seq_len: Tokens of the sequence whose MACs are counted.
         settings: Further facts to write down.
+        split: That the metrics were computed on.
 
     Raises:
         ValueError: If there are no entries, names repeat, a model lacks the metric, or batch sizes differ.
@@ -118,17 +149,22 @@ def build_report(
     baseline = entries[0]
     models = []
     for entry in entries:
-        mac_ratio = entry.cost.macs / baseline.cost.macs if baseline.cost.macs else 1.0
+        mac_ratio = _mac_ratio(entry.cost, baseline.cost)
+        quality = quality_verdict(metric, baseline.metrics[metric], entry.metrics[metric], entry.standard_error)
         timed = [
             {**latency.to_dict(), "speedup": asdict(at_size[entry.name])}
             for latency, at_size in zip(entry.latencies, ratios, strict=True)
         ]
         facts = asdict(entry)
         del facts["latencies"]
-        # Nobody is faster than itself; for the baseline there is nothing to judge.
+        # Nobody is faster than itself; for the baseline there is nothing to judge. What was lost stands first.
         verdicts = [
-            verdict(t["batch_size"], t["speedup"]["median"], mac_ratio) for t in timed if entry is not baseline
+            f"{quality}; {verdict(t['batch_size'], t['speedup']['median'], mac_ratio)}"
+            for t in timed
+            if entry is not baseline
         ]
+        if entry is not baseline and not timed:
+            verdicts = [quality]
         ratio = element_ratio(entry.matrices)
         models.append(
             {**facts, "element_sparsity": ratio, "mac_ratio": mac_ratio, "latency": timed, "verdicts": verdicts}
@@ -136,6 +172,7 @@ def build_report(
     return {
         "version": REPORT_VERSION,
         "task": task,
+        "split": split,
         "metric": metric,
         "num_examples": num_examples,
         "seq_len": seq_len,
@@ -144,6 +181,16 @@ def build_report(
         "settings": settings or {},
         "models": models,
     }
+
+
+def _mac_ratio(cost: Cost, baseline: Cost) -> float | None:
+    if cost.macs is None or baseline.macs is None:
+        return None
+    return cost.macs / baseline.macs if baseline.macs else 1.0
+
+
+def _or_blank(template: str, value: float | None) -> str:
+    return "-" if value is None else template.format(value)
 
 
 def _short(value: float | None) -> str:
@@ -183,7 +230,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     quality = [
         [
             _cell(m["name"]), f"{m['metrics'][metric]:.4f}", _short(m["cost"]["params"]),
-            _short(m["cost"]["nonzero_params"]), _short(m["cost"]["macs"]), f"{m['mac_ratio']:.3f}",
+            _short(m["cost"]["nonzero_params"]), _short(m["cost"]["macs"]), _or_blank("{:.3f}", m["mac_ratio"]),
             _megabytes(m["disk_bytes"]),
         ]
         for m in models
@@ -191,7 +238,8 @@ def render_markdown(report: dict[str, Any]) -> str:
     speed = [
         [
             _cell(m["name"]), str(t["batch_size"]), f"{1e3 * t['p50']:.2f}", f"{1e3 * t['p95']:.2f}",
-            f"{t['throughput']:.1f}", _megabytes(t["peak_memory"]), f"{1 / m['mac_ratio']:.2f}x",
+            f"{t['throughput']:.1f}", _megabytes(t["peak_memory"]),
+            _or_blank("{:.2f}x", m["mac_ratio"] and 1 / m["mac_ratio"]),
             f"{t['speedup']['median']:.2f}x ({t['speedup']['low']:.2f} to {t['speedup']['high']:.2f})",
         ]
         for place in range(len(models[0]["latency"]))
@@ -201,7 +249,8 @@ def render_markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# {report['task']}: {report['baseline']} against compressed models",
         "",
-        f"{report['num_examples']} examples; MACs of a sequence: {report['seq_len']:.1f} tokens on average.",
+        f"{report['num_examples']} examples{' of the ' + report['split'] + ' split' if report['split'] else ''}; "
+        f"MACs of a sequence: {report['seq_len']:.1f} tokens on average.",
         "",
         *_table(["model", metric, "params", "non-zero", "MACs", "MACs kept", "on disk"], quality),
     ]

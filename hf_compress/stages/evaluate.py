@@ -9,13 +9,14 @@ from typing import Any
 
 import evaluate as hub_metrics
 
+from hf_compress.core.devices import chosen_device
 from hf_compress.core.saving import write_json
 from hf_compress.report.comparison import compare_models
-from hf_compress.report.quality import evaluate_model, predict
-from hf_compress.stages.models import check_vocabulary, open_classifier, open_tokenizer
+from hf_compress.report.quality import Measured, evaluated
+from hf_compress.stages.models import check_vocabulary, fit_labels, open_classifier, open_tokenizer
 from hf_compress.tasks.inputs import tokenize
-from hf_compress.tasks.metrics import task_metrics
 from hf_compress.tasks.sources import DataArguments, load_task
+from hf_compress.tasks.task import Task
 
 
 @dataclass
@@ -24,17 +25,19 @@ class EvaluateArguments:
 
     Args:
         models: Hub names or folders of the models to evaluate.
-        split: Which split is evaluated: `train`, `validation` or `test`.
-        eval_batch_size: How many examples a batch holds.
-        extra_metrics: Further metrics, loaded by `evaluate.load`: hub names or local scripts.
-        output_file: JSON file that receives the results. Left out: they are only printed.
+        split: Which split is measured: train, validation or test. Left out: validation, or test where there is none.
+        eval_batch_size: How many sequences go through the model at once.
+        extra_metrics: Further metrics: hub names or local scripts that `evaluate.load` opens.
+        output_file: JSON file for the results. Left out: they are only printed.
+        device: Where it is computed: auto (the accelerator where there is one), cpu, or a device such as cuda.
     """
 
     models: list[str]
-    split: str = "validation"
+    split: str | None = None
     eval_batch_size: int = 32
     extra_metrics: list[str] | None = None
     output_file: str | None = None
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.eval_batch_size < 1:
@@ -48,18 +51,20 @@ class ReportArguments:
     Args:
         models: Folders or hub names of the models to compare; the first is the dense baseline.
         output_dir: Folder that receives `report.md`, `report.json` and the plots.
-        split: Which split is measured: `validation` or `test`.
+        split: Which split is measured: train, validation or test. Left out: validation, or test where there is none.
         latency_batch_sizes: Batch sizes whose latency is timed.
         latency_repeats: How many rounds are timed; the models take turns in each.
         latency_examples: How many examples are timed, evenly spread over the lengths.
+        device: Where it is computed: auto (the accelerator where there is one), cpu, or a device such as cuda.
     """
 
     models: list[str]
     output_dir: str
-    split: str = "validation"
+    split: str | None = None
     latency_batch_sizes: list[int] = field(default_factory=lambda: [1, 32])
     latency_repeats: int = 7
     latency_examples: int = 256
+    device: str = "auto"
 
 
 def _extra(names: Sequence[str], logits: Any, labels: Any) -> dict[str, float]:
@@ -75,30 +80,32 @@ def _extra(names: Sequence[str], logits: Any, labels: Any) -> dict[str, float]:
     return results
 
 
-def evaluate_models(args: EvaluateArguments, data: DataArguments) -> dict[str, dict[str, float]]:
-    """The task's metrics for each model.
+def _measured(name: str, task: Task, split: str, max_length: int, device: str) -> Measured:
+    """A model with its own tokenizer's reading of a split, in its own order of labels."""
+    tokenizer, model = open_tokenizer(name), open_classifier(name)
+    check_vocabulary(model.config, tokenizer)
+    matched = fit_labels(task, model, name)
+    rows = tokenize(matched.split(split), matched, tokenizer, max_length)
+    return Measured(model.to(chosen_device(device)), rows, tokenizer, matched.in_own_order)
+
+
+def evaluate_models(args: EvaluateArguments, data: DataArguments) -> dict[str, dict[str, Any]]:
+    """The task's metrics for each model, with the split and the number of examples that they were computed on.
 
     Raises:
         ValueError: If a model or the split cannot be opened or does not fit.
     """
     task = load_task(data)
-    split = task.split(args.split)
-    results = {}
+    split = task.measured_split(args.split)
+    results: dict[str, dict[str, Any]] = {}
     for name in args.models:
-        tokenizer = open_tokenizer(name)
-        model = open_classifier(name, task)
-        check_vocabulary(model.config, tokenizer)
-        rows = tokenize(split, task, tokenizer, data.max_length)
-        if args.extra_metrics:
-            logits, labels = (
-                predict(model, rows, tokenizer, args.eval_batch_size).numpy(),
-                rows.with_format("numpy")["labels"][:],
-            )
-            results[name] = {**task_metrics(logits, labels), **_extra(args.extra_metrics, logits, labels)}
-        else:
-            results[name] = evaluate_model(model, rows, tokenizer, args.eval_batch_size)
-    if args.output_file:
-        write_json(args.output_file, results)
+        measured = _measured(name, task, split, data.max_length, args.device)
+        answers = evaluated(measured, args.eval_batch_size)
+        extra = _extra(args.extra_metrics or (), answers.logits, answers.labels)
+        results[name] = {**answers.metrics(), **extra, "split": split, "num_examples": len(measured.rows)}
+        if args.output_file:
+            # What is known of the first models must not be lost with a later one.
+            write_json(args.output_file, results)
     return results
 
 
@@ -109,21 +116,21 @@ def report(args: ReportArguments, data: DataArguments) -> dict[str, Any]:
         ValueError: If a model or the split cannot be opened or does not fit.
     """
     task = load_task(data)
-    tokenizer = open_tokenizer(args.models[0])
-    rows = tokenize(task.split(args.split), task, tokenizer, data.max_length)
-    opened = {}
+    split = task.measured_split(args.split)
+    measured, folders = {}, {}
     for name in args.models:
-        model = open_classifier(name, task)
-        check_vocabulary(model.config, tokenizer)
-        label = Path(name).name if Path(name).name not in opened else name
-        opened[label] = (model, name)
+        label = Path(name).name if Path(name).name not in measured else name
+        if label in measured:
+            raise ValueError(f"models must be different ones, got {name!r} twice.")
+        measured[label], folders[label] = _measured(name, task, split, data.max_length, args.device), name
     return compare_models(
-        {label: model for label, (model, _) in opened.items()},
-        rows,
-        tokenizer,
+        measured,
+        None,
+        None,
         task.name,
         args.output_dir,
-        folders={label: name for label, (_, name) in opened.items()},
+        split=split,
+        folders=folders,
         batch_sizes=args.latency_batch_sizes,
         repeats=args.latency_repeats,
         limit=args.latency_examples,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from hf_compress.core.positions import most_tokens
 from hf_compress.core.saving import require_own_folder
 from hf_compress.stages.models import (
     ModelArguments,
+    adopt_names_,
     check_vocabulary,
+    fit_labels,
     freeze_embeddings_,
     has_tokenizer,
     open_classifier,
@@ -33,7 +36,8 @@ from hf_compress.stages.models import (
 )
 from hf_compress.tasks.inputs import tokenize
 from hf_compress.tasks.metrics import task_metrics
-from hf_compress.tasks.sources import DataArguments, Task, load_task
+from hf_compress.tasks.sources import DataArguments, load_task
+from hf_compress.tasks.task import Task
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.collator import TEACHER_PREFIX, TeacherStudentCollator
 from hf_compress.training.distillation import DistillationTrainer
@@ -63,9 +67,9 @@ def model_folders(model_args: ModelArguments, teacher: str | None = None) -> dic
     return {"model_name_or_path": model_args.model_name_or_path, "teacher_name_or_path": teacher}
 
 
-def _evaluate_metrics(prediction: EvalPrediction) -> dict[str, float]:
+def _evaluate_metrics(prediction: EvalPrediction, task: Task) -> dict[str, float]:
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return task_metrics(np.asarray(logits), np.asarray(prediction.label_ids))
+    return task_metrics(*task.in_own_order(np.asarray(logits), np.asarray(prediction.label_ids)))
 
 
 def _splits(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> dict[str, Any]:
@@ -77,17 +81,37 @@ def _splits(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments)
 
 
 def prepare(
-    model_args: ModelArguments, data: DataArguments, seed: int
+    model_args: ModelArguments, data: DataArguments, seed: int, trains: bool = True
 ) -> tuple[Task, PreTrainedTokenizerBase, PreTrainedModel, dict[str, Any]]:
     """Task, tokenizer, model and tokenized splits that fit together.
 
+    Args:
+        model_args, data: Where they are.
+        seed: Of a new head.
+        trains: Whether the model is trained: then it may get a new head, and the task's label names.
+
+    Returns:
+        The task has the model's label ids.
+
     Raises:
-        ValueError: If they do not.
+        ValueError: If they do not fit together.
     """
     task = load_task(data)
     task.split("train")
+    if not task.is_regression and len(task.first_rows["train"]) < 2:
+        raise ValueError(
+            f"{task.files['train']}: label must have at least two classes, got only "
+            f"{', '.join(task.first_rows['train'])}."
+        )
     set_seed(seed)
-    tokenizer, model = open_pair(model_args, task)
+    tokenizer, model = open_pair(model_args, task, fresh_head=trains)
+    task = fit_labels(task, model, model_args.model_name_or_path)
+    if trains:
+        adopt_names_(model, task)
+    if task.evaluation_split is None:
+        logger.warning("The task has neither a validation nor a test split: nothing is measured.")
+    else:
+        logger.info("Models are measured on the %s split.", task.evaluation_split)
     if model_args.freeze_embeddings:
         freeze_embeddings_(model)
     rows = _splits(task, tokenizer, data)
@@ -101,9 +125,13 @@ def prepare(
 
 
 def trainer_arguments(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, rows: dict[str, Any]
+    task: Task,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    rows: dict[str, Any],
 ) -> dict[str, Any]:
-    """What every trainer of a classification task takes."""
+    """What every trainer of a classification task takes; all but `args` comes from `prepare`."""
     return {
         "model": model,
         "args": args,
@@ -111,7 +139,7 @@ def trainer_arguments(
         "eval_dataset": rows.get("evaluation"),
         "data_collator": DataCollatorWithPadding(tokenizer),
         "processing_class": tokenizer,
-        "compute_metrics": _evaluate_metrics,
+        "compute_metrics": partial(_evaluate_metrics, task=task),
     }
 
 
@@ -129,7 +157,7 @@ def run(
     outcome = trainer.train(resume_from_checkpoint=resume)
     results = {"train_seconds": outcome.metrics["train_runtime"], "train_loss": outcome.metrics["train_loss"]}
     if trainer.eval_dataset is not None:
-        results.update(trainer.evaluate())
+        results.update(trainer.evaluate(), eval_split=str(trainer.eval_dataset.split))
     if trainer.is_world_process_zero():
         save_stage(args.output_dir, model, tokenizer, results)
     return results
@@ -151,7 +179,7 @@ def finetune(model_args: ModelArguments, data: DataArguments, args: TrainingArgu
     """
     require_own_folder(args.output_dir, model_folders(model_args))
     task, tokenizer, model, rows = prepare(model_args, data, args.seed)
-    trainer = CompressionTrainer(**trainer_arguments(model, tokenizer, args, rows))
+    trainer = CompressionTrainer(**trainer_arguments(task, model, tokenizer, args, rows))
     return run(trainer, model, tokenizer, args)
 
 
@@ -174,7 +202,7 @@ def distill(
     """
     require_own_folder(args.output_dir, model_folders(model_args, teacher_args.teacher_name_or_path))
     task, tokenizer, student, rows = prepare(model_args, data, args.seed)
-    common = trainer_arguments(student, tokenizer, args, rows)
+    common = trainer_arguments(task, student, tokenizer, args, rows)
     teacher = None
     if args.uses_teacher:
         teacher = open_classifier(teacher_args.teacher_name_or_path, task)

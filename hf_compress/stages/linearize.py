@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.api import compress, steps_of
 from hf_compress.core.cost import count_cost
+from hf_compress.core.devices import chosen_device
 from hf_compress.core.positions import most_tokens
 from hf_compress.core.saving import require_own_folder
 from hf_compress.methods.linformer import LinformerConfig
@@ -25,6 +26,7 @@ from hf_compress.stages.finetune import (
 )
 from hf_compress.stages.models import (
     ModelArguments,
+    fit_labels,
     has_head,
     lengthen_,
     open_classifier,
@@ -49,9 +51,11 @@ class OutputArguments:
 
     Args:
         output_dir: Folder that receives the converted model, its tokenizer and `results.json`.
+        device: Where it is computed: auto (the accelerator where there is one), cpu, or a device such as cuda.
     """
 
     output_dir: str
+    device: str = "auto"
 
 
 def linearize(
@@ -80,7 +84,11 @@ def linearize(
     require_own_folder(output.output_dir, model_folders(model_args))
     named = data.task_name or data.data_dir or data.train_file
     torch.manual_seed(config.seed)
-    tokenizer, model = open_pair(model_args, load_task(data) if named else None)
+    task = load_task(data) if named else None
+    tokenizer, model = open_pair(model_args, task, fresh_head=True)
+    if task is not None:
+        fit_labels(task, model, model_args.model_name_or_path)
+    model.to(chosen_device(output.device))
     if not named and not has_head(model_args.model_name_or_path):
         logger.warning(
             "%s has no head: it gets one with %d labels. Name the task (task_name or data_dir) to size it.",
@@ -123,10 +131,10 @@ def joint_distill(
     for written in (args.output_dir, f"{args.output_dir}/teacher"):
         require_own_folder(written, folders)
     task, tokenizer, student, rows = prepare(model_args, data, args.seed)
-    common = trainer_arguments(student, tokenizer, args, rows)
+    common = trainer_arguments(task, student, tokenizer, args, rows)
     teacher = None
     if args.uses_teacher:
-        teacher = open_classifier(teacher_args.teacher_name_or_path, task)
+        teacher = open_classifier(teacher_args.teacher_name_or_path, task, fresh_head=True)
         _share_new_head_(teacher, student, teacher_args.teacher_name_or_path)
         longest, limit = most_tokens(student), most_tokens(teacher)
         if longest is not None and limit is not None and limit < longest:
@@ -170,7 +178,7 @@ def snapshot_distill(
     snapshots = {f"teacher_snapshots ({folder})": folder for folder in args.teacher_snapshots}
     require_own_folder(args.output_dir, {**model_folders(model_args), **snapshots})
     task, tokenizer, student, rows = prepare(model_args, data, args.seed)
-    common = trainer_arguments(student, tokenizer, args, rows)
+    common = trainer_arguments(task, student, tokenizer, args, rows)
     if args.uses_teacher:
         add_teacher_columns(common, task, data, args.teacher_snapshots[0])
     return run(SnapshotTeacherTrainer(**common), student, tokenizer, args)

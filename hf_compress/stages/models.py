@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from transformers import (
 )
 
 from hf_compress.api import apply_implied, check_finite, steps_of
+from hf_compress.core.loaded import require_complete
 from hf_compress.core.positions import extend_positions_, most_tokens, position_offset
 from hf_compress.core.saving import complete_or_absent, write_json
-from hf_compress.tasks.sources import Task
+from hf_compress.tasks.labels import match_labels, model_labels, require_seen, says_nothing
+from hf_compress.tasks.task import Task
 
 
 logger = logging.getLogger(__name__)
@@ -79,42 +81,82 @@ def has_head(name: str) -> bool:
     return _classifies(AutoConfig.from_pretrained(name))
 
 
-def open_classifier(name: str, task: Task | None = None) -> PreTrainedModel:
-    """A sequence classifier or regressor for a task, compressed or not, or as its config asks for by hand.
-
-    Args:
-        name: Hub name or folder.
-        task: Gives a new head its size and label names, and must agree with an existing head.
-
-    Raises:
-        ValueError: If nothing can be opened there, the head has other labels, or weights are not finite.
-    """
+def _open(name: str, task: Task | None, fresh_head: bool) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(name)
-        headed = _classifies(config)
+        new = fresh_head and not _classifies(config)
         overrides: dict[str, Any] = {}
-        if task is not None and headed and config.num_labels != task.num_labels:
-            raise ValueError(f"its head has {config.num_labels} labels, the task {task.name!r} has {task.num_labels}.")
-        if task is not None and not headed:
+        if task is not None and new:
+            require_seen(task)
             overrides["num_labels"] = task.num_labels
             overrides["problem_type"] = "regression" if task.is_regression else "single_label_classification"
             if not task.is_regression:
-                overrides["id2label"] = dict(enumerate(task.label_names))
-                overrides["label2id"] = {label: i for i, label in enumerate(task.label_names)}
-        model = AutoModelForSequenceClassification.from_pretrained(name, **overrides)
+                overrides.update(_names(task.label_names))
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **overrides)
+        inside = f"{model.base_model_prefix}."
+        # Checkpoints of masked language models have no pooler; it belongs to the head.
+        require_complete(
+            loaded, (lambda key: not key.startswith(inside) or key.startswith(f"{inside}pooler.")) if new else None
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"No classifier can be opened at {name!r}: {_first_line(error)}") from error
     check_finite(model)
     return apply_implied(model)
 
 
-def open_pair(model_args: ModelArguments, task: Task | None = None) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def _names(labels: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+
+
+def open_classifier(name: str, task: Task | None = None, fresh_head: bool = False) -> PreTrainedModel:
+    """A sequence classifier or regressor, compressed or not, or as its config asks for by hand.
+
+    Args:
+        name: Hub name or folder.
+        task: Its labels must be the model's, in the same order; a new head takes its size and label names.
+        fresh_head: Whether an encoder gets a new head. Only for who trains it.
+
+    Raises:
+        ValueError: If nothing can be opened there, weights are missing or not finite, or the labels differ.
+    """
+    model = _open(name, task, fresh_head)
+    if task is not None and fit_labels(task, model, name).order:
+        raise ValueError(
+            f"{name!r} must have the labels {', '.join(task.label_names)} in this order, got "
+            f"{', '.join(model_labels(model.config))}."
+        )
+    return model
+
+
+def fit_labels(task: Task, model: PreTrainedModel, name: str) -> Task:
+    """A task with the label ids of a model, matched by name; `ValueError` names the model when they do not fit."""
+    try:
+        return match_labels(task, model.config)
+    except ValueError as error:
+        raise ValueError(f"{name!r} does not fit the data: {error}") from error
+
+
+def adopt_names_(model: PreTrainedModel, task: Task) -> None:
+    """Give a model that is about to learn a task the names of its labels, when it has none of its own."""
+    if not task.is_regression and says_nothing(model_labels(model.config)):
+        for name, value in _names(task.label_names).items():
+            setattr(model.config, name, value)
+
+
+def open_pair(
+    model_args: ModelArguments, task: Task | None = None, fresh_head: bool = False
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and classifier that a stage starts from.
+
+    Args:
+        model_args: Where they are.
+        task: Sizes and names a new head. An existing head has an order of its own: see `fit_labels`.
+        fresh_head: Whether an encoder gets a new head.
 
     Raises:
         ValueError: If they cannot be opened, do not belong together, or the model takes more tokens already.
     """
-    model = open_classifier(model_args.model_name_or_path, task)
+    model = _open(model_args.model_name_or_path, task, fresh_head)
     tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
     check_vocabulary(model.config, tokenizer)
     if model_args.max_positions is not None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from hf_compress.api import compress, steps_of
 from hf_compress.core.cost import count_cost
+from hf_compress.core.devices import chosen_device
 from hf_compress.core.saving import require_own_folder
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
-from hf_compress.stages.models import ModelArguments, open_pair, save_stage
+from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, save_stage
 from hf_compress.tasks.inputs import calibration_batches, tokenize
 from hf_compress.tasks.sources import DataArguments, load_task
 
@@ -23,11 +24,13 @@ class CalibrationArguments:
         output_dir: Folder that receives the pruned model, its tokenizer and `results.json`.
         calibration_samples: How many training examples pruning looks at; they are drawn without replacement.
         calibration_seed: Random seed of the draw of those examples.
+        device: Where it is computed: auto (the accelerator where there is one), cpu, or a device such as cuda.
     """
 
     output_dir: str
     calibration_samples: int = 512
     calibration_seed: int = 0
+    device: str = "auto"
 
 
 def prune_structure(
@@ -44,6 +47,8 @@ def prune_structure(
     require_own_folder(calibration.output_dir, {"model_name_or_path": model_args.model_name_or_path})
     task = load_task(data)
     tokenizer, model = open_pair(model_args, task)
+    task = fit_labels(task, model, model_args.model_name_or_path)
+    model.to(chosen_device(calibration.device))
     rows = tokenize(task.split("train"), task, tokenizer, data.max_length)
     batches = calibration_batches(rows, tokenizer, calibration.calibration_samples, calibration.calibration_seed)
     seq_len = config.seq_len or _mean_length(batches)

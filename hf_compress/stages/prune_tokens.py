@@ -150,7 +150,7 @@ def prune_tokens(
     shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
     uses_teacher = pruning.teacher_name_or_path is not None
     arguments = DistillationArguments(**shared, alpha_output=pruning.alpha_output if uses_teacher else 0.0)
-    common = trainer_arguments(model, tokenizer, arguments, rows)
+    common = trainer_arguments(task, model, tokenizer, arguments, rows)
     teacher = None
     if uses_teacher:
         teacher = open_classifier(pruning.teacher_name_or_path, task)

@@ -89,11 +89,11 @@ def prune_weights(
             f"alpha_layer={args.alpha_layer:g}: without a teacher, only the labels teach."
         )
     require_own_folder(args.output_dir, model_folders(model_args, pruning.teacher_name_or_path))
-    task, tokenizer, model, rows = prepare(model_args, data, args.seed)
+    task, tokenizer, model, rows = prepare(model_args, data, args.seed, trains=not at_once)
     if pruning.slim:
         # Hours of training later would be late to learn that a model cannot be cut.
         blocks_of(model)
-    common = trainer_arguments(model, tokenizer, args, rows)
+    common = trainer_arguments(task, model, tokenizer, args, rows)
     if at_once:
         return _prune_at_once(common, pruning, config)
     if pruning.do_prune:
@@ -155,7 +155,7 @@ def _prune_at_once(common: dict[str, Any], pruning: PruningArguments, config: We
     compress(model, config, data=batches)
     results["prune_seconds"] = round(time.perf_counter() - start, 3)
     if trainer.eval_dataset is not None:
-        results.update(trainer.evaluate())
+        results.update(trainer.evaluate(), eval_split=str(trainer.eval_dataset.split))
     results.update(_zeros(model, config, pruning.slim))
     if trainer.is_world_process_zero():
         save_stage(trainer.args.output_dir, model, tokenizer, results)

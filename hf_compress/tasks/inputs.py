@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hf_compress.tasks.sources import Task
+from hf_compress.tasks.task import Task
 
 
 def tokenize(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -41,12 +41,17 @@ def length_sorted(rows: Dataset, batch_size: int, tokenizer: PreTrainedTokenizer
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
-        chosen = rows.select(index)
-        features = [{k: v for k, v in row.items() if k != "labels"} for row in chosen]
-        batch = dict(tokenizer.pad(features, return_tensors="pt"))
-        if "labels" in rows.column_names:
-            batch["labels"] = torch.tensor(chosen["labels"])
-        yield {**batch, "index": torch.tensor(index)}
+        yield {**padded_batch(rows, index, tokenizer), "index": torch.tensor(index)}
+
+
+def padded_batch(rows: Dataset, index: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The tokenized rows at the places of `index`, padded to the longest, with `labels` where there are any."""
+    chosen = rows.select(index)
+    features = [{k: v for k, v in row.items() if k != "labels"} for row in chosen]
+    batch = dict(tokenizer.pad(features, return_tensors="pt"))
+    if "labels" in rows.column_names:
+        batch["labels"] = torch.tensor(chosen["labels"])
+    return batch
 
 
 def calibration_batches(

@@ -18,19 +18,22 @@ def main_metric(task_name: str, num_labels: int) -> str:
     return MAIN_METRIC.get(task_name, "spearman" if num_labels == 1 else "accuracy")
 
 
-def classification_metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def classification_metrics(
+    predictions: np.ndarray, labels: np.ndarray, num_classes: int | None = None
+) -> dict[str, float]:
     """Accuracy, and for two classes F1 of class 1 and Matthews' correlation.
 
     Args:
         predictions: [B] class ids.
         labels: [B] class ids.
+        num_classes: Of the model; None: two unless a higher id occurs.
 
     Example:
         >>> classification_metrics(np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0]))["accuracy"]
         0.75
     """
     result = {"accuracy": float((predictions == labels).mean())}
-    if set(np.unique(labels)) | set(np.unique(predictions)) <= {0, 1}:
+    if num_classes == 2 or (num_classes is None and set(np.unique(labels)) | set(np.unique(predictions)) <= {0, 1}):
         tp, tn = float(((predictions == 1) & (labels == 1)).sum()), float(((predictions == 0) & (labels == 0)).sum())
         fp, fn = float(((predictions == 1) & (labels == 0)).sum()), float(((predictions == 0) & (labels == 1)).sum())
         spread = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
@@ -63,4 +66,4 @@ def task_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """
     if logits.shape[-1] == 1:
         return regression_metrics(logits[:, 0], labels)
-    return classification_metrics(logits.argmax(-1), labels)
+    return classification_metrics(logits.argmax(-1), labels, logits.shape[-1])

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Value
 
+from hf_compress.tasks.columns import label_column, read_texts, require_columns, text_columns
+from hf_compress.tasks.labels import read_labels
+from hf_compress.tasks.tables import SUFFIXES, Table, read_table, table_of
+from hf_compress.tasks.task import EVALUATED, Task
+
+
+logger = logging.getLogger(__name__)
 
 # task -> (hub path, hub configuration, text columns, number of labels; 1 is regression)
 TASKS: dict[str, tuple[str, str | None, tuple[str, ...], int]] = {
@@ -22,12 +29,8 @@ TASKS: dict[str, tuple[str, str | None, tuple[str, ...], int]] = {
     "sst2": ("nyu-mll/glue", "sst2", ("sentence",), 2),
     "stsb": ("nyu-mll/glue", "stsb", ("sentence1", "sentence2"), 1),
 }
-_TEXT_COLUMNS = (
-    ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"),
-    ("sentence",), ("text",),
-)  # fmt: skip
-_EVALUATED = ("validation", "test")
-_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# The names that a folder's files may have.
+_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
 @dataclass
@@ -35,12 +38,17 @@ class DataArguments:
     """Where the task's examples come from and how long their texts may be.
 
     Args:
-        task_name: One of the GLUE tasks or imdb: read from the hub, or from `data_dir` when that is given.
-        data_dir: Folder with the files `{train,validation,test}.{parquet,tsv,csv,json}`.
-        train_file: File of training examples with the columns `sentence`, or `sentence1` and `sentence2`, or `text`,
-            and `label`.
-        validation_file: File of validation examples with the same columns.
-        test_file: File of test examples with the same columns.
+        task_name: One of the GLUE tasks or imdb: read from the hub, or from `data_dir` or files when they are given.
+        data_dir: Folder with the files train, validation and test (parquet, tsv, csv, json or jsonl), as far as they
+            exist.
+        train_file: File of training examples: parquet, tsv, csv, json or jsonl, with a column of texts (two for pairs)
+            and one of labels.
+        validation_file: File of the examples that models are measured on, with the same columns.
+        test_file: File of further examples with the same columns; models are measured on them when there is no
+            validation file.
+        text_column: Column with the texts. Left out: usual names such as sentence, text or utterance are found.
+        text_pair_column: Column with the second text of each pair, when `text_column` names the first.
+        label_column: Column with the labels. Left out: usual names such as label, intent or category are found.
         max_length: Longest input in tokens; longer texts are cut.
         max_train_samples: Use only this many training examples, drawn with a fixed seed.
         max_eval_samples: Use only this many validation and test examples, drawn with a fixed seed.
@@ -51,6 +59,9 @@ class DataArguments:
     train_file: str | None = None
     validation_file: str | None = None
     test_file: str | None = None
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
     max_length: int = 128
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
@@ -63,168 +74,110 @@ class DataArguments:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
-@dataclass(frozen=True)
-class Task:
-    """Labelled splits and what their labels mean.
-
-    Args:
-        name: For metrics and tables; the task name or the folder's.
-        splits: `train`, `validation` and `test` as far as they exist, with a column `label`.
-        text_columns: One, or two for pairs.
-        label_names: Class names in the order of their ids; empty for regression.
-    """
-
-    name: str
-    splits: DatasetDict
-    text_columns: tuple[str, ...]
-    label_names: tuple[str, ...]
-
-    @property
-    def num_labels(self) -> int:
-        return len(self.label_names) or 1
-
-    @property
-    def is_regression(self) -> bool:
-        return not self.label_names
-
-    @property
-    def evaluation_split(self) -> str | None:
-        """`validation`, or `test` for tasks that have no other (IMDB), or None."""
-        return next((name for name in _EVALUATED if name in self.splits), None)
-
-    def split(self, name: str) -> Dataset:
-        if name not in self.splits:
-            raise ValueError(f"split must be one of {', '.join(self.splits)}, got {name!r}: there is no such file.")
-        return self.splits[name]
-
-
 def load_task(args: DataArguments) -> Task:
-    """Read a task and check its columns and labels.
+    """Read a task and check its columns, texts and labels.
 
     Raises:
-        ValueError: If no source is given, a file is missing, empty or has the wrong columns, or labels are missing.
+        ValueError: If no source is given or two are, or a file cannot be read; names file, column and row of a text
+            or label that is missing, empty or of another kind.
     """
+    files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+    files = {split: Path(file) for split, file in files.items() if file is not None}
     if args.data_dir is not None:
-        splits, name = _from_folder(Path(args.data_dir)), args.task_name or Path(args.data_dir).name
-    elif args.train_file or args.validation_file or args.test_file:
-        files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-        splits, name = _from_files({k: Path(v) for k, v in files.items() if v}), args.task_name or "files"
+        if files:
+            raise ValueError(
+                f"data_dir and {', '.join(f'{split}_file' for split in files)} both say where the examples are: "
+                "give the folder or single files."
+            )
+        tables = _from_folder(Path(args.data_dir))
+        name = args.task_name or Path(args.data_dir).resolve().name
+    elif files:
+        tables = {split: read_table(file, split) for split, file in files.items()}
+        name = args.task_name or "files"
     elif args.task_name is not None:
         if args.task_name not in TASKS:
             raise ValueError(
                 f"task_name must be one of {', '.join(TASKS)} (or give data_dir), got {args.task_name!r}."
             )
         hub, configuration, _, _ = TASKS[args.task_name]
-        splits, name = _from_hub(hub, configuration), args.task_name
+        tables, name = _from_hub(hub, configuration), args.task_name
     else:
         raise ValueError("task_name, data_dir or train_file must say where the examples are, got none of them.")
-    return _checked(splits, name, args)
+    return _checked(tables, name, args)
 
 
-def _from_hub(path: str, configuration: str | None) -> DatasetDict:
+def _from_hub(path: str, configuration: str | None) -> dict[str, Table]:
     try:
         splits = datasets.load_dataset(path, configuration)
     except (ConnectionError, OSError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(
             f"Cannot read {path} from the hub ({type(error).__name__}); give data_dir to read files."
         ) from error
-    for matched in _EVALUATED:
+    for matched in EVALUATED:
         if f"{matched}_matched" in splits:
             splits[matched] = splits.pop(f"{matched}_matched")
-    return splits
+    return {split: table_of(splits[split], f"{split} of {path}") for split in _SPLITS if split in splits}
 
 
-def _from_folder(folder: Path) -> DatasetDict:
+def _from_folder(folder: Path) -> dict[str, Table]:
     if not folder.is_dir():
         raise ValueError(f"data_dir must be a folder, got {str(folder)!r}.")
-    found = {}
-    for split in ("train", "validation", "test"):
-        for suffix in (".parquet", ".tsv", ".csv", ".json", ".jsonl"):
-            if (folder / f"{split}{suffix}").is_file():
-                found.setdefault(split, folder / f"{split}{suffix}")
-    if not found:
+    tables = {}
+    for split, names in _SPLITS.items():
+        found = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
+        found = [file for file in found if file.is_file()]
+        if found:
+            tables[split] = read_table(found[0], split)
+        if len(found) > 1:
+            others = ", ".join(file.name for file in found[1:])
+            logger.warning("%s is read from %s; not read: %s.", split, found[0], others)
+    if not tables:
         raise ValueError(
             f"data_dir must hold train/validation/test files (parquet, tsv, csv, json), found none in {str(folder)!r}."
         )
-    return _from_files(found)
+    return tables
 
 
-def _from_files(files: dict[str, Path]) -> DatasetDict:
-    splits = DatasetDict()
-    for split, file in files.items():
-        if not file.is_file():
-            raise ValueError(f"{split}_file must exist, got {str(file)!r}.")
-        if file.suffix not in _READERS:
-            raise ValueError(f"{split}_file must end in one of {', '.join(_READERS)}, got {file.name!r}.")
-        if not file.stat().st_size:
-            raise ValueError(f"{split}_file must not be empty, got {str(file)!r}.")
-        options: dict[str, Any] = {"delimiter": "\t"} if file.suffix == ".tsv" else {}
-        try:
-            splits[split] = datasets.load_dataset(
-                _READERS[file.suffix], data_files=str(file), split="train", **options
-            )
-        except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
-            raise ValueError(
-                f"{split}_file {file.name!r} cannot be read as {file.suffix}: {_first_line(error)}"
-            ) from error
-    return splits
+def _without_unlabelled_test(tables: dict[str, Table], column: str) -> dict[str, Table]:
+    """GLUE publishes test splits without labels, or with -1 in all rows: there is nothing to measure on them."""
+    test = tables.get("test")
+    if test is None or len(tables) == 1:
+        return tables
+    if column in test.columns and not all(str(label) in ("-1", "-1.0") for label in test.read(column)):
+        return tables
+    logger.warning("%s has no labels: it is left out.", test.where)
+    return {split: table for split, table in tables.items() if split != "test"}
 
 
-def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-
-
-def _is_empty(label: Any) -> bool:
-    return label is None or label != label  # noqa: PLR0124  (NaN)
-
-
-def _checked(splits: DatasetDict, name: str, args: DataArguments) -> Task:
-    some = next(iter(splits.values()))
-    known = TASKS[name][2] if name in TASKS else None
-    candidates = [known] if known and set(known) <= set(some.column_names) else list(_TEXT_COLUMNS)
-    columns = next((c for c in candidates if set(c) <= set(some.column_names)), None)
-    if columns is None:
+def _checked(tables: dict[str, Table], name: str, args: DataArguments) -> Task:
+    some = next(iter(tables.values()))
+    known = TASKS.get(name)
+    texts = text_columns(some, args.text_column, args.text_pair_column, known[2] if known else None)
+    column = label_column(some, args.label_column)
+    if column in texts or "label" in texts:
         raise ValueError(
-            f"columns must hold sentence, text, or sentence1 and sentence2, got {', '.join(some.column_names)}."
+            f"text_column and label_column must be different columns, and texts cannot be called 'label', got "
+            f"{', '.join(texts)} and {column}."
         )
-    for split, rows in splits.items():
-        missing = {*columns, "label"} - set(rows.column_names)
-        if missing:
-            raise ValueError(
-                f"{split} must have the columns {', '.join((*columns, 'label'))}; "
-                f"missing: {', '.join(sorted(missing))}."
-            )
-        if not len(rows):
-            raise ValueError(f"{split} must hold at least one row, got none.")
-        if any(_is_empty(label) for label in rows.unique("label")):
-            empty = sum(map(_is_empty, rows["label"]))
-            raise ValueError(f"label must be filled in every row, got {empty} empty in {split}.")
-    label = some.features["label"]
-    if isinstance(label, ClassLabel):
-        names = tuple(label.names)
-    elif label.dtype.startswith("float"):
-        names = ()
-    else:
-        values = sorted(
-            {value for rows in splits.values() for value in rows.unique("label") if value not in (-1, None)}
-        )
-        if label.dtype in ("string", "large_string"):
-            names = tuple(map(str, values))
-            ids = {text: i for i, text in enumerate(names)}
-            splits = splits.map(lambda row: {"label": ids[row["label"]]}, features=None)
-        else:
-            if values != list(range(len(values))):
-                raise ValueError(
-                    f"label must hold the class ids 0..C-1 (or texts, or floats for regression), got {values[:10]}."
-                )
-            names = tuple(f"LABEL_{value}" for value in values)
-        if len(names) < 2:
-            raise ValueError(f"label must have at least two classes, got {len(names)}.")
-    # Unlabelled GLUE test rows carry -1: a metric on them would be meaningless.
-    splits = DatasetDict({k: rows for k, rows in splits.items() if -1 not in rows.unique("label") or not names})
-    for split, limit in (("train", args.max_train_samples), *((x, args.max_eval_samples) for x in _EVALUATED)):
+    tables = _without_unlabelled_test(tables, column)
+    for table in tables.values():
+        require_columns(table, (*texts, column))
+    read = {split: read_texts(table, texts, lenient=known is not None) for split, table in tables.items()}
+    labels = read_labels(tables, column, known[3] if known else None)
+    kinds = Features(
+        {**{text: Value("string") for text in texts}, "label": Value("int64" if labels.names else "float64")}
+    )
+    splits = DatasetDict(
+        {
+            split: Dataset.from_dict({**read[split], "label": labels.values[split]}, features=kinds, split=split)
+            for split in tables
+        }
+    )
+    for split, limit in (("train", args.max_train_samples), *((x, args.max_eval_samples) for x in EVALUATED)):
         if limit and split in splits and limit < len(splits[split]):
             # Drawn, not cut off: files sorted by label (IMDB's are) would leave a single class.
             splits[split] = splits[split].shuffle(seed=0).select(range(limit))
-    return Task(name, splits, columns, names)
+    return Task(
+        name, splits, texts, labels.names, labels.numbers, labels.declared,
+        {split: table.where for split, table in tables.items()}, labels.first_rows or {},
+    )  # fmt: skip
