@@ -234,7 +234,7 @@ class CompressionTrainer(Trainer):
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         # One norm over weights and thresholds would shrink the gradients of both by the larger kind.
-        groups = self._separate_groups()
+        groups = [group for group in self._separate_groups() if not group.get("clipped_together")]
         if not groups or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         apart = [parameter for group in groups for parameter in group["params"]]

@@ -12,7 +12,7 @@ from hf_compress.core.method import MethodConfig
 class TokenPruningConfig(MethodConfig):
     """Tokens that receive little attention are dropped on the way through the layers.
 
-    All fields but `temperature` are flat.
+    All fields but `temperature` and `compat` are flat.
 
     Args:
         prune_mode: `absolute_threshold`: a score below the layer's threshold drops a token; thresholds start on a
@@ -28,9 +28,14 @@ class TokenPruningConfig(MethodConfig):
         temperature: Width of that sigmoid, in units of scores. It stands in the record: transformers takes a flat
             field of this name for a setting of text generation and refuses to save it.
         token_prune_stage: Which training the weights have been through; resuming another one is refused.
+        compat: `ltp` does what the released code does where this package differs on purpose. The first token is
+            scored and dropped like any other (and goes on without attention, as there); top-k may keep no token; the
+            regulariser is a mean over `score_reference_length` positions of every example, padding included; weights
+            and thresholds are clipped by one norm. It stands in the record.
 
     Source:
-        LTP (arXiv 2107.00910). Unlike the released code, the first token always stays and padding never counts.
+        LTP (arXiv 2107.00910). Unlike the released code, the first token always stays and padding never counts,
+        unless `compat="ltp"`.
 
     Example:
         >>> TokenPruningConfig(token_keep_rate=1.5)
@@ -61,6 +66,7 @@ class TokenPruningConfig(MethodConfig):
     masking_mode: Literal["hard", "soft"] = "hard"
     temperature: float = 1e-3
     token_prune_stage: Literal["soft", "hard", "switching"] | None = None
+    compat: Literal["ltp"] | None = None
 
     def check(self) -> None:
         if self.token_keep_rate > 1:

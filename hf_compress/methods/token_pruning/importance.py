@@ -120,28 +120,30 @@ def keep_rate_ramp(rate: float, num_layers: int) -> list[float]:
     return rates
 
 
-def kept_counts(initial: Tensor, rate: float) -> Tensor:
-    """How many tokens top-k keeps of each example: half-even rounding of the single-precision product, at least one.
+def kept_counts(initial: Tensor, rate: float, least: int = 1) -> Tensor:
+    """How many tokens top-k keeps of each example: half-even rounding of the single-precision product.
 
     Args:
         initial: [B] tokens before any pruning.
         rate: Of this layer.
+        least: Never fewer than that.
 
     Example:
         >>> kept_counts(torch.tensor([5, 40]), 0.5).tolist()
         [2, 20]
     """
     product = initial.to(torch.float32) * float(np.float32(rate))
-    return product.round().to(torch.int64).clamp(min=1)
+    return product.round().to(torch.int64).clamp(min=least)
 
 
-def keep_above(scores: Tensor, live: Tensor | None, threshold: Tensor | float) -> Tensor:
-    """[B, S] bool: live tokens whose score reaches the threshold; the first one always stays.
+def keep_above(scores: Tensor, live: Tensor | None, threshold: Tensor | float, protect_first: bool = True) -> Tensor:
+    """[B, S] bool: live tokens whose score reaches the threshold.
 
     Args:
         scores: [B, S].
         live: [B, S] bool; None: all.
         threshold: Scalar; equality keeps, and zero keeps all.
+        protect_first: Whether the first token stays whatever its score is.
     """
     if isinstance(threshold, Tensor) and threshold.device.type == "cpu" and not torch.compiler.is_compiling():
         threshold = threshold.item()
@@ -151,24 +153,23 @@ def keep_above(scores: Tensor, live: Tensor | None, threshold: Tensor | float) -
         keep = scores >= threshold.clamp(min=SMALLEST_SCORE) * (threshold != 0)
     else:
         keep = scores >= (max(threshold, SMALLEST_SCORE) if threshold else 0.0)
-    if live is None:
+    if protect_first:
         keep[:, 0] = True
-        return keep
-    keep &= live
-    keep[:, 0] = live[:, 0]
-    return keep
+    return keep if live is None else keep.logical_and_(live)
 
 
-def keep_top(scores: Tensor, live: Tensor | None, counts: Tensor) -> Tensor:
-    """[B, S] bool: the live tokens with the highest scores; the first one always stays, ties go to the lower index.
+def keep_top(scores: Tensor, live: Tensor | None, counts: Tensor, protect_first: bool = True) -> Tensor:
+    """[B, S] bool: the live tokens with the highest scores; ties go to the lower index.
 
     Args:
         scores: [B, S].
         live: [B, S] bool; None: all.
         counts: [B] how many of each example, the first token included.
+        protect_first: Whether the first token stays whatever its score is.
     """
     ranked = scores.clone() if live is None else scores.masked_fill(~live, -torch.inf)
-    ranked[:, 0] = torch.inf
+    if protect_first:
+        ranked[:, 0] = torch.inf
     order = ranked.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order)

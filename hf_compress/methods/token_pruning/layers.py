@@ -39,7 +39,7 @@ class PrunedLayer:
         if packing is None:
             packing = _initial(rule, hidden_states, attention_mask)
         if not packing.longest:
-            return _padding_alone(rule, state, packing, hidden_states)
+            return _padding_alone(self, rule, state, packing, hidden_states)
         if self.training and rule.config.masking_mode == "soft":
             return _soft_forward(self, rule, state, packing, hidden_states)
         return _hard_forward(self, rule, state, packing, hidden_states)
@@ -53,10 +53,14 @@ def _initial(rule: TokenRule, hidden_states: Tensor, mask: Tensor | None) -> Pac
     return Packing.of(mask if mask.dtype == torch.bool else mask >= 0, need_first=rule.reads_first)
 
 
-def _padding_alone(rule: TokenRule, state: LiveTokens, packing: Packing, hidden_states: Tensor) -> Tensor:
+def _padding_alone(
+    layer: nn.Module, rule: TokenRule, state: LiveTokens, packing: Packing, hidden_states: Tensor
+) -> Tensor:
     state.packings[rule.index] = packing
     state.attended[rule.index] = state.fed[rule.index] = packing.lengths
-    return hidden_states
+    if not rule.published:
+        return hidden_states
+    return _first_without_protection(layer, rule, packing, packing, None, hidden_states)
 
 
 def _importance(rule: TokenRule, received: Tensor, inside: Tensor | None, initial: Tensor) -> Tensor:
@@ -68,7 +72,7 @@ def _hard_forward(
 ) -> Tensor:
     state.attended[rule.index] = packing.lengths
     rows = packing.pack(hidden_states)
-    if rule.reads_first and rule.last and not layer.training and not state.whole:
+    if rule.reads_first and rule.last and not layer.training and not state.whole and not rule.published:
         return _first_token_forward(layer, rule, state, packing, hidden_states, rows)
     prunes = rule.prunes()
     context, received = attend(layer, rule, packing, rows, prunes)
@@ -77,16 +81,41 @@ def _hard_forward(
         inside, initial = packing.inside, state.attended[0]
         scores = _importance(rule, received, inside, initial)
         if rule.config.prune_mode == "topk":
-            keep = keep_top(scores, inside, kept_counts(initial, rule.keep_rate))
+            counts = kept_counts(initial, rule.keep_rate, 0 if rule.published else 1)
+            keep = keep_top(scores, inside, counts, not rule.published)
         else:
-            keep = keep_above(scores, inside, rule.threshold().detach())
+            keep = keep_above(scores, inside, rule.threshold().detach(), not rule.published)
         left, chosen = packing.only(keep)
+        if rule.published:
+            hidden_states = _first_without_protection(layer, rule, packing, left, context, hidden_states)
         if chosen is not None:
             context, rows = (x.index_select(0, chosen) for x in (context, rows))
+    elif rule.published:
+        hidden_states = _first_without_protection(layer, rule, packing, left, context, hidden_states)
     out = rule.finish(layer, context, rows)
     state.packings[rule.index] = left
     state.fed[rule.index] = left.lengths
     return _write(hidden_states, left.rows, out)
+
+
+def _first_without_protection(
+    layer: nn.Module, rule: TokenRule, packing: Packing, left: Packing, context: Tensor | None, hidden_states: Tensor
+) -> Tensor:
+    """Hidden states in which first tokens that are gone, which heads read all the same, go on as the original's do.
+
+    One that goes in this layer still has its context, later ones see nothing.
+    """
+    gone = ~left.live()[:, 0]
+    if not bool(gone.any()):
+        return hidden_states
+    first = hidden_states[:, 0]
+    if context is None:
+        seen = first.new_zeros(len(first), attrgetter(rule.architecture.queries)(layer).out_features)
+    else:
+        seen = context.index_select(0, packing.starts) * packing.live()[:, :1]
+    out = rule.finish(layer, seen, first).to(hidden_states.dtype)
+    out = torch.where(gone[:, None], out, first)
+    return torch.cat([out[:, None], hidden_states[:, 1:]], dim=1)
 
 
 def _write(hidden_states: Tensor, index: Tensor | None, rows: Tensor) -> Tensor:
@@ -130,10 +159,16 @@ def _soft_forward(
     if prunes:
         inside = packing.inside
         scores = _importance(rule, received, inside, state.attended[0])
+        if rule.published:
+            # Padding, whose score is zero, counts as well: up to the length that scores refer to.
+            missing = max(rule.config.score_reference_length, hidden_states.shape[1]) - scores.shape[1]
+            scores, inside = F.pad(scores, (0, missing)), None
         mask = soft_mask(scores, rule.threshold(), rule.thresholds.temperature)
-        # The first token always stays, so nothing is to be learned about it.
-        mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
+        if not rule.published:
+            # The first token always stays, so nothing is to be learned about it.
+            mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
         state.soft[rule.index] = mask, torch.ones_like(mask, dtype=torch.bool) if inside is None else inside
+        mask = mask[:, : packing.longest]
         out = out * packing.unalign(mask).unsqueeze(-1).to(out.dtype)
     return _write(hidden_states, packing.rows, out)
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import architecture_of, blocks_of
@@ -28,8 +29,15 @@ def check(model: PreTrainedModel, config: TokenPruningConfig) -> None:
     """Refuse models whose layers cannot drop tokens.
 
     Raises:
-        ValueError: Unsupported architecture, or a decoder.
+        ValueError: Unsupported architecture, or a decoder; or a length for scores that nothing would read.
     """
+    lengths_read = (config.score_norm == "reference" and config.scoring_mode == "mean") or config.compat == "ltp"
+    if not lengths_read and config.score_reference_length != TokenPruningConfig.score_reference_length:
+        raise ValueError(
+            f"score_reference_length={config.score_reference_length} has no effect with "
+            f"score_norm={config.score_norm!r} and scoring_mode={config.scoring_mode!r}: leave it out, or set "
+            "score_norm='reference'."
+        )
     architecture_of(model)
     if model.config.model_type not in FINISH or getattr(model.config, "is_decoder", False):
         raise ValueError(
@@ -72,13 +80,17 @@ def rebuild(model: PreTrainedModel, config: TokenPruningConfig) -> None:
     thresholds = None
     if config.prune_mode == "absolute_threshold":
         initial = threshold_ramp(config.final_token_threshold, len(blocks), config.threshold_ramp)
-        device = blocks[0].attention_out.weight.device
-        thresholds = TokenThresholds(initial, config.temperature, device=device)
+        weight = blocks[0].attention_out.weight
+        # Scores near 1/128 lie closer together than half precision can tell.
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        thresholds = TokenThresholds(initial, config.temperature, weight.device, dtype, config.compat == "ltp")
         model.base_model.add_module(_THRESHOLDS, thresholds)
     reads_first = _reads_first_token(model)
     for block in blocks:
         finish = FINISH[model.config.model_type]
-        rule = TokenRule(model.config, thresholds, block.index, len(blocks), reads_first, finish, block)
+        rule = TokenRule(
+            model.config, thresholds, block.index, len(blocks), reads_first, finish, block, config.compat == "ltp"
+        )
         object.__setattr__(block.layer, "token_rule", rule)
         specialise_(block.layer, PrunedLayer)
     share_state_(model)

@@ -60,7 +60,7 @@ def check_resume(config: PretrainedConfig, checkpoint: PretrainedConfig) -> None
 
 
 def regularizer(state: LiveTokens) -> Tensor:
-    """Sum over layers of the mean soft mask of live tokens.
+    """Sum over layers of the mean soft mask of what counts: live tokens, and padding with `compat="ltp"`.
 
     Returns:
         Scalar: mean over examples of the mean over their tokens, summed over pruning layers.
@@ -94,11 +94,16 @@ def measures(model: PreTrainedModel, state: LiveTokens) -> dict[str, tuple[Tenso
 
 
 def parameter_groups(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """The thresholds: no weight decay, a learning rate of their own where one is set."""
+    """The thresholds: no weight decay, a learning rate of their own where one is set.
+
+    With `compat="ltp"`, one norm clips their gradients and the weights'.
+    """
     thresholds = thresholds_of(model)
     if thresholds is None or not thresholds.values.requires_grad:
         return []
     group: dict[str, Any] = {"params": [thresholds.values], "weight_decay": 0.0}
+    if thresholds.published:
+        group["clipped_together"] = True
     if thresholds.learning_rate is not None:
         group["lr"] = thresholds.learning_rate
     return [group]
