@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
+import torch
 from safetensors import SafetensorError
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -18,6 +20,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 # Not the name of a checkpoint: `Trainer` neither rotates nor resumes from what is below it.
 _STAGING = ".incomplete"
+
+# What readers raise beside the usual classes.
+_FORMATS = (UnpicklingError, SafetensorError)
 
 
 def _step(checkpoint: Path) -> int:
@@ -36,6 +41,31 @@ def _remove(checkpoint: Path, staging: Path) -> None:
     aside = staging / f"removed-{checkpoint.name}"
     os.replace(checkpoint, aside)
     shutil.rmtree(aside)
+
+
+@contextmanager
+def readable(checkpoint: str | os.PathLike | None, part: str) -> Iterator[None]:
+    """Say in one line what of a checkpoint could not be read in the block.
+
+    Args:
+        checkpoint: Its folder.
+        part: What is read from it.
+
+    Raises:
+        ValueError: If a file is truncated, holds something else, or fits another model.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, EOFError, LookupError, RuntimeError, TypeError, *_FORMATS) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # torch names the module in its first line and what does not fit in the second.
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        raise ValueError(
+            f"resume_from_checkpoint {str(checkpoint)!r}: its {part} cannot be read: {reason} "
+            "Resume from another checkpoint, or begin anew."
+        ) from error
 
 
 class CheckpointWriter:

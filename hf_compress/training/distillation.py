@@ -20,6 +20,7 @@ from hf_compress.core.batches import forward_names
 from hf_compress.core.layers import STATE
 from hf_compress.training.arguments import DistillationArguments, arguments_like
 from hf_compress.training.cache import TeacherCache
+from hf_compress.training.checkpoints import readable
 from hf_compress.training.collator import TEACHER_PREFIX, split_inputs
 from hf_compress.training.fitting import check_inputs, label_order, require_own_weights
 from hf_compress.training.layer_matching import Projectors, match_layers
@@ -88,11 +89,14 @@ class DistillationTrainer(CompressionTrainer):
         self._new_student = True
         return super().call_model_init(trial)
 
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        self.args.check()
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self._new_student and self.optimizer is None:
             # A student for every trial, with arguments of its own: what was made from them is made again.
             self.projectors, self.layer_pairs, self._teacher, self._new_student = None, [], None, False
-            self.args.check()
             if self.args.uses_teacher:
                 self._set_teacher(self._untouched_teacher())
         return super().create_optimizer(model)
@@ -295,4 +299,5 @@ class DistillationTrainer(CompressionTrainer):
             raise ValueError(
                 f"resume_from_checkpoint must hold {_PROJECTORS} for these widths, got {checkpoint!r} without it."
             )
-        self.accelerator.unwrap_model(self.projectors).load_state_dict(load_file(file))
+        with readable(checkpoint, "projectors"):
+            self.accelerator.unwrap_model(self.projectors).load_state_dict(load_file(file))

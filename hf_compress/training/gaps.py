@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from hf_compress.training.checkpoints import readable
+
 
 class ExtraGradients(TrainerCallback):
     """Clips and clears the gradients of parameters outside the model: `Trainer` does so for the model alone.
@@ -56,7 +58,8 @@ class EpochOrder(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.resumed is not None and (file := self.resumed / self.file(args)).exists():
-            torch.set_rng_state(torch.load(file, weights_only=True))
+            with readable(self.resumed, "order of the examples"):
+                torch.set_rng_state(torch.load(file, weights_only=True))
         self.resumed = None
         self.state = torch.get_rng_state()
         self._begins = True

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, get_scheduler
 
 from hf_compress.core.batches import accepted_arguments
+from hf_compress.training.checkpoints import readable
 from hf_compress.training.teachers import MicroBatch, Signals, Teacher, signals_of
 
 
@@ -188,10 +189,11 @@ class LearningTeacher(Teacher):
     def load(self, folder: Path) -> None:
         if not (folder / _STATE).exists():
             raise ValueError(f"resume_from_checkpoint must hold the teacher's state, got no {folder / _STATE}.")
-        load_model(self.model, folder / "model.safetensors")
-        state = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scheduler.load_state_dict(state["scheduler"])
-        self._rng, self._device_rng = state["rng"], state["device_rng"]
-        if self._accelerator.scaler is not None and state["scaler"] is not None:
-            self._accelerator.scaler.load_state_dict(state["scaler"])
+        with readable(folder, "teacher"):
+            load_model(self.model, folder / "model.safetensors")
+            state = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._scheduler.load_state_dict(state["scheduler"])
+            self._rng, self._device_rng = state["rng"], state["device_rng"]
+            if self._accelerator.scaler is not None and state["scaler"] is not None:
+                self._accelerator.scaler.load_state_dict(state["scaler"])

@@ -10,6 +10,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from hf_compress.core.errors import one_line
 from hf_compress.core.loaded import require_complete
 
 
@@ -48,12 +49,9 @@ def open_teacher(name: str | os.PathLike, student: PreTrainedModel) -> PreTraine
     Raises:
         ValueError: If it cannot be opened, or its files lack weights of that head.
     """
-    try:
+    with one_line(f"teacher_model {str(name)!r} cannot be opened", OSError, ValueError, SafetensorError):
         model, info = auto_class_of(student).from_pretrained(name, output_loading_info=True)
         require_complete(info)
-    except (OSError, ValueError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"teacher_model {str(name)!r} cannot be opened: {first}") from error
     return model
 
 

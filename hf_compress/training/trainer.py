@@ -13,19 +13,22 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import OptimizerNames
 from transformers.utils import CONFIG_NAME
 
 from hf_compress.api import apply_implied, steps_of
 from hf_compress.core.architectures import base_of
+from hf_compress.core.errors import one_line
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.method import Method
 from hf_compress.core.record import quantized_by_another
 from hf_compress.core.saving import complete_or_absent
 from hf_compress.methods import METHODS
 from hf_compress.training.averages import Averages
-from hf_compress.training.checkpoints import CheckpointWriter
+from hf_compress.training.checkpoints import CheckpointWriter, readable
 from hf_compress.training.gaps import EpochOrder, ExtraGradients
 from hf_compress.training.overrides import report_other_loss, require_our_loss
+from hf_compress.training.preflight import Preflight, check_training
 
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,8 @@ class CompressionTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._composed, self._warned = False, False
         require_our_loss(type(self), CompressionTrainer)
+        if (given := kwargs.get("args", args[1] if len(args) > 1 else None)) is not None:
+            check_training(given)
         # Before anything else sees the model: callbacks look for what the config asks for.
         self._method_callbacks: list[TrainerCallback] = []
         self._adopt(kwargs.get("model", args[0] if args else None))
@@ -63,6 +68,7 @@ class CompressionTrainer(Trainer):
         self._epoch_order = EpochOrder()
         self.add_callback(self._epoch_order)
         self.add_callback(ExtraGradients(self.extra_parameter_groups))
+        self.add_callback(Preflight(self, CompressionTrainer))
 
     def _adopt(self, model: Any) -> None:
         """Find out which methods made the model; flat fields written into its config by hand are applied first."""
@@ -83,6 +89,15 @@ class CompressionTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             getattr(callback, "on_new_model", lambda model: None)(model)
         return model
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        # Which errors its client raises depends on its release.
+        with one_line("push_to_hub is set, but the hub cannot be used", Exception):
+            super().init_hf_repo(*args, **kwargs)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        check_training(self.args)
 
     def _core(self) -> PreTrainedModel:
         return base_of(self.accelerator.unwrap_model(self.model))
@@ -217,7 +232,8 @@ class CompressionTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        with one_line(f"optim is {OptimizerNames(self.args.optim).value}, which cannot be used", ImportError):
+            optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if fresh:
             for group in self._separate_groups():
                 apart = {id(parameter) for parameter in group["params"]}
@@ -278,14 +294,24 @@ class CompressionTrainer(Trainer):
             for method in self._methods:
                 if method.check_resume is not None:
                     method.check_resume(self._core().config, AutoConfig.from_pretrained(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with readable(resume_from_checkpoint, "weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint, "optimizer and schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint, "loss scale"):
+            super()._load_scaler(checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self._epoch_order.save(output_dir, self.args)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+        with readable(checkpoint, "random numbers"):
+            super()._load_rng_state(checkpoint)
         self._epoch_order.on_rng_restored()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,126 @@
+"""What a training will need, found out before its first step."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.utils.data import IterableDataset, Subset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import has_length
+
+
+logger = logging.getLogger(__name__)
+
+# What `Trainer` adds to the metrics after its loop.
+_TIMES = ("_runtime", "_per_second", "_time")
+
+
+def check_training(args: TrainingArguments) -> None:
+    """Refuse values with which nothing would be trained.
+
+    Raises:
+        ValueError: Names the field, the value and the rule.
+    """
+    if args.gradient_accumulation_steps < 1:
+        raise ValueError(
+            f"gradient_accumulation_steps is {args.gradient_accumulation_steps}: it must be at least 1, the number of "
+            "batches of one update."
+        )
+    if args.max_steps <= 0 and not 0 <= args.num_train_epochs < math.inf:
+        raise ValueError(
+            f"num_train_epochs is {args.num_train_epochs:g} and max_steps is {args.max_steps}: one of them must say "
+            "how long to train."
+        )
+
+
+def _two_rows(data: Any) -> Any:
+    """The first two rows of a data set, as one of the same kind where that matters."""
+    if hasattr(data, "take"):
+        return data.take(2)
+    if isinstance(data, IterableDataset) or not has_length(data):
+        return list(itertools.islice(data, 2))
+    return Subset(data, range(min(2, len(data))))
+
+
+def _adds_metrics(trainer: Trainer, ours: type) -> bool:
+    """Whether a user's code may add metrics that only a whole evaluation shows."""
+    named = next(base for base in type(trainer).__mro__ if "evaluate" in vars(base))
+    if not issubclass(ours, named):
+        return True
+    packages = ("transformers", __name__.partition(".")[0])
+    return any(
+        type(callback).on_evaluate is not TrainerCallback.on_evaluate
+        and type(callback).__module__.partition(".")[0] not in packages
+        for callback in trainer.callback_handler.callbacks
+    )
+
+
+def check_best_metric(trainer: Trainer, ours: type) -> None:
+    """Evaluate a little and look for `metric_for_best_model` among the metrics.
+
+    Args:
+        trainer: About to make its first step.
+        ours: The class whose `evaluate` adds no metrics.
+
+    Raises:
+        ValueError: Names the metrics that there are.
+    """
+    args = trainer.args
+    if args.metric_for_best_model is None or args.eval_strategy == "no" or trainer.eval_dataset is None:
+        return
+    if _adds_metrics(trainer, ours):
+        return
+    wanted = args.metric_for_best_model
+    wanted = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+    if wanted.endswith(_TIMES):
+        return
+    found: set[str] = set()
+    # Where names depend on the rows, all of them decide.
+    for rows in (_two_rows, lambda data: data):
+        found = _metrics(trainer, rows)
+        if wanted in found:
+            return
+    if found:
+        names = ", ".join(sorted(name.removeprefix("eval_") for name in found))
+        raise ValueError(
+            f"metric_for_best_model is {args.metric_for_best_model!r}, which no evaluation gives. There are: {names}."
+        )
+
+
+def _metrics(trainer: Trainer, rows: Callable[[Any], Any]) -> set[str]:
+    """The names of the metrics of an evaluation that leaves no trace; none where it fails."""
+    several = isinstance(trainer.eval_dataset, Mapping)
+    sets = trainer.eval_dataset if several else {"": trainer.eval_dataset}
+    found: set[str] = set()
+    handler = trainer.callback_handler
+    callbacks, handler.callbacks = handler.callbacks, []
+    try:
+        for name, data in sets.items():
+            loader = trainer.get_test_dataloader(rows(data))
+            prefix = f"eval_{name}" if several else "eval"
+            with warnings.catch_warnings():
+                # Scores of two rows may be undefined.
+                warnings.simplefilter("ignore")
+                found.update(trainer.evaluation_loop(loader, "Check", metric_key_prefix=prefix).metrics)
+    except Exception as error:
+        # Two rows may be too few for a metric, and a trainer may prepare what its loop needs in `evaluate`.
+        logger.debug("metric_for_best_model is not checked: %s", error)
+        return set()
+    finally:
+        handler.callbacks = callbacks
+    return found
+
+
+class Preflight(TrainerCallback):
+    """Checks right before the first step what only a prepared trainer can tell."""
+
+    def __init__(self, trainer: Trainer, ours: type) -> None:
+        self.trainer, self.ours = trainer, ours
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_best_metric(self.trainer, self.ours)
