@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_compress.core.method import MethodConfig
 from hf_compress.methods.weight_pruning.criteria import needs_gradients, needs_inputs
+from hf_compress.methods.weight_pruning.expressions import check_expressions
 from hf_compress.methods.weight_pruning.patterns import Blocks, Heads, NOfM, Pattern, parse_pattern
 
 
@@ -128,11 +128,7 @@ class WeightPruningConfig(MethodConfig):
 
     def _check_layers(self) -> None:
         for name in ("op_names", "excluded_op_names"):
-            for expression in getattr(self, name) or ():
-                try:
-                    re.compile(expression)
-                except re.error as error:
-                    raise ValueError(f"{name} must be regular expressions, got {expression!r}: {error}.") from error
+            check_expressions(name, getattr(self, name) or ())
         if not self.pruning_op_types:
             raise ValueError("pruning_op_types must name at least one class, got none.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.architectures import blocks_of
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
+from hf_compress.methods.weight_pruning.expressions import matches
 from hf_compress.methods.weight_pruning.patterns import Blocks, Heads, NOfM
 
 
@@ -84,10 +84,6 @@ def nothing_pruned(layer: Layer) -> Tensor:
     return torch.zeros(layer.matrix(layer.weight).shape, dtype=torch.bool, device=layer.weight.device)
 
 
-def _matches(name: str, expressions: Sequence[str]) -> bool:
-    return any(re.search(expression, name) for expression in expressions)
-
-
 def _bodies(model: nn.Module) -> tuple[str, ...]:
     """How the names of modules begin that are not part of a task head."""
     if getattr(model, "base_model", model) is not model:
@@ -115,9 +111,9 @@ def _select(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Paramet
         weight = module._parameters.get("weight")
         if kinds.isdisjoint(config.pruning_op_types) or weight is None or weight.ndim < 2 or weight in taken:
             continue
-        if config.op_names is not None and not _matches(name, config.op_names):
+        if config.op_names is not None and not matches(name, config.op_names):
             continue
-        if _matches(name, config.excluded_op_names or ()):
+        if matches(name, config.excluded_op_names or ()):
             continue
         if everything and ("pooler" in name or not name.startswith(bodies)):
             continue
@@ -144,9 +140,9 @@ def _select_heads(model: nn.Module, config: WeightPruningConfig, taken: set[nn.P
         blocks = {path: Blocks(size, None) for path, size in rows.items()}
         blocks[row.attention_out] = Blocks(None, block.unit_size)
         found = {path: names[block.linear(path)] for path in blocks}
-        if config.op_names is not None and not all(_matches(name, config.op_names) for name in found.values()):
+        if config.op_names is not None and not all(matches(name, config.op_names) for name in found.values()):
             continue
-        if any(_matches(name, config.excluded_op_names or ()) for name in found.values()):
+        if any(matches(name, config.excluded_op_names or ()) for name in found.values()):
             continue
         weights = [block.linear(path).weight for path in blocks]
         if taken.isdisjoint(weights):

@@ -22,6 +22,7 @@ from hf_compress.core.record import append_step, record_of
 from hf_compress.core.rollback import restored_on_failure
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
 from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
+from hf_compress.methods.weight_pruning.expressions import matches
 
 
 logger = logging.getLogger(__name__)
@@ -227,6 +228,13 @@ def rebuild(model: PreTrainedModel, config: WeightPruningConfig) -> None:
     """
     if config.achieved_sparsity is None:
         raise ValueError("achieved_sparsity must be recorded, got a config that was never applied.")
+    # Later on names are matched in the middle of trainings: what takes too long is to be said now.
+    expressions = [
+        x for entry in config.resolved() for x in (*(entry.op_names or ()), *(entry.excluded_op_names or ()))
+    ]
+    for name, _ in model.named_modules() if expressions else ():
+        for expression in expressions:
+            matches(name, [expression])
     if config.heads_per_layer is not None and config.neurons_per_layer is not None:
         resize_layers_(model, config.heads_per_layer, config.neurons_per_layer)
 
