@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def _parse(step: Mapping[str, Any], config: PretrainedConfig, position: int) -> tuple[Method, MethodConfig]:
     """One step of the record as the method and its config; broken steps raise one `ValueError`."""
     name = step.get("method") if isinstance(step, Mapping) else None
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"Step {position}: method must be one of {', '.join(METHODS)}, got {name!r}.")
     method = METHODS[name]
     values = {key: value for key, value in step.items() if key != "method"}

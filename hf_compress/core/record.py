@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -46,6 +46,39 @@ class CompressionConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        check_record(config_dict)
+        return super().from_dict(config_dict, *args, **kwargs)
+
+
+def check_record(record: Any) -> None:
+    """Refuse what is no record of ours, or one that this version cannot read.
+
+    Raises:
+        ValueError: Says what is wrong; of a newer version, that it is newer.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"quantization_config must be a dict in config.json, got {record!r}.")
+    if record.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"quantization_config must be empty or of hf_compress, got quant_method={record.get('quant_method')!r}: "
+            "a model holds one such record. Compress the unquantised model."
+        )
+    version = record.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= RECORD_VERSION:
+        raise ValueError(
+            f"The record has version {version!r}, this hf_compress reads up to {RECORD_VERSION}. "
+            "Upgrade with: pip install -U hf_compress"
+        )
+    unknown = record.keys() - {entry.name for entry in fields(CompressionConfig)}
+    if unknown:
+        raise ValueError(
+            f"The record must hold quant_method, version and steps, got {', '.join(sorted(map(repr, unknown)))} in it."
+        )
+    if not isinstance(record.get("steps"), list):
+        raise ValueError(f"The record must hold a list of steps, got {record.get('steps')!r}.")
+
 
 def record_of(config: PretrainedConfig) -> dict[str, Any]:
     """The record in a model's config; an empty one when there is none.
@@ -57,18 +90,7 @@ def record_of(config: PretrainedConfig) -> dict[str, Any]:
     record = record.to_dict() if hasattr(record, "to_dict") else record
     if record is None:
         return CompressionConfig().to_dict()
-    if record.get("quant_method") != QUANT_METHOD:
-        raise ValueError(
-            f"quantization_config must be empty or of hf_compress, got quant_method={record.get('quant_method')!r}: "
-            "a model holds one such record. Compress the unquantised model."
-        )
-    if not isinstance(record.get("version"), int) or record["version"] > RECORD_VERSION:
-        raise ValueError(
-            f"The record has version {record.get('version')!r}, this hf_compress reads up to {RECORD_VERSION}. "
-            "Upgrade with: pip install -U hf_compress"
-        )
-    if not isinstance(record.get("steps"), list):
-        raise ValueError(f"The record must hold a list of steps, got {record.get('steps')!r}.")
+    check_record(record)
     return record
 
 

@@ -76,14 +76,22 @@ def _classifies(config: PretrainedConfig) -> bool:
     return any("ForSequenceClassification" in kind for kind in config.architectures or [])
 
 
+def _open_config(name: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (AttributeError, TypeError) as error:
+        # How transformers reports a field of the wrong type.
+        raise ValueError(f"config.json at {name!r} is broken: {_first_line(error)}") from error
+
+
 def has_head(name: str) -> bool:
     """Whether a hub name or folder holds a classifier, and not an encoder alone."""
-    return _classifies(AutoConfig.from_pretrained(name))
+    return _classifies(_open_config(name))
 
 
 def _open(name: str, task: Task | None, fresh_head: bool) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = _open_config(name)
         new = fresh_head and not _classifies(config)
         overrides: dict[str, Any] = {}
         if task is not None and new:

@@ -8,6 +8,10 @@ from typing import Literal
 from hf_compress.core.method import MethodConfig
 
 
+# Tokens and slots; matrices of both beyond it do not fit into any memory.
+_LARGEST = 2**20
+
+
 @dataclass(kw_only=True)
 class LinformerConfig(MethodConfig):
     """Keys and values are compressed along the time axis to a fixed number of slots by learned matrices E and F.
@@ -52,8 +56,11 @@ class LinformerConfig(MethodConfig):
 
     def check(self) -> None:
         for name in ("projected_length", "max_tokens", "slot_stride"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+            if value is not None and value > _LARGEST:
+                raise ValueError(f"{name} must be at most {_LARGEST}, got {value}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in 0..2**63 - 1, got {self.seed}.")
         if self.slot_stride not in (None, 1) and self.initialization != "pooling":
