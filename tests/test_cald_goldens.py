@@ -194,7 +194,7 @@ def test_trajectory(goldens, tmp_path, name):
     per_epoch = len(archive["width"]) // epochs
     settings = {
         "output_dir": str(tmp_path), "num_train_epochs": epochs, "gradient_accumulation_steps": accumulation,
-        "learning_rate": option(meta, "lr", 0.0), "warmup_steps": 3, "weight_decay": 0.1, "max_grad_norm": 0.0,
+        "learning_rate": option(meta, "lr", 0.0), "warmup_steps": 3, "weight_decay": 0.1,
         "adam_epsilon": 1e-8, "report_to": "none", "save_strategy": "no", "logging_steps": 1, "use_cpu": True,
         "disable_tqdm": True, "alpha_output": float(option(meta, "alpha_output", 1)), "temperature": 2.0,
         "alpha_layer": float(option(meta, "alpha_layer", 1)), "compat": "cald", "remove_unused_columns": False,
@@ -214,7 +214,7 @@ def test_trajectory(goldens, tmp_path, name):
         teachers = {"teacher_model": teacher}
         if "joint" in meta["script"]:
             args = hc.JointTeacherArguments(
-                **settings, teacher_learning_rate=option(meta, "teacher_lr", 0.0), teacher_schedule="stretched",
+                **settings, teacher_learning_rate=option(meta, "teacher_lr", 0.0),
                 teacher_update_cycle=option(meta, "teacher_update_cycle", 1), save_teacher=False,
             )  # fmt: skip
             kind = hc.JointTeacherTrainer

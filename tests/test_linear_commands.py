@@ -345,7 +345,7 @@ CASES = [
     (f"{JOINT} --label_smoothing_factor 0.1", "label_smoothing_factor must be 0.*got 0.1"),
     (f"{JOINT} --lr_scheduler_type reduce_lr_on_plateau --eval_strategy epoch", "lr_scheduler_type must not depend"),
     (f"{JOINT} --max_positions 64", "max_positions must be unset for linear attention made for 32 tokens, got 64"),
-    (f"{JOINT} --compat cald --layer_map 0 1", "layer_map, layer_normalize and teacher_cache_dir must be unset"),
+    (f"{JOINT} --compat cald --layer_map 0 1", "layer_map must be left out or None with compat='cald'"),
     (f"{JOINT} --max_distill_steps -1", "max_distill_steps must not be negative, got -1"),
     (f"{JOINT} --max_distill_steps 2 --alpha_task 0", "alpha_task must be above 0 with max_distill_steps"),
     (f"{JOINT} --alpha_layer nan", "alpha_layer must be zero or positive, got nan"),

@@ -13,6 +13,19 @@ from typing import Literal
 from transformers import TrainingArguments
 
 
+# What `compat="cald"` sets, in the arguments that have these fields: the constants of that code.
+_CALD = {
+    "layer_reduction": "sum",
+    "layer_normalize": False,
+    "layer_map": None,
+    "mask_padding": False,
+    "teacher_dropout": True,
+    "teacher_cache_dir": None,
+    "teacher_schedule": "stretched",
+    "max_grad_norm": 0.0,
+}
+
+
 @dataclass
 class DistillationArguments(TrainingArguments):
     """Arguments of `DistillationTrainer`.
@@ -34,9 +47,14 @@ class DistillationArguments(TrainingArguments):
             longer runs.
         teacher_dropout: Run the teacher with dropout in training; it never has dropout in evaluations.
         teacher_cache_dir: Folder that stores the teacher's outputs once for each example.
-        compat: `cald` reproduces the layer loss of that code: the sum over all states, embeddings included, of raw
-            mean squared errors over all positions, padding included, with the teacher in train mode. It sets
-            `layer_reduction`, `mask_padding` and `teacher_dropout`; schedules, clipping and decay stay as given.
+        compat: `cald` trains as the published code of CALD does. The layer loss is the sum over all states, embeddings
+            included, of raw mean squared errors over all positions, padding included (it sets `layer_reduction=sum`
+            and `mask_padding=False`; `layer_normalize`, `layer_map` and `teacher_cache_dir` must be left out). The
+            teacher has dropout (`teacher_dropout=True`), gradients are not clipped (`max_grad_norm=0`), a last,
+            shorter group of accumulated micro-batches is divided by the full number of them, and a learning teacher
+            follows the student's schedule only in the updates in which it learns (`teacher_schedule=stretched`),
+            counted anew in every epoch. A value of these settings that is neither their default nor the published one
+            is refused. Learning rates, warm-up, weight decay (published: 0) and weights of terms stay as given.
 
     Raises:
         ValueError: Names the field, the rule and the value.
@@ -80,23 +98,23 @@ class DistillationArguments(TrainingArguments):
         for name, choices in (("layer_reduction", ("mean", "sum")), ("compat", (None, "cald"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
-        if self.compat == "cald" and (self.layer_map is not None or self.layer_normalize or self.teacher_cache_dir):
-            raise ValueError(
-                "layer_map, layer_normalize and teacher_cache_dir must be unset with compat='cald': it compares all "
-                f"states as they are, with a teacher in train mode; got {self.layer_map}, {self.layer_normalize} and "
-                f"{self.teacher_cache_dir!r}."
-            )
         if self.compat == "cald":
-            self.layer_reduction, self.layer_normalize, self.mask_padding, self.teacher_dropout = (
-                "sum",
-                False,
-                False,
-                True,
-            )
+            self._follow_cald()
         if self.teacher_cache_dir and self.teacher_dropout:
             raise ValueError("teacher_cache_dir must be unset with teacher_dropout: its outputs differ every time.")
         if self.teacher_cache_dir and self.alpha_layer and not self.mask_padding:
             raise ValueError("teacher_cache_dir must go with mask_padding=True: padding is not stored.")
+
+    def _follow_cald(self) -> None:
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        for name in (name for name in _CALD if name in defaults):
+            given = getattr(self, name)
+            if given not in (defaults[name], _CALD[name]):
+                raise ValueError(
+                    f"{name} must be left out or {_CALD[name]!r} with compat='cald', which trains as the published "
+                    f"code does, got {given!r}."
+                )
+            setattr(self, name, _CALD[name])
 
     @property
     def uses_teacher(self) -> bool:
@@ -113,7 +131,7 @@ class JointTeacherArguments(DistillationArguments):
         teacher_update_cycle: The teacher learns from one in this many of the student's updates.
         teacher_schedule: How the teacher's learning rate changes. `own`: its warm-up and decay end with the training;
             `stretched`: the student's schedule, advanced only when the teacher learns, so that it stops early (the
-            published behaviour).
+            published behaviour, and that of `compat=cald`).
         save_teacher: Save the trained teacher to `<output_dir>/teacher`. With `max_distill_steps` it stops learning
             there too, and what is saved has not finished.
         teacher_dropout: Run the teacher with dropout in training. On by default: a learning teacher runs once a batch,

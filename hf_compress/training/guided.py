@@ -36,7 +36,8 @@ class JointTeacherTrainer(DistillationTrainer):
 
     Source:
         "Trajectory guided" in CALD (arXiv 2410.06846); specification 3.2. Unlike there, the turn of the teacher is
-        decided once an update, from the count of all updates; `compat="cald"` restores the published arithmetic.
+        decided once an update, from the count of all updates; `compat="cald"` restores the published arithmetic and
+        schedule.
 
     Example:
         >>> trainer = JointTeacherTrainer(model=student, teacher_model=pretrained, train_dataset=rows,
