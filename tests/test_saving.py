@@ -209,8 +209,8 @@ def test_an_output_folder_is_checked_before_the_work(tmp_path, monkeypatch):
         "": "output_dir is empty",
         str(model): "is the folder of model_name_or_path",
         f"{tmp_path}/link/": "is the folder of model_name_or_path",
-        f"{file}/below": "cannot be made: '.*file' is a file",
-        str(file): "cannot be made: '.*file' is a file",
+        f"{file}/below": "cannot be written: '.*file' is a file",
+        str(file): "cannot be written: '.*file' is a file",
     }.items():
         with pytest.raises(ValueError, match=message):
             require_own_folder(folder, {"teacher": None, "model_name_or_path": model})

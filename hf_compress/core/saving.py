@@ -135,7 +135,8 @@ def sole_training(directory: str | os.PathLike) -> Iterator[None]:
 
 
 def _refuse_running(directory: Path) -> None:
-    if (directory / _TRAINING_LOCK).exists():
+    # The first process of a distributed training may have begun before the others come here.
+    if os.environ.get("RANK", "0") == "0" and (directory / _TRAINING_LOCK).exists():
         with sole_training(directory):
             pass
 
@@ -172,7 +173,7 @@ def require_own_folder(
             )
     existing = next(place for place in (target, *target.parents) if place.exists())
     if not existing.is_dir():
-        raise ValueError(f"output_dir {str(output_dir)!r} cannot be made: {str(existing)!r} is a file.")
+        raise ValueError(f"output_dir {str(output_dir)!r} cannot be written: {str(existing)!r} is a file.")
     try:
         # Asking the operating system for permissions is not enough: the superuser has all, on read-only disks too.
         with tempfile.TemporaryFile(dir=existing):

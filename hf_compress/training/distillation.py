@@ -169,6 +169,9 @@ class DistillationTrainer(CompressionTrainer):
         """The teacher's stored outputs, or None."""
         return None if self._teacher is None else self._teacher.cache
 
+    def _teacher_sources(self) -> dict[str, str]:
+        return {} if self._teacher is None else {"the teacher": getattr(self._teacher.model, "name_or_path", "")}
+
     def _distills(self) -> bool:
         limit = self.args.max_distill_steps
         return self._teacher is not None and (limit is None or self.state.global_step < limit)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.core.saving import complete_or_absent
+from hf_compress.core.saving import complete_or_absent, require_own_folder
 from hf_compress.training.arguments import JointTeacherArguments, SnapshotTeacherArguments
 from hf_compress.training.collator import TeacherStudentCollator
 from hf_compress.training.distillation import DistillationTrainer
@@ -101,17 +101,35 @@ class JointTeacherTrainer(DistillationTrainer):
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train both; with `save_teacher`, save the teacher to `<output_dir>/teacher` at the end."""
+        """Train both; with `save_teacher`, save the student and then the teacher, to `<output_dir>/teacher`.
+
+        Raises:
+            ValueError: Also if the disk has no room for the teacher; the student is saved then.
+        """
+        saves = self._teacher is not None and self.args.save_teacher and self.args.should_save
+        place = Path(self.args.output_dir, "teacher")
+        if saves:
+            require_own_folder(place, {"the model": getattr(self._core(), "name_or_path", ""),
+                                       **self._teacher_sources()})  # fmt: skip
         outcome = super().train(*args, **kwargs)
-        if self._teacher is not None and self.args.save_teacher and self.args.should_save:
-            with complete_or_absent(Path(self.args.output_dir, "teacher")) as staged:
-                self._teacher.model.save_pretrained(staged)
-                # Where the teacher reads other tokens, its collator knows its tokenizer.
-                both = isinstance(self.data_collator, TeacherStudentCollator)
-                tokenizer = getattr(self.data_collator.teacher, "tokenizer", None) if both else self.processing_class
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(staged)
+        if saves:
+            # The student first: it is what the training was for.
+            if not self.state.is_hyper_param_search:
+                self.save_model(_internal_call=True)
+            try:
+                self._save_teacher(place)
+            except ValueError as error:
+                raise ValueError(f"The student is saved, the teacher is not: {error}") from error
         return outcome
+
+    def _save_teacher(self, place: Path) -> None:
+        with complete_or_absent(place) as staged:
+            self._teacher.model.save_pretrained(staged)
+            # Where the teacher reads other tokens, its collator knows its tokenizer.
+            both = isinstance(self.data_collator, TeacherStudentCollator)
+            tokenizer = getattr(self.data_collator.teacher, "tokenizer", None) if both else self.processing_class
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staged)
 
 
 class SnapshotTeacherTrainer(DistillationTrainer):
@@ -163,6 +181,10 @@ class SnapshotTeacherTrainer(DistillationTrainer):
         super().__init__(model, first, args, **kwargs)
         # It would stay in memory beside the later ones.
         self._origin = None
+
+    def _teacher_sources(self) -> dict[str, str]:
+        snapshots = self.args.teacher_snapshots if self.args.uses_teacher else ()
+        return {f"the teacher's state {number}": str(place) for number, place in enumerate(snapshots)}
 
     def _untouched_teacher(self) -> PreTrainedModel:
         return open_snapshot(self.args.teacher_snapshots[0])

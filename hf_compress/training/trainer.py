@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 from transformers.utils import CONFIG_NAME
 
@@ -25,7 +25,7 @@ from hf_compress.core.record import quantized_by_another
 from hf_compress.core.saving import complete_or_absent
 from hf_compress.methods import METHODS
 from hf_compress.training.averages import Averages
-from hf_compress.training.checkpoints import CheckpointWriter, readable
+from hf_compress.training.checkpoints import CheckpointWriter, readable, replace_pickled_arguments, require_complete
 from hf_compress.training.gaps import EpochOrder, ExtraGradients
 from hf_compress.training.overrides import report_other_loss, require_our_loss
 from hf_compress.training.preflight import Preflight, check_training
@@ -64,7 +64,8 @@ class CompressionTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.averages = {mode: Averages() for mode in ("train", "eval")}
         self._evaluates = False
-        self._checkpoints = CheckpointWriter(self.args)
+        self._checkpoints = CheckpointWriter(self.args, lambda: self.accelerator.wait_for_everyone())
+        self.add_callback(self._checkpoints)
         self._epoch_order = EpochOrder()
         self.add_callback(self._epoch_order)
         self.add_callback(ExtraGradients(self.extra_parameter_groups))
@@ -263,28 +264,54 @@ class CompressionTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model and tokenizer; the directory is complete or does not load."""
-        if _internal_call or not self.args.should_save or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
+        folder = output_dir or self.args.output_dir
+        aside = self._checkpoints.staging or not self.args.should_save
+        if aside or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super().save_model(folder, _internal_call)
+            replace_pickled_arguments(folder, self.args)
             return
-        with complete_or_absent(output_dir or self.args.output_dir) as staged:
+        with complete_or_absent(folder) as staged:
             super().save_model(str(staged), _internal_call=True)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save")
+            replace_pickled_arguments(staged, self.args)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train`; with `resume_from_checkpoint=True` and no checkpoint yet, from the start."""
-        folder = self.args.output_dir
-        if resume_from_checkpoint is True and not (os.path.isdir(folder) and get_last_checkpoint(folder)):
-            resume_from_checkpoint = None
-        checkpoint = get_last_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
+    def _teacher_sources(self) -> dict[str, str]:
+        """Name of each teacher -> the folder or the name on the Hub that it came from."""
+        return {}
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train as `Trainer.train`, as the only training in `output_dir`.
+
+        Args:
+            resume_from_checkpoint: A checkpoint; or True for the last whole one of the training that ran in
+                `output_dir` before, from the start if it has none. A training that does not resume is a new one:
+                `True` never takes the checkpoints that an earlier one left in the same folder.
+            trial: Of a hyperparameter search.
+            args: As for `Trainer.train`, like kwargs.
+
+        Raises:
+            ValueError: If `output_dir` cannot be written or is used by a running training, holds the model or the
+                teacher, or lies on a disk too small for the checkpoints; or if a checkpoint is damaged.
+        """
+        # A search makes its models.
+        source = "" if self.model is None else getattr(self._core(), "name_or_path", "")
+        teachers = self._teacher_sources()
+        folder = self._get_output_dir(trial)
+        with self._checkpoints.training(folder, resume_from_checkpoint, source, teachers) as checkpoint:
+            return self._train_from(checkpoint, trial, *args, **kwargs)
+
+    def _train_from(self, checkpoint: Path | None, *args: Any, **kwargs: Any) -> Any:
         if self.model_init is None:
             # Otherwise the model is still to be made; between the trials of a search there is none.
             self._start_training(self.accelerator.unwrap_model(self.model))
-        self._epoch_order.resumed = Path(checkpoint) if checkpoint else None
+        self._epoch_order.resumed = checkpoint
         # A trial that was given up leaves its averages.
         self.averages["train"].clear()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         finally:
             self._remove_method_callbacks()
 
@@ -294,6 +321,7 @@ class CompressionTrainer(Trainer):
             for method in self._methods:
                 if method.check_resume is not None:
                     method.check_resume(self._core().config, AutoConfig.from_pretrained(resume_from_checkpoint))
+        require_complete(Path(resume_from_checkpoint), self.args.world_size)
         with readable(resume_from_checkpoint, "weights"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -323,10 +351,20 @@ class CompressionTrainer(Trainer):
         return self._checkpoints.staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        # Checkpoints of one process are written aside and renamed when complete. Several processes write one
-        # directory together, and there transformers' own order (state file last) has to do.
-        if self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.push_to_hub:
+        root = self._get_output_dir(trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            # Their engines lay out the folder; in transformers' own order the state file is last.
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self._checkpoints.sign(Path(root, name))
             return
-        with self._checkpoints.written_aside(self._get_output_dir(trial), self.state):
+        with self._checkpoints.written_aside(root, self.state):
             super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(os.path.join(root, name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # `Trainer` calls this while the checkpoint is written aside.
+        if not self._checkpoints.staging:
+            super()._push_from_checkpoint(checkpoint_folder)
