@@ -143,6 +143,27 @@ def test_linearize(inside, tokenizer, capsys, flags, fields):
     assert f"512 tokens: {results['mac_ratio_by_length']['512']:.3f} of the dense arithmetic" in printed
 
 
+def test_linearize_measures_the_texts_of_the_task(inside, capsys, caplog):
+    """The data's own lengths decide whether linear attention pays, not round numbers."""
+    for slots, pays in (("2", True), ("16", False)):
+        caplog.clear()
+        line = f"linearize --model_name_or_path model --data_dir data --output_dir s{slots} --projected_length {slots}"
+        assert main(line.split()) == 0
+        texts = json.loads(Path(f"s{slots}/results.json").read_text())["texts"]
+        rows = pandas.read_parquet("data/train.parquet")["sentence"].tolist()
+        lengths = [len(ids) for ids in AutoTokenizer.from_pretrained("model")(rows)["input_ids"]]
+        macs = {
+            name: sum(hc.count_cost(reopened(name), length).macs for length in lengths)
+            for name in ("model", f"s{slots}")
+        }
+        assert texts["mac_ratio"] == pytest.approx(macs[f"s{slots}"] / macs["model"], rel=1e-9)
+        assert texts["longest_tokens"] == max(lengths)
+        assert min(lengths) <= texts["median_tokens"] <= max(lengths)
+        assert f"{texts['mac_ratio']:.3f} of the dense arithmetic" in capsys.readouterr().out
+        assert (texts["mac_ratio"] < 1) is pays
+        assert ("costs more than it saves" in caplog.text) is not pays
+
+
 def test_linearize_a_pretrained_encoder(inside):
     """The head that it gets is the task's, and the same for the same seed."""
     line = LINEARIZE.replace("path model", "path pretrained") + " --data_dir data"

@@ -125,7 +125,9 @@ MODES = [
 
 @pytest.mark.parametrize(("flags", "fields"), MODES, ids=["learned", "steered", "manual", "topk"])
 def test_the_whole_way(inside, saved, tokenizer, capsys, flags, fields):
-    assert main(f"{PRUNE} {TRAIN} --logging_steps 2 {flags}".split()) == 0
+    # A length is a setting of the reference norm alone.
+    command = PRUNE if fields.get("score_norm") != "live" else PRUNE.replace(" --score_reference_length 8", "")
+    assert main(f"{command} {TRAIN} --logging_steps 2 {flags}".split()) == 0
     printed = capsys.readouterr().out
     pruned, dense = reopened("out"), reopened("model")
     (step,) = hc.steps_of(pruned)
@@ -247,6 +249,12 @@ CASES = [
     (f"{MANUAL} --threshold_learning_rate 1e-3", "threshold_learning_rate must go with learned thresholds"),
     (f"{TOPK} --threshold_learning_rate 1e-3", "threshold_learning_rate must go with learned thresholds"),
     (f"{TOPK} --soft_fraction 0.3", "soft_fraction must go with learned thresholds .*got 0.3"),
+    (f"{TOPK} --soft_fraction 0.5", "soft_fraction must go with learned thresholds .*got 0.5"),
+    (f"{TOPK} --lambda_threshold 0.1", "lambda_threshold must go with learned thresholds .*got 0.1"),
+    (f"{TOPK} --target_relative_macs 0.5 --lambda_warmup 0.1", "lambda_warmup must go with learned thresholds"),
+    (f"{PRUNE} --score_norm live", "score_reference_length must go with score_norm='reference', got 8"),
+    (f"{PRUNE} --token_keep_rate 1", "token_keep_rate must go with prune_mode='topk', got 1"),
+    (f"{PRUNE} --alpha_output 1", "alpha_output must go with teacher_name_or_path, got 1"),
     (f"{TOPK} --lambda_threshold 0.2", "lambda_threshold must go with learned thresholds .*got 0.2"),
     (f"{TOPK} --final_token_threshold 0.2", "final_token_threshold must go with prune_mode='absolute_thr.*got 0.2"),
     (f"{TOPK} --threshold_ramp one_based", "threshold_ramp must go with prune_mode='absolute_threshold', got one_b"),
@@ -275,6 +283,9 @@ CASES = [
     (PRUNE.replace("path model", "path linear"), "token_pruning cannot follow linformer: it needs softmax attention"),
     (PRUNE.replace("path model", "path three"), "3 labels, the task 'data' has 2"),
     (PRUNE.replace("path model", "path pruned") + " --prune_mode topk", "prune_mode must be 'absolute_threshold' or"),
+    (PRUNE.replace("path model", "path topk"), "score_reference_length must be 128 or left out"),
+    (f"{FIXED} --prune_mode topk", "prune_mode must be 'absolute_threshold' or left out"),
+    (f"{FIXED.replace('path pruned', 'path topk')} --prune_mode absolute_threshold", "prune_mode must be 'topk'"),
     (PRUNE.replace("path model", "path pruned") + " --score_norm live", "score_norm must be 'reference' or left out"),
     (f"{PRUNE} --resume_from_checkpoint hard/checkpoint-2", "resume_from_checkpoint must be of the soft stage, got"),
     (f"{MANUAL} --resume_from_checkpoint soft/checkpoint-2", "resume_from_checkpoint must be of the hard stage, got"),

@@ -113,6 +113,12 @@ def linearize(parsed: Parsed) -> None:
         config = dataclasses.replace(config, **published)
     results = linearize_stage.linearize(model, data, output, config)
     print(f"parameters {results['params']['before']:,d} -> {results['params']['after']:,d}")
+    if "texts" in results:
+        texts = results["texts"]
+        print(
+            f"texts of this task ({texts['median_tokens']} tokens in the median, {texts['longest_tokens']} at most): "
+            f"{texts['mac_ratio']:.3f} of the dense arithmetic"
+        )
     for length, ratio in results["mac_ratio_by_length"].items():
         verdict = "" if ratio < 1 else " (more than dense: too short for this projected_length)"
         print(f"{length:6d} tokens: {ratio:.3f} of the dense arithmetic{verdict}")
@@ -133,7 +139,7 @@ def snapshot_distill(parsed: Parsed) -> None:
 
 def prune_tokens(parsed: Parsed) -> None:
     model, pruning, data, training = parsed.values
-    _print_metrics(tokens_stage.prune_tokens(model, pruning, data, training))
+    _print_metrics(tokens_stage.prune_tokens(model, pruning, data, training, parsed.given))
     print(f"saved to {training.output_dir}")
 
 

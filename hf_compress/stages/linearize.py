@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import statistics
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.api import compress, steps_of
-from hf_compress.core.cost import count_cost
+from hf_compress.core.architectures import blocks_of
+from hf_compress.core.cost import block_macs, count_cost
 from hf_compress.core.devices import chosen_device
 from hf_compress.core.positions import most_tokens
 from hf_compress.core.saving import require_own_folder
@@ -33,7 +37,7 @@ from hf_compress.stages.models import (
     open_pair,
     save_stage,
 )
-from hf_compress.tasks.sources import DataArguments, load_task
+from hf_compress.tasks.sources import DataArguments, Task, load_task
 from hf_compress.training.arguments import JointTeacherArguments, SnapshotTeacherArguments
 from hf_compress.training.guided import JointTeacherTrainer, SnapshotTeacherTrainer
 
@@ -43,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 # Arguments that the other commands need and a conversion has no use for.
 _UNUSED = ("max_length", "max_train_samples", "max_eval_samples", "freeze_embeddings")
+
+_MEASURED_TEXTS = 2000
 
 
 @dataclass
@@ -66,12 +72,13 @@ def linearize(
     Args:
         model_args: A fine-tuned classifier (the start of target-guided and hybrid training) or a pretrained encoder
             (of unguided, trajectory- and waypoint-guided training), which gets a new head for the task.
-        data: The task; only needed when the model has no head yet.
+        data: The task, whose texts are measured; only needed when the model has no head yet.
         output: Where it goes.
         config: What to make.
 
     Returns:
-        The recorded step and the cost of the longest input before and after.
+        The recorded step, the parameters before and after, the fraction of the dense arithmetic at some lengths, and
+        under `texts` that on the task's own texts.
 
     Raises:
         ValueError: If the model cannot be opened or converted.
@@ -97,6 +104,8 @@ def linearize(
         )
     before = count_cost(model, 1)
     dense_macs = {length: count_cost(model, length).macs for length in (128, 512, 2048)}
+    lengths = _text_lengths(task, tokenizer, config.max_tokens or most_tokens(model)) if task else []
+    dense_texts = _macs_of_texts(model, lengths)
     compress(model, config)
     step = steps_of(model)[-1]
     tokenizer.model_max_length = step["max_tokens"]
@@ -106,8 +115,34 @@ def linearize(
         "params": {"before": before.params, "after": count_cost(model, 1).params},
         "mac_ratio_by_length": {length: macs[length] / dense_macs[length] for length in macs},
     }
+    if lengths:
+        ratio = _macs_of_texts(model, lengths) / dense_texts
+        median = statistics.median_low(lengths)
+        results["texts"] = {"mac_ratio": ratio, "median_tokens": median, "longest_tokens": max(lengths)}
+        if ratio >= 1:
+            logger.warning(
+                "Linear attention costs more than it saves on this task: its texts have %d tokens in the median and "
+                "need %.2f times the dense arithmetic. projected_length=%d pays from about %d tokens on: take a lower "
+                "one, or another method for short texts (prune-structure).",
+                median, ratio, config.projected_length, 2 * config.projected_length,
+            )  # fmt: skip
     save_stage(output.output_dir, model, tokenizer, results)
     return results
+
+
+def _text_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> list[int]:
+    """Tokens of each text of the task, of a sample when there are many."""
+    rows = task.splits["train"] if "train" in task.splits else next(iter(task.splits.values()))
+    if len(rows) > _MEASURED_TEXTS:
+        rows = rows.shuffle(seed=0).select(range(_MEASURED_TEXTS))
+    texts = [rows[column][:] for column in task.text_columns]
+    return [len(ids) for ids in tokenizer(*texts, truncation=longest is not None, max_length=longest)["input_ids"]]
+
+
+def _macs_of_texts(model: PreTrainedModel, lengths: Sequence[int]) -> float:
+    blocks = blocks_of(model)
+    counts = Counter(lengths)
+    return sum(count * sum(block_macs(block, length) for block in blocks) for length, count in counts.items())
 
 
 def joint_distill(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,13 +81,20 @@ class TokenPruningArguments:
         return TokenPruningConfig(**{name: getattr(self, name) for name in names}, temperature=self.temperature_start)
 
 
-def _require_same(config: PretrainedConfig, pruning: TokenPruningArguments) -> None:
-    for field_ in dataclasses.fields(pruning):
-        asked = getattr(pruning, field_.name)
-        if field_.name in TokenPruningConfig.flat and asked not in (field_.default, getattr(config, field_.name)):
+def _set_by_hand(pruning: TokenPruningArguments, given: Collection[str] | None) -> set[str]:
+    """Names of the settings that the user wrote, equal to the default or not; of those that differ when not told."""
+    fields = dataclasses.fields(pruning)
+    if given is not None:
+        return {field.name for field in fields if field.name in given}
+    return {field.name for field in fields if getattr(pruning, field.name) != field.default}
+
+
+def _require_same(config: PretrainedConfig, pruning: TokenPruningArguments, chosen: set[str]) -> None:
+    for name in TokenPruningConfig.flat:
+        if name in chosen and getattr(pruning, name) != getattr(config, name):
             raise ValueError(
-                f"{field_.name} must be {getattr(config, field_.name)!r} or left out for a model that prunes tokens "
-                f"already, got {asked!r}."
+                f"{name} must be {getattr(config, name)!r} or left out for a model that prunes tokens already, got "
+                f"{getattr(pruning, name)!r}."
             )
 
 
@@ -99,7 +107,7 @@ def _begin_stage(config: PretrainedConfig, pruning: TokenPruningArguments) -> bo
     return config.masking_mode == "soft"
 
 
-def _require_effect(config: PretrainedConfig, pruning: TokenPruningArguments, learns: bool) -> None:
+def _require_effect(config: PretrainedConfig, pruning: TokenPruningArguments, learns: bool, chosen: set[str]) -> None:
     """Refuse settings that would change nothing."""
     learning = (
         "learned thresholds (prune_mode='absolute_threshold', soft_fraction above 0, a model whose thresholds are not "
@@ -113,16 +121,20 @@ def _require_effect(config: PretrainedConfig, pruning: TokenPruningArguments, le
         (ramp, config.prune_mode == "absolute_threshold", "prune_mode='absolute_threshold'"),
         (("token_keep_rate",), config.prune_mode == "topk", "prune_mode='topk'"),
         (("alpha_output",), pruning.teacher_name_or_path is not None, "teacher_name_or_path"),
+        (("score_reference_length",), config.score_norm == "reference", "score_norm='reference'"),
     ]
-    defaults = {f.name: f.default for f in dataclasses.fields(pruning)}
     for names, effective, needs in rules:
         for name in names:
-            if not effective and getattr(pruning, name) != defaults[name]:
+            if not effective and name in chosen:
                 raise ValueError(f"{name} must go with {needs}, got {getattr(pruning, name)}.")
 
 
 def prune_tokens(
-    model_args: ModelArguments, pruning: TokenPruningArguments, data: DataArguments, args: TrainingArguments
+    model_args: ModelArguments,
+    pruning: TokenPruningArguments,
+    data: DataArguments,
+    args: TrainingArguments,
+    given: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Let a fine-tuned classifier drop tokens, learn the thresholds, train on under real pruning, and save it.
 
@@ -131,6 +143,8 @@ def prune_tokens(
         pruning: What to prune and how to learn it.
         data: The task.
         args: As for `transformers.Trainer`.
+        given: Names of the settings that the user wrote; None: those that differ from their defaults. A setting that
+            contradicts the model or would change nothing is refused when it was written, and ignored otherwise.
 
     Returns:
         Metrics of the validation split, `eval_relative_macs` among them, and the training time in seconds.
@@ -141,12 +155,13 @@ def prune_tokens(
     require_own_folder(args.output_dir, model_folders(model_args, pruning.teacher_name_or_path))
     task, tokenizer, model, rows = prepare(model_args, data, args.seed)
     config = pruning.config()
+    chosen = _set_by_hand(pruning, given)
     if "token_pruning" in [step["method"] for step in steps_of(model)]:
-        _require_same(model.config, pruning)
+        _require_same(model.config, pruning, chosen)
     else:
         compress(model, config)
     learns = _begin_stage(model.config, pruning)
-    _require_effect(model.config, pruning, learns)
+    _require_effect(model.config, pruning, learns, chosen)
     shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
     uses_teacher = pruning.teacher_name_or_path is not None
     arguments = DistillationArguments(**shared, alpha_output=pruning.alpha_output if uses_teacher else 0.0)
