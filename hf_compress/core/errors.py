@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+
+# What broken, truncated and foreign files raise in transformers, safetensors, torch and json.
+BROKEN_FILE = (
+    OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, SafetensorError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; the name of its class where it says nothing.
 
+    Where the first line only announces, as in torch's errors of `load_state_dict`, the second follows.
+
     Example:
         >>> first_line(OSError("no such file\\nhint"))
         'no such file'
     """
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextmanager

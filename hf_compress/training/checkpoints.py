@@ -13,7 +13,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
+from hf_compress.core.errors import BROKEN_FILE, first_line
 from hf_compress.core.saving import disk_errors_explained, require_own_folder, sole_training, write_json
 
 
@@ -34,8 +34,6 @@ _STAGING = ".incomplete"
 # of several runs: the run that trained there last.
 _RUN = "training_run.json"
 _BINARY = {".safetensors", ".pt", ".pth", ".bin"}
-# What readers raise beside the usual classes.
-_FORMATS = (UnpicklingError, SafetensorError)
 
 
 def checkpoints_of(folder: str | os.PathLike) -> list[Path]:
@@ -161,12 +159,9 @@ def readable(checkpoint: str | os.PathLike | None, part: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, EOFError, LookupError, RuntimeError, TypeError, *_FORMATS) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        # torch names the module in its first line and what does not fit in the second.
-        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    except BROKEN_FILE as error:
         raise ValueError(
-            f"resume_from_checkpoint {str(checkpoint)!r}: its {part} cannot be read: {reason} "
+            f"resume_from_checkpoint {str(checkpoint)!r}: its {part} cannot be read: {first_line(error)} "
             "Resume from another checkpoint, or begin anew."
         ) from error
 

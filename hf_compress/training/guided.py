@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,9 @@ from hf_compress.training.snapshots import SnapshotTeacher, check_ladder, open_s
 
 
 logger = logging.getLogger(__name__)
+
+# Where a learning teacher is saved, below its student.
+_SAVED = "teacher"
 
 
 class JointTeacherTrainer(DistillationTrainer):
@@ -107,7 +114,7 @@ class JointTeacherTrainer(DistillationTrainer):
             ValueError: Also if the disk has no room for the teacher; the student is saved then.
         """
         saves = self._teacher is not None and self.args.save_teacher and self.args.should_save
-        place = Path(self.args.output_dir, "teacher")
+        place = Path(self.args.output_dir, _SAVED)
         if saves:
             require_own_folder(place, {"the model": getattr(self._core(), "name_or_path", ""),
                                        **self._teacher_sources()})  # fmt: skip
@@ -130,6 +137,39 @@ class JointTeacherTrainer(DistillationTrainer):
             tokenizer = getattr(self.data_collator.teacher, "tokenizer", None) if both else self.processing_class
             if tokenizer is not None:
                 tokenizer.save_pretrained(staged)
+
+    def push_to_hub(self, *args: Any, include_teacher: bool = False, **kwargs: Any) -> Any:
+        """As `Trainer.push_to_hub`: uploads the student; its teacher only with `include_teacher`."""
+        if include_teacher:
+            return super().push_to_hub(*args, **kwargs)
+        with self._teacher_aside() as uploads:
+            outcome = super().push_to_hub(*args, **kwargs)
+            uploads.append(outcome)
+        return outcome
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with self._teacher_aside() as uploads:
+            super()._push_from_checkpoint(checkpoint_folder)
+            uploads.extend(getattr(self.push_in_progress, "jobs", ()))
+
+    @contextlib.contextmanager
+    def _teacher_aside(self) -> Iterator[list[Any]]:
+        """Give the teacher's folder a name that `Trainer` does not upload, until the uploads collected have ended."""
+        saved, aside = Path(self.args.output_dir, _SAVED), Path(self.args.output_dir, f"_{_SAVED}")
+        uploads: list[Any] = []
+        if not (self.is_world_process_zero() and saved.is_dir()):
+            yield uploads
+            return
+        os.replace(saved, aside)
+        try:
+            yield uploads
+        finally:
+            # They end in the order in which they began.
+            waiting = [upload for upload in uploads if isinstance(upload, Future) and not upload.done()]
+            if waiting:
+                waiting[-1].add_done_callback(lambda _: os.replace(aside, saved))
+            else:
+                os.replace(aside, saved)
 
 
 class SnapshotTeacherTrainer(DistillationTrainer):

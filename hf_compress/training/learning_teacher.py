@@ -14,6 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from safetensors.torch import load_model
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, get_scheduler
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_compress.core.batches import accepted_arguments
 from hf_compress.training.checkpoints import readable
@@ -190,10 +191,12 @@ class LearningTeacher(Teacher):
         if not (folder / _STATE).exists():
             raise ValueError(f"resume_from_checkpoint must hold the teacher's state, got no {folder / _STATE}.")
         with readable(folder, "teacher"):
-            load_model(self.model, folder / "model.safetensors")
             state = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
+            load_model(self.model, folder / SAFE_WEIGHTS_NAME)
             self._optimizer.load_state_dict(state["optimizer"])
             self._scheduler.load_state_dict(state["scheduler"])
-            self._rng, self._device_rng = state["rng"], state["device_rng"]
+            # A generator refuses what is no state of one.
+            self._rng = torch.Generator().set_state(state["rng"]).get_state()
+            self._device_rng = state["device_rng"]
             if self._accelerator.scaler is not None and state["scaler"] is not None:
                 self._accelerator.scaler.load_state_dict(state["scaler"])

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from hf_compress.core.errors import one_line
+from hf_compress.core.errors import BROKEN_FILE, one_line
 from hf_compress.core.loaded import require_complete
 
 
@@ -49,7 +48,7 @@ def open_teacher(name: str | os.PathLike, student: PreTrainedModel) -> PreTraine
     Raises:
         ValueError: If it cannot be opened, or its files lack weights of that head.
     """
-    with one_line(f"teacher_model {str(name)!r} cannot be opened", OSError, ValueError, SafetensorError):
+    with one_line(f"teacher_model {str(name)!r} cannot be opened", *BROKEN_FILE):
         model, info = auto_class_of(student).from_pretrained(name, output_loading_info=True)
         require_complete(info)
     return model

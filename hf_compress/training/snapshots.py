@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from hf_compress.api import apply_implied, check_finite
+from hf_compress.core.errors import BROKEN_FILE, one_line
 from hf_compress.core.loaded import require_complete
 from hf_compress.training.teachers import FixedTeacher, MicroBatch
 
@@ -21,8 +22,6 @@ from hf_compress.training.teachers import FixedTeacher, MicroBatch
 logger = logging.getLogger(__name__)
 
 _SHAPE = ("architectures", "num_labels", "id2label", "vocab_size", "hidden_size", "num_hidden_layers")
-# What broken or foreign files raise in transformers, safetensors and torch.
-_BROKEN = (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
 class SnapshotTeacher(FixedTeacher):
@@ -83,7 +82,7 @@ def open_snapshot(folder: str) -> PreTrainedModel:
     Raises:
         ValueError: If there is none, or its files lack weights.
     """
-    try:
+    with _opening(folder):
         config = AutoConfig.from_pretrained(folder)
         kind = getattr(transformers, str((config.architectures or ["none"])[0]), None)
         if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
@@ -92,8 +91,10 @@ def open_snapshot(folder: str) -> PreTrainedModel:
         require_complete(loaded)
         check_finite(model)
         return apply_implied(model)
-    except _BROKEN as error:
-        raise _no_snapshot(folder, error) from error
+
+
+def _opening(folder: str) -> AbstractContextManager[None]:
+    return one_line(f"teacher_snapshots must be saved models, got {folder!r}", *BROKEN_FILE)
 
 
 def check_ladder(folders: list[str], first: PreTrainedModel) -> None:
@@ -109,10 +110,8 @@ def check_ladder(folders: list[str], first: PreTrainedModel) -> None:
     expected = {name: getattr(first.config, name, None) for name in _SHAPE}
     tensors = _tensors(folders[0]) if len(folders) > 1 else {}
     for folder in folders[1:]:
-        try:
+        with _opening(folder):
             config = AutoConfig.from_pretrained(folder)
-        except _BROKEN as error:
-            raise _no_snapshot(folder, error) from error
         found = {name: getattr(config, name, None) for name in _SHAPE}
         differ = [name for name in _SHAPE if found[name] != expected[name]]
         if differ:
@@ -126,15 +125,10 @@ def check_ladder(folders: list[str], first: PreTrainedModel) -> None:
             open_snapshot(folder)
 
 
-def _no_snapshot(folder: str, error: BaseException) -> ValueError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ValueError(f"teacher_snapshots must be saved models, got {folder!r}: {first}")
-
-
 def _tensors(folder: str) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a folder's weight files; reads headers and, with them, the files' sizes."""
-    try:
-        shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    with _opening(folder):
         for file in _weight_files(Path(folder)):
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as opened:
@@ -142,9 +136,7 @@ def _tensors(folder: str) -> dict[str, tuple[int, ...]]:
             else:
                 held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
                 shapes.update({name: tuple(value.shape) for name, value in held.items()})
-        return shapes
-    except _BROKEN as error:
-        raise _no_snapshot(folder, error) from error
+    return shapes
 
 
 def _weight_files(folder: Path) -> list[Path]:
