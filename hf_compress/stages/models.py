@@ -22,6 +22,7 @@ from hf_compress.api import apply_implied, check_finite, steps_of
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.positions import extend_positions_, most_tokens, position_offset
 from hf_compress.core.saving import complete_or_absent, write_json
+from hf_compress.folder_card import write_card
 from hf_compress.tasks.labels import match_labels, model_labels, require_seen, says_nothing
 from hf_compress.tasks.task import Task
 
@@ -223,6 +224,7 @@ def save_stage(
             model.save_pretrained(staged)
             tokenizer.save_pretrained(staged)
             write_json(staged / "results.json", results)
+            write_card(staged, model, directory)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"output_dir {str(directory)!r} cannot be written: {_first_line(error)}") from error
 

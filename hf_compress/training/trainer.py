@@ -23,6 +23,8 @@ from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.method import Method
 from hf_compress.core.record import quantized_by_another
 from hf_compress.core.saving import complete_or_absent
+from hf_compress.folder_card import FILE as CARD
+from hf_compress.folder_card import add_compression, may_be_replaced, write_card
 from hf_compress.methods import METHODS
 from hf_compress.training.averages import Averages
 from hf_compress.training.checkpoints import CheckpointWriter, readable, replace_pickled_arguments, require_complete
@@ -273,8 +275,17 @@ class CompressionTrainer(Trainer):
         with complete_or_absent(folder) as staged:
             super().save_model(str(staged), _internal_call=True)
             replace_pickled_arguments(staged, self.args)
+            write_card(staged, self._core(), folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.create_model_card`, with what was done to the model; a README.md of somebody else stays."""
+        file = Path(self.args.output_dir, CARD)
+        if not self.is_world_process_zero() or not may_be_replaced(file):
+            return
+        super().create_model_card(*args, **kwargs)
+        add_compression(file, self._core())
 
     def _teacher_sources(self) -> dict[str, str]:
         """Name of each teacher -> the folder or the name on the Hub that it came from."""

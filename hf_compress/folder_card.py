@@ -1,0 +1,164 @@
+"""The README.md of a saved model: what was done to it, and how to open it. The Hub shows it as the model card."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_compress.core.architectures import base_of
+from hf_compress.core.record import quantized_by_another, record_of
+from hf_compress.methods import METHODS
+
+
+FILE = "README.md"
+_MARK = "<!-- Written by hf_compress at every save. Remove this line to keep your own text. -->"
+# What transformers begins the cards of its Trainer with; it writes over any card by itself.
+_TRAINERS_MARK = "<!-- This model card has been generated automatically"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+_OPENING = """## How to open it
+
+```python
+import hf_compress  # before from_pretrained: it rebuilds the layers that the record in config.json names
+from transformers import {imports}
+
+model = {auto}.from_pretrained("path or name of this model")
+```
+
+Without the import, transformers knows nothing of the record (`quantization_config` in `config.json`). It then reports
+an unknown quantization type and weights of other sizes (`MISMATCH`), or opens a dense model that computes something
+else. Do not delete `quantization_config`, as its message advises: `pip install hf_compress` and import it.
+"""
+
+
+def may_be_replaced(file: Path) -> bool:
+    """Whether a README.md was written by a program, or is not there at all."""
+    if not file.is_file():
+        return True
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return _MARK in text or _TRAINERS_MARK in text
+
+
+def steps_with_settings(config: PretrainedConfig) -> list[tuple[str, dict[str, Any]]]:
+    """The methods that a model went through, each with those settings and results that are not the defaults."""
+    result = []
+    for step in [] if quantized_by_another(config) else record_of(config)["steps"]:
+        kind = METHODS[step["method"]].config_class
+        defaults = kind()
+        flat = {name: getattr(config, name) for name in kind.flat if hasattr(config, name)}
+        values = {field.name: {**step, **flat}.get(field.name) for field in dataclasses.fields(kind)}
+        # JSON knows no tuples.
+        usual = {name: getattr(defaults, name) for name in values}
+        usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
+        changed = {name: value for name, value in values.items() if value is not None and value != usual[name]}
+        result.append((step["method"], changed))
+    return result
+
+
+def _dense_parameters(model: PreTrainedModel) -> int:
+    """Parameters of a model of the same class and config without a record."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # Nothing is drawn on the meta device, but a class may do as it likes, and a training may be under way.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return sum(parameter.numel() for parameter in type(model)(config).parameters())
+
+
+def _sizes(model: PreTrainedModel) -> str:
+    parameters = list(model.parameters())
+    now, nonzero = sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in parameters)
+    return (
+        "| | parameters | not zero |\n|---|---|---|\n"
+        f"| the dense model | {_dense_parameters(model):,} | |\n| this model | {now:,} | {nonzero:,} |"
+    )
+
+
+def _auto_class(model: PreTrainedModel) -> str:
+    kind = type(model).__name__
+    head = re.search(r"For[A-Z]\w+$", kind)
+    name = f"AutoModel{head.group()}" if head else "AutoModelForCausalLM" if "LMHead" in kind else "AutoModel"
+    return name if hasattr(transformers, name) else kind
+
+
+def _base_model(model: PreTrainedModel) -> str | None:
+    """The Hub's name of the model that this one was made from, through folders on the way; None when not known."""
+    name = getattr(model.config, "_name_or_path", "") or ""
+    if Path(name).is_dir():
+        card = Path(name, FILE)
+        return ModelCard.load(card).data.base_model if card.is_file() and _MARK in card.read_text("utf-8") else None
+    return name if _HUB_NAME.fullmatch(name) else None
+
+
+def tags_of(model: PreTrainedModel) -> list[str]:
+    """`hf_compress` and the names of the methods."""
+    return ["hf_compress", *dict.fromkeys(name for name, _ in steps_with_settings(model.config))]
+
+
+def compression_section(model: PreTrainedModel, has_tokenizer: bool) -> str:
+    """What was done to a model and how it is opened, in Markdown; for one without a record only the latter."""
+    steps = steps_with_settings(model.config)
+    auto = _auto_class(model)
+    if not steps:
+        return (
+            "The model has not been compressed, or to a form that plain transformers opens.\n\n"
+            f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("path or name")\n```\n'
+        )
+    lines = []
+    for number, (name, settings) in enumerate(steps, start=1):
+        paper = METHODS[name].paper
+        values = {key: f"{value:.4g}" if isinstance(value, float) else repr(value) for key, value in settings.items()}
+        shown = ", ".join(f"`{key}={value}`" for key, value in values.items()) or "the default settings"
+        lines.append(f"{number}. **{name}** ([{paper.title}](https://arxiv.org/abs/{paper.identifier})): {shown}")
+    opening = _OPENING.format(auto=auto, imports=f"{auto}, AutoTokenizer" if has_tokenizer else auto)
+    if has_tokenizer:
+        line = 'tokenizer = AutoTokenizer.from_pretrained("path or name of this model")\n```'
+        opening = opening.replace("\n```\n\nWithout", f"\n{line}\n\nWithout")
+    return "\n\n".join(["## What was done", "\n".join(lines), _sizes(model), opening])
+
+
+def write_card(folder: str | Path, model: Any, target: str | Path | None = None) -> None:
+    """Write a README.md beside a saved model, unless there is one that somebody else wrote.
+
+    Args:
+        folder: Where the model's files are.
+        model: What was saved there; models that are not transformers' own have no card.
+        target: Where the files will be moved to; a README.md of somebody else there stays.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     write_card(place, BertModel(tiny))
+        ...     Path(place, "README.md").read_text().splitlines()[1]
+        'library_name: transformers'
+    """
+    places = [Path(folder, FILE), *([Path(target, FILE)] if target is not None else [])]
+    if not isinstance(model, PreTrainedModel) or not all(may_be_replaced(file) for file in places):
+        return
+    found = Path(folder, "tokenizer_config.json").is_file()
+    data = ModelCardData(library_name="transformers", base_model=_base_model(model), tags=tags_of(model))
+    title = f"# {type(model).__name__}" + (", compressed with hf_compress" if tags_of(model)[1:] else "")
+    body = "\n\n".join([_MARK, title, compression_section(model, found)])
+    places[0].write_text(f"---\n{data.to_yaml()}\n---\n\n{body}", encoding="utf-8")
+
+
+def add_compression(file: str | Path, model: Any) -> None:
+    """Put what was done to a model into the card that transformers' Trainer has written, before its own text."""
+    core = base_of(model)
+    if not isinstance(core, PreTrainedModel) or not tags_of(core)[1:]:
+        return
+    card = ModelCard.load(file)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags_of(core)]))
+    found = Path(file).with_name("tokenizer_config.json").is_file()
+    text = "\n\n".join([_MARK, compression_section(core, found), card.text.lstrip()])
+    Path(file).write_text(f"---\n{card.data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
