@@ -86,4 +86,7 @@ class CompressionLoader(HfQuantizer):
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):
                 module.config._is_quantized = False
+        for name in dict.fromkeys(step["method"] for step in hf_compress.steps_of(model)):
+            if (check := hf_compress.METHODS[name].check_loaded) is not None:
+                check(model)
         return model

@@ -108,6 +108,7 @@ class Method:
         repeatable: Whether a model may go through it more than once.
         needs: Parts of a dense model that must still be there, in words that end up in messages.
         replaces: Parts of a dense model that are something else afterwards; no method that needs one may follow.
+        check_loaded: `(model) -> None`; called when a saved model was opened, to say what its weights contradict.
         implied: `(model config) -> config or None`; the method config that flat fields written by hand ask for, for
             models that have no such step yet.
         start_training: `(model) -> None`; called before training.
@@ -130,6 +131,7 @@ class Method:
     repeatable: bool = True
     needs: frozenset[str] = frozenset()
     replaces: frozenset[str] = frozenset()
+    check_loaded: Callable[..., None] | None = None
     implied: Callable[..., MethodConfig | None] | None = None
     start_training: Callable[..., None] | None = None
     training_callback: Callable[..., Any] | None = None

@@ -11,6 +11,7 @@ from hf_compress.methods.weight_pruning.modeling import check, compress
 from hf_compress.methods.weight_pruning.slimming import plain, rebuild
 from hf_compress.methods.weight_pruning.slimming import slim as slim
 from hf_compress.methods.weight_pruning.zeros import HeldZerosCallback as HeldZerosCallback
+from hf_compress.methods.weight_pruning.zeros import warn_of_lost_zeros
 
 
 METHOD = Method(
@@ -20,6 +21,7 @@ METHOD = Method(
     rebuild=rebuild,
     check=check,
     plain=plain,
+    check_loaded=warn_of_lost_zeros,
     training_callback=keep_zeros,
     paper=Paper(
         title="SNIP: Single-shot Network Pruning based on Connection Sensitivity",

@@ -95,3 +95,35 @@ def _pruned_layers(model: nn.Module) -> Iterable[Layer]:
             continue
         found.update((layer.name, layer) for group in groups for layer in group.layers)
     return found.values()
+
+
+# Well below what rounding of a recorded sparsity may do.
+_LOST = 0.005
+
+
+def warn_of_lost_zeros(model: nn.Module) -> None:
+    """Say that the weights of an opened model are denser than its record: something trained them without the zeros."""
+    steps = record_of(model.config)["steps"]
+    index = max(i for i, step in enumerate(steps) if step["method"] == NAME)
+    values = {name: value for name, value in steps[index].items() if name != "method"}
+    # Where layers were made smaller, zeros went with what was cut off.
+    cut = any(step.get("neurons_per_layer") is not None for step in steps[index:])
+    recorded = values.get("achieved_sparsity") or 0.0
+    if cut or not recorded:
+        return
+    try:
+        layers = [layer for group in selected(model, WeightPruningConfig(**values)) for layer in group.layers]
+    except ValueError:
+        return
+    weights = {layer.weight for layer in layers if layer.weight.device.type != "meta"}
+    total = sum(weight.numel() for weight in weights)
+    found = 1 - sum(int(weight.count_nonzero()) for weight in weights) / max(total, 1)
+    if total and found < recorded - _LOST:
+        logger.warning(
+            "config.json records that weight pruning made %.3f of %d layers zero, but %.3f of their weights are: the "
+            "model was trained without holding its zeros. Prune it again; train pruned models with a trainer of "
+            "hf_compress, or with HeldZerosCallback() among the callbacks of another one.",
+            recorded,
+            len(layers),
+            found,
+        )
