@@ -26,6 +26,7 @@ from hf_compress.core.saving import complete_or_absent
 from hf_compress.folder_card import FILE as CARD
 from hf_compress.folder_card import add_compression, may_be_replaced, write_card
 from hf_compress.methods import METHODS
+from hf_compress.training.adapters import warn_of_unsaved_base
 from hf_compress.training.averages import Averages
 from hf_compress.training.checkpoints import CheckpointWriter, readable, replace_pickled_arguments, require_complete
 from hf_compress.training.gaps import EpochOrder, ExtraGradients
@@ -107,6 +108,8 @@ class CompressionTrainer(Trainer):
 
     def _start_training(self, model: Any) -> None:
         core = base_of(model)
+        if hasattr(model, "peft_config"):
+            warn_of_unsaved_base(model, core)
         # A trial may prune in another way than the one before it.
         self._remove_method_callbacks()
         for method in self._methods:
