@@ -39,12 +39,17 @@ style: $(VENV)/.installed
 
 # The oldest transformers that setup.cfg admits; give FLOOR_TRANSFORMERS=5.x.0 to look for an older one.
 FLOOR_TRANSFORMERS ?= 5.6.0
-FLOOR := .venv-floor
-test-floor:
+FLOOR := .venv-floor-$(FLOOR_TRANSFORMERS)
+
+$(FLOOR)/.installed: setup.cfg setup.py constraints.txt
 	$(PYTHON) -m venv $(FLOOR)
-	$(FLOOR)/bin/python -m pip -q install -c constraints.txt torch
+	$(FLOOR)/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt torch
 	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(FLOOR)/constraints.txt
-	$(FLOOR)/bin/python -m pip -q install -c $(FLOOR)/constraints.txt "transformers==$(FLOOR_TRANSFORMERS)" -e ".[test,report]"
+	$(FLOOR)/bin/python -m pip --disable-pip-version-check -q install -c $(FLOOR)/constraints.txt \
+		"transformers==$(FLOOR_TRANSFORMERS)" -e ".[test,report]"
+	touch $@
+
+test-floor: $(FLOOR)/.installed
 	$(FLOOR)/bin/python -m pytest $(SPREAD)
 
 clean:

@@ -291,7 +291,8 @@ def test_averages_of_half_precision_do_not_overflow():
 def test_relatives_of_roberta(kind, config, tmp_path):
     torch.manual_seed(0)
     sizes = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
-             "intermediate_size": 32, "max_position_embeddings": 34, "pad_token_id": 1}  # fmt: skip
+             "intermediate_size": 32, "max_position_embeddings": 34, "pad_token_id": 1,
+             "initializer_range": 0.2}  # fmt: skip
     model = AutoModelForSequenceClassification.from_config(kind(**sizes))
     ids = torch.randint(5, 99, (8, 12), generator=torch.Generator().manual_seed(0))
     ids[3, 7:] = 1
