@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SPREAD := -q -n auto --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup setup-demo demo test test-floor slow-test style clean
+.PHONY: setup setup-demo demo test test-processors test-floor slow-test style clean
 
 setup: $(VENV)/.installed
 
@@ -30,8 +30,22 @@ demo: $(VENV)/.demo
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(SPREAD)
 
+# What kernels compute, as on processors without AVX512 and without AVX2, with one thread and with two.
+PROCESSORS := $(addprefix tests/, contract/test_alignment.py contract/test_methods.py $(addsuffix .py, $(addprefix test_, \
+	acceleration cald_goldens combinations decomposition distillation fisher fisher_goldens fisher_tuning guided \
+	linformer linformer_models losses ltp_goldens slimming structured_pruning teacher_cache token_attention \
+	token_pruning token_training weight_pruning_calibrated weight_pruning_goldens weight_pruning_one_shot \
+	weight_pruning_training)))
+test-processors: $(VENV)/.installed
+	for threads in 1 2; do \
+		HF_COMPRESS_TEST_THREADS=$$threads ATEN_CPU_CAPABILITY=default \
+			$(BIN)/python -m pytest $(SPREAD) $(PROCESSORS) && \
+		HF_COMPRESS_TEST_THREADS=$$threads ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+			$(BIN)/python -m pytest $(SPREAD) $(PROCESSORS) || exit 1; \
+	done
+
 slow-test: $(VENV)/.demo
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest $(SPREAD) -m slow
 
 style: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -14,6 +14,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # more on a busy machine. Programs that tests start inherit the number.
 THREADS = os.environ.get("HF_COMPRESS_TEST_THREADS", "1")
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = THREADS
+# Threads that wait sleep. Spinning ones take the cores from those that work: ten times as long with two test workers.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import copy  # noqa: E402
 import gc  # noqa: E402
