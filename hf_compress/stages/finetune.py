@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +16,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction
 
 from hf_compress.core.positions import most_tokens
 from hf_compress.core.saving import require_own_folder
@@ -149,11 +147,9 @@ def run(
     """Train (or go on training), evaluate, save; returns the results that were written."""
     resume = args.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "1", "yes"):
-        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        resume = True
     elif isinstance(resume, str) and resume.lower() in ("false", "0", "no"):
         resume = None
-    if resume and not os.path.isfile(os.path.join(resume, TRAINER_STATE_NAME)):
-        raise ValueError(f"resume_from_checkpoint must be true or a checkpoint folder, got {resume!r}.")
     outcome = trainer.train(resume_from_checkpoint=resume)
     results = {"train_seconds": outcome.metrics["train_runtime"], "train_loss": outcome.metrics["train_loss"]}
     if trainer.eval_dataset is not None:

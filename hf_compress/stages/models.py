@@ -219,14 +219,11 @@ def save_stage(
     Raises:
         ValueError: If the disk is full or the place cannot be written.
     """
-    try:
-        with complete_or_absent(directory) as staged:
-            model.save_pretrained(staged)
-            tokenizer.save_pretrained(staged)
-            write_json(staged / "results.json", results)
-            write_card(staged, model, directory)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"output_dir {str(directory)!r} cannot be written: {_first_line(error)}") from error
+    with complete_or_absent(directory) as staged:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        write_json(staged / "results.json", results)
+        write_card(staged, model, directory)
 
 
 def _first_line(error: BaseException) -> str:
