@@ -89,6 +89,7 @@ def test_thresholds_have_the_learning_rate_that_was_asked_for(model, rows, token
     assert rate_of_thresholds(first) == [3e-3]
     # Where it would be ignored, it is refused: a stock Trainer, and a callback that comes after the optimizer.
     late = hc.CompressionTrainer(hc.compress(model("bert", HEAD), config), arguments(tmp_path, max_steps=1), **common)
+    late.create_optimizer()
     late.add_callback(hc.ThresholdAnnealingCallback(learning_rate=3e-3))
     student = hc.compress(model("bert", HEAD), config)
     stock = Trainer(student, arguments(tmp_path, max_steps=1), callbacks=[callback], **common)

@@ -102,7 +102,7 @@ def quantized_by_another(config: PretrainedConfig) -> bool:
 
 
 def append_step(
-    config: PretrainedConfig, method: str, completed: MethodConfig, *, instead_of_last: bool = False
+    config: PretrainedConfig, method: str, completed: MethodConfig, *, instead_of: int | None = None
 ) -> None:
     """Write a finished step into a model's config.
 
@@ -110,11 +110,14 @@ def append_step(
         config: Of the model that went through it.
         method: The name of the method.
         completed: Its config, with the sizes that came out.
-        instead_of_last: The last step went on; this is what is to be said of it now.
+        instead_of: Place in the record of a step that went on; this is what is to be said of it now.
     """
     steps = record_of(config)["steps"]
-    steps = steps[:-1] if instead_of_last else steps
     for name in completed.flat:
         setattr(config, name, getattr(completed, name))
-    steps.append({"method": method, **completed.to_record()})
+    step = {"method": method, **completed.to_record()}
+    if instead_of is None:
+        steps.append(step)
+    else:
+        steps[instead_of] = step
     config.quantization_config = CompressionConfig(steps=steps)

@@ -94,6 +94,13 @@ class CompressionTrainer(Trainer):
             getattr(callback, "on_new_model", lambda model: None)(model)
         return model
 
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback; one that comes after the constructor prepares the model as one given to it does."""
+        super().add_callback(callback)
+        added = self.callback_handler.callbacks[-1]
+        if self.model is not None and hasattr(added, "on_new_model"):
+            added.on_new_model(self.model)
+
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         # Which errors its client raises depends on its release.
         with one_line("push_to_hub is set, but the hub cannot be used", Exception):

@@ -7,6 +7,7 @@ are pruned) lives in the optimizer's state, so that checkpoints carry it and res
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from hf_compress.methods.weight_pruning.modeling import expected_units, prune_la
 from hf_compress.methods.weight_pruning.progressive import staged, zeros_at
 from hf_compress.methods.weight_pruning.regularizers import group_lasso, group_lasso_by_gradient
 from hf_compress.methods.weight_pruning.timetable import PruningRun, runs_of
-from hf_compress.methods.weight_pruning.zeros import HeldZerosCallback, Zeros
+from hf_compress.methods.weight_pruning.zeros import HeldZerosCallback, Zeros, decide, decided_elsewhere, forget
 
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def _loss_scale(optimizer: Any) -> float:
 class WeightPruningCallback(TrainerCallback):
     """Prunes the weights of a model in training and keeps them zero; add it to any Trainer script.
 
-    Zeros of earlier steps stay in the layers that it does not select; those that it selects are decided anew.
+    Zeros of earlier steps stay in the layers that it does not select; those that it selects are decided anew. Several
+    of these callbacks may prune one model, in different layers.
 
     Logs `prune/sparsity`: in our trainers everywhere, in a stock `Trainer` in `state.log_history` and in callbacks
     that were added later. With `load_best_model_at_end`, checkpoints from before the last update do not compete.
@@ -84,7 +86,10 @@ class WeightPruningCallback(TrainerCallback):
         self._clear()
 
     def _clear(self) -> None:
+        forget(self)
         self._runs: list[PruningRun] = []
+        # Units that were zero when training began, where a regulariser makes more of them.
+        self._zero_before: dict[PruningRun, int] = {}
         self._pruned: dict[Layer, Tensor] = {}
         self._zeros = Zeros()
         self._fresh: dict[Layer, Tensor] = {}
@@ -112,9 +117,11 @@ class WeightPruningCallback(TrainerCallback):
         if has_length(train_dataloader):
             steps_per_epoch = max(-(-len(train_dataloader) // args.gradient_accumulation_steps), 1)
         self._runs = runs_of(model, self.config, optimizer, state.max_steps, steps_per_epoch)
+        decide(optimizer, self, [layer for run in self._runs for layer in run.selected.layers])
         if getattr(model, "config", None) is not None:
             # A record of another package stops the training here, not at the last update.
             self._zeros.hold_recorded(model, {layer.weight for run in self._runs for layer in run.selected.layers})
+        self._zero_before = {run: pruned_units(run.group)[0] for run in self._runs if run.group.config.reg_type}
         self._restore(optimizer, state.global_step)
         if state.global_step > self._last_update:
             self._record(model)
@@ -158,8 +165,11 @@ class WeightPruningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         step = state.global_step
+        # Known when every callback has begun.
+        self._zeros.release(decided_elsewhere(optimizer, self))
         due = [run for run in self._runs if run in self._late or run.schedule.due(step) is not None]
         for run in due:
+            self._check_not_emptied(run)
             self._update(run, run.schedule.in_force(step + 1), run.stage(step), optimizer)
         advancing = [run for run in self._runs if run not in due and run.advances(step)]
         for run in advancing:
@@ -340,6 +350,7 @@ class WeightPruningCallback(TrainerCallback):
                 raise ValueError(f"{found} Train longer or lower end_step.")
             for run in runs:
                 self._check_target(run)
+                self._check_not_emptied(run)
             # Weights that came back have been trained since, and a regulariser may have emptied another block.
             self._record(model)
         finally:
@@ -358,6 +369,19 @@ class WeightPruningCallback(TrainerCallback):
                 "update, e.g. a checkpoint from before it was loaded."
             )
 
+    def _check_not_emptied(self, run: PruningRun) -> None:
+        """Refuse a regulariser that has pruned by itself, and more than was asked for."""
+        config = run.group.config
+        if run not in self._zero_before:
+            return
+        gone, units = pruned_units(run.group)
+        expected = expected_units(config, unit_counts(config, run.group.layers))
+        if gone > max(expected, self._zero_before[run]):
+            raise ValueError(
+                f"reg_coeff={config.reg_coeff:g} is too large: {config.reg_type} has made {gone} of {units} units of "
+                f"pattern {config.pattern} zero, and target_sparsity={config.target_sparsity} asks for {expected}."
+            )
+
     def _record(self, model: nn.Module) -> None:
         """Write the step into the model's config as soon as the target is reached, so that checkpoints carry it."""
         if getattr(model, "config", None) is None:
@@ -365,7 +389,9 @@ class WeightPruningCallback(TrainerCallback):
         own_config_(model)
         achieved = sparsity_of([run.selected for run in self._runs])
         completed = dataclasses.replace(self.config, achieved_sparsity=achieved)
-        step, last = {"method": NAME, **completed.to_record()}, record_of(model.config)["steps"][-1:]
-        # A model that was opened from one of those checkpoints carries it already.
-        known = [{**entry, "achieved_sparsity": achieved} for entry in last] == [step]
-        append_step(model.config, NAME, completed, instead_of_last=known)
+        step, steps = {"method": NAME, **completed.to_record()}, record_of(model.config)["steps"]
+        # A model that was opened from one of those checkpoints carries it already; another of these callbacks may
+        # have written its own behind it.
+        last = itertools.takewhile(lambda entry: entry["method"] == NAME, reversed(steps))
+        known = (-1 - i for i, entry in enumerate(last) if {**entry, "achieved_sparsity": achieved} == step)
+        append_step(model.config, NAME, completed, instead_of=next(known, None))

@@ -215,7 +215,7 @@ def slim(model: PreTrainedModel, round_to: int = 1) -> PreTrainedModel:
             if len(neurons.keep) < block.num_neurons:
                 keep_neurons_(block, torch.tensor(neurons.keep), bias=neurons.bias)
         own_config_(model)
-        append_step(model.config, NAME, completed, instead_of_last=goes_on)
+        append_step(model.config, NAME, completed, instead_of=-1 if goes_on else None)
     logger.info("Removed %d heads and %d neurons; left: %s.", removed_heads, removed_neurons, sizes)
     return model
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,38 @@ logger = logging.getLogger(__name__)
 
 # Integers of the size of a weight.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+# For each training, that is its optimizer: which weights each callback decides about.
+_DECIDED: WeakKeyDictionary[Any, dict[TrainerCallback, Collection[nn.Parameter]]] = WeakKeyDictionary()
+
+
+def decide(optimizer: Any, callback: TrainerCallback, layers: Iterable[Layer]) -> None:
+    """Tell other callbacks of a training which layers one of them prunes anew.
+
+    Raises:
+        ValueError: If two of them prune one layer.
+    """
+    elsewhere, layers = decided_elsewhere(optimizer, callback), list(layers)
+    for layer in layers:
+        if layer.weight in elsewhere:
+            raise ValueError(
+                f"Two WeightPruningCallbacks select {layer.name}. Give them different op_names, or one config with "
+                "local_configs."
+            )
+    _DECIDED.setdefault(optimizer, {})[callback] = {layer.weight for layer in layers}
+
+
+def decided_elsewhere(optimizer: Any, callback: TrainerCallback) -> set[nn.Parameter]:
+    """The weights that other callbacks of a training prune anew."""
+    by_callback = _DECIDED.get(optimizer, {})
+    return {weight for other, weights in by_callback.items() if other is not callback for weight in weights}
+
+
+def forget(callback: TrainerCallback) -> None:
+    """A callback's training is over."""
+    for by_callback in _DECIDED.values():
+        by_callback.pop(callback, None)
 
 
 class Zeros:
@@ -38,6 +71,10 @@ class Zeros:
             mask = layer.weight.detach() == 0
             if layer.weight.requires_grad and layer.weight not in decided and bool(mask.any()):
                 self.hold(layer, mask)
+
+    def release(self, weights: Container[nn.Parameter]) -> None:
+        """Hold nothing any more in these weights."""
+        self._kept_bits = {layer: bits for layer, bits in self._kept_bits.items() if layer.weight not in weights}
 
     def enforce(self) -> None:
         # All bits of what stays, none of what goes: ten times as fast as `masked_fill_` on the CPU, and 0 times NaN or
@@ -69,6 +106,12 @@ class HeldZerosCallback(TrainerCallback):
     ) -> None:
         self._zeros = Zeros()
         self._zeros.hold_recorded(model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Known when every callback has begun.
+        self._zeros.release(decided_elsewhere(kwargs["optimizer"], self))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
