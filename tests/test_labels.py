@@ -115,7 +115,7 @@ def test_matching_a_matched_task_changes_nothing(tmp_path):
         config = config_of(names)
         once = match_labels(task_of(tmp_path, labels), config)
         twice = match_labels(once, config)
-        assert twice.order == ()
+        assert twice.order == once.order
         assert twice.split("train")["label"][:] == once.split("train")["label"][:]
 
 
@@ -212,6 +212,18 @@ def test_a_teacher_in_another_order_is_refused(perfect, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_new_students_head_has_its_teachers_labels(perfect, tmp_path):
+    write_perfect_model(tmp_path / "student", None)
+    strip_head(tmp_path / "student")
+    line = f"distill --model_name_or_path student --teacher_name_or_path model {TRAINING} --learning_rate 0"
+    assert main(line.split()) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {"0": "up", "1": "down"}
+    # F1 is that of the data's class 1, not of the model's.
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["eval_f1"] == pytest.approx(measured("out")["f1"])
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_labels_that_training_never_sees(perfect, tmp_path, capsys):
     rows = [{"text": TEXTS[0], "label": "up"}, {"text": TEXTS[1], "label": "sideways"}]
     write_rows(tmp_path / "data" / "validation.tsv", [{"utterance": r["text"], "intent": r["label"]} for r in rows])
@@ -243,9 +255,6 @@ def test_a_new_head_takes_the_names_of_the_data(perfect, tmp_path, labels, names
     assert main(command.split()) == 0
     found = json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]
     assert list(found.values()) == names
-    measured = evaluate_models(
-        EvaluateArguments(["out"], device="cpu"), DataArguments(data_dir="data", max_length=16)
-    )["out"]
     answers = pipeline("text-classification", model="out", tokenizer="out", device="cpu")(TEXTS)
     right = [a["label"].removeprefix("LABEL_").lower() == str(r).lower() for a, r in zip(answers, labels, strict=True)]
     assert measured("out")["accuracy"] == pytest.approx(np.mean(right))
@@ -254,7 +263,7 @@ def test_a_new_head_takes_the_names_of_the_data(perfect, tmp_path, labels, names
 def strip_head(folder):
     """What an encoder's folder holds."""
     config = json.loads((folder / "config.json").read_text())
-    del config["id2label"], config["label2id"]
+    config.pop("id2label", None), config.pop("label2id", None)
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
     weights = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in weights.items() if not name.startswith("classifier.")}

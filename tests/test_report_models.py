@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,9 @@ from hf_compress.stages.evaluate import EvaluateArguments, ReportArguments, eval
 from hf_compress.tasks.sources import DataArguments
 from tests.labelled_models import TEXTS, write_perfect_model, write_rows
 from tests.test_bad_input import WORDS, write_tokenizer
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def data():
@@ -118,6 +123,12 @@ def test_a_loss_is_named_beside_the_gain(place):
     )
     table = (place / "out" / "report.md").read_text()
     assert f"- twin: LOST {1 - accuracy:.4f} accuracy" in table
+    changes = found["models"][1]["changes"]
+    lost = round(48 * (1 - accuracy))
+    assert [changes[key] for key in ("both_right", "lost", "gained", "both_wrong")] == [48 - lost, lost, 0, 0]
+    assert changes["examples"][0] == {"text": changes["examples"][0]["text"], "label": "up", "answer": "down"}
+    assert changes["examples"][0]["text"] in TEXTS
+    assert f" {changes['examples'][0]['text']} |" in table
 
 
 def test_the_standard_error_of_accuracy_is_the_paired_one():
@@ -129,6 +140,23 @@ def test_the_standard_error_of_accuracy_is_the_paired_one():
     # 200 resamples know a standard deviation to 5 %.
     assert found == pytest.approx(changes.std() / np.sqrt(500), rel=0.2)
     assert standard_error(Answers(before, labels), Answers(before, labels), "accuracy") == 0.0
+
+
+@pytest.mark.parametrize("example", ["shrink_and_recover", "token_pruning", "prune_weights"])
+@pytest.mark.filterwarnings("ignore")
+def test_examples_say_which_split_they_use(place, monkeypatch, capsys, example):
+    (place / "data" / "validation.csv").rename(place / "data" / "test.csv")
+    AutoTokenizer.from_pretrained("model", model_max_length=200).save_pretrained("model")
+    options = {"shrink_and_recover": "--samples 48", "token_pruning": "--mode topk", "prune_weights": "--epochs 2"}
+    arguments = f"--model model --data_dir data --out out {options[example]}"
+    steps = "" if example == "prune_weights" else " --max_steps 1"
+    monkeypatch.setattr("sys.argv", [example, *(arguments + steps).split()])
+    runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "measured on the test split" in printed
+    if example != "token_pruning":
+        # Labels in the order of the model: nothing has been trained yet.
+        assert "'accuracy': 1.0" in next(line for line in printed.splitlines() if line.startswith("dense"))
 
 
 @pytest.mark.parametrize("splits", [("train", "test"), ("train", "validation", "test"), ("train",)])

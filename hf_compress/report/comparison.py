@@ -16,6 +16,7 @@ from hf_compress.core.architectures import Block, blocks_of
 from hf_compress.core.cost import Cost, count_cost, count_size
 from hf_compress.core.layers import carries_state
 from hf_compress.core.saving import write_json
+from hf_compress.report.changes import changed_answers
 from hf_compress.report.latency import batches_of, length_blocks, measure_latency
 from hf_compress.report.machine import environment
 from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency, plot_sparsity
@@ -101,6 +102,7 @@ def compare_models(
         (folder / "report.md").write_text(render_markdown(report), encoding="utf-8")
         return report
 
+    folder.mkdir(parents=True, exist_ok=True)
     entries = []
     seq_len = _mean_length(first.rows)
     for entry in _entries(opened, weighed, metric):
@@ -125,6 +127,11 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
     # What is dropped depends on the text; all of a table is counted alike.
     drops = any(carries_state(each.model) for each in models.values())
     baseline: Answers | None = None
+    first = next(iter(models.values()))
+
+    def text_of(row: int) -> str:
+        return first.tokenizer.decode(first.rows[row]["input_ids"], skip_special_tokens=True)
+
     for name, each in models.items():
         logger.info("Evaluating %s on %d examples.", name, len(each.rows))
         answers = evaluated(each)
@@ -146,6 +153,7 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
             matrices=matrices_of(each.model),
             seq_len=seq_len,
             standard_error=None if answers is baseline else standard_error(baseline, answers, metric),
+            changes=None if answers is baseline else changed_answers(baseline, answers, text_of, each.names),
         )
 
 

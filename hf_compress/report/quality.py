@@ -35,12 +35,14 @@ class Measured:
         rows: Tokenized by its tokenizer, `labels` in its order.
         tokenizer: Its own.
         arrange: Brings logits and labels from the model's order of classes into one that all models share.
+        names: Of the classes in that order.
     """
 
     model: PreTrainedModel
     rows: Dataset
     tokenizer: PreTrainedTokenizerBase
     arrange: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] = _unchanged
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

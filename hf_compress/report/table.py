@@ -35,6 +35,7 @@ class Entry:
         matrices: Zeros of each weight matrix.
         seq_len: Tokens of the sequence whose multiply-accumulates were counted; None: the report's.
         standard_error: Of the difference between its main metric and the baseline's, over the examples.
+        changes: What `changed_answers` found; None for the baseline.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Entry:
     matrices: list[Matrix] = field(default_factory=list)
     seq_len: float | None = None
     standard_error: float | None = None
+    changes: dict[str, Any] | None = None
 
 
 def bytes_on_disk(folder: str | os.PathLike | None) -> int | None:
@@ -260,8 +262,27 @@ def render_markdown(report: dict[str, Any]) -> str:
     sentences = [f"- {m['name']}: {sentence}" for m in models for sentence in m["verdicts"]]
     if sentences:
         lines += ["", "## Verdict", "", *sentences]
-    lines += _zeros(models)
+    lines += [*_changes(models), *_zeros(models)]
     return "\n".join([*lines, "", "## How it was measured", "", *_measurement(report)]) + "\n"
+
+
+def _changes(models: Sequence[dict[str, Any]]) -> list[str]:
+    """How many answers each model changed, and examples that only the baseline answers rightly."""
+    changed = [(_cell(m["name"]), m["changes"]) for m in models if m["changes"]]
+    if not changed:
+        return []
+    keys = ("both_right", "lost", "gained", "both_wrong")
+    counts = [[name, *(str(found[key]) for key in keys)] for name, found in changed]
+    lines = ["", "## Answers that changed", "", *_table(["model", *(key.replace("_", " ") for key in keys)], counts)]
+    examples = [
+        [name, _cell(row["text"]), _cell(row["label"]), _cell(row["answer"])]
+        for name, found in changed
+        for row in found["examples"]
+    ]
+    if examples:
+        header = ["model", "example that was lost", "right answer", "its answer"]
+        lines += ["", *_table(header, examples)]
+    return lines
 
 
 def _zeros(models: Sequence[dict[str, Any]]) -> list[str]:

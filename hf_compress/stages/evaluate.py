@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ from hf_compress.stages.models import check_vocabulary, fit_labels, open_classif
 from hf_compress.tasks.inputs import tokenize
 from hf_compress.tasks.sources import DataArguments, load_task
 from hf_compress.tasks.task import Task
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -86,7 +90,15 @@ def _measured(name: str, task: Task, split: str, max_length: int, device: str) -
     check_vocabulary(model.config, tokenizer)
     matched = fit_labels(task, model, name)
     rows = tokenize(matched.split(split), matched, tokenizer, max_length)
-    return Measured(model.to(chosen_device(device)), rows, tokenizer, matched.in_own_order)
+    names = tuple(matched.label_names[place] for place in matched.own_order(len(matched.label_names)))
+    return Measured(model.to(chosen_device(device)), rows, tokenizer, matched.in_own_order, names)
+
+
+def _opened(data: DataArguments, wanted: str | None) -> tuple[Task, str]:
+    task = load_task(data)
+    split = task.measured_split(wanted)
+    logger.info("Models are measured on the %s split.", split)
+    return task, split
 
 
 def evaluate_models(args: EvaluateArguments, data: DataArguments) -> dict[str, dict[str, Any]]:
@@ -95,8 +107,11 @@ def evaluate_models(args: EvaluateArguments, data: DataArguments) -> dict[str, d
     Raises:
         ValueError: If a model or the split cannot be opened or does not fit.
     """
-    task = load_task(data)
-    split = task.measured_split(args.split)
+    task, split = _opened(data, args.split)
+    if args.output_file:
+        Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
+        if Path(args.output_file).is_dir():
+            raise ValueError(f"output_file must be a file, {args.output_file!r} is a folder.")
     results: dict[str, dict[str, Any]] = {}
     for name in args.models:
         measured = _measured(name, task, split, data.max_length, args.device)
@@ -115,11 +130,11 @@ def report(args: ReportArguments, data: DataArguments) -> dict[str, Any]:
     Raises:
         ValueError: If a model or the split cannot be opened or does not fit.
     """
-    task = load_task(data)
-    split = task.measured_split(args.split)
+    task, split = _opened(data, args.split)
     measured, folders = {}, {}
     for name in args.models:
-        label = Path(name).name if Path(name).name not in measured else name
+        label = Path(name).name or name
+        label = label if label not in measured else name
         if label in measured:
             raise ValueError(f"models must be different ones, got {name!r} twice.")
         measured[label], folders[label] = _measured(name, task, split, data.max_length, args.device), name

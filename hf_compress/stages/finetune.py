@@ -27,12 +27,14 @@ from hf_compress.stages.models import (
     fit_labels,
     freeze_embeddings_,
     has_tokenizer,
+    head_config,
     open_classifier,
     open_pair,
     open_tokenizer,
     save_stage,
 )
 from hf_compress.tasks.inputs import tokenize
+from hf_compress.tasks.labels import match_labels
 from hf_compress.tasks.metrics import task_metrics
 from hf_compress.tasks.sources import DataArguments, load_task
 from hf_compress.tasks.task import Task
@@ -79,7 +81,7 @@ def _splits(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments)
 
 
 def prepare(
-    model_args: ModelArguments, data: DataArguments, seed: int, trains: bool = True
+    model_args: ModelArguments, data: DataArguments, seed: int, trains: bool = True, teacher: str | None = None
 ) -> tuple[Task, PreTrainedTokenizerBase, PreTrainedModel, dict[str, Any]]:
     """Task, tokenizer, model and tokenized splits that fit together.
 
@@ -87,6 +89,7 @@ def prepare(
         model_args, data: Where they are.
         seed: Of a new head.
         trains: Whether the model is trained: then it may get a new head, and the task's label names.
+        teacher: Hub name or folder of a classifier whose labels a new head shall have.
 
     Returns:
         The task has the model's label ids.
@@ -101,6 +104,9 @@ def prepare(
             f"{task.files['train']}: label must have at least two classes, got only "
             f"{', '.join(task.first_rows['train'])}."
         )
+    taught = head_config(teacher) if teacher and head_config(model_args.model_name_or_path) is None else None
+    if taught is not None:
+        task = match_labels(task, taught)
     set_seed(seed)
     tokenizer, model = open_pair(model_args, task, fresh_head=trains)
     task = fit_labels(task, model, model_args.model_name_or_path)
@@ -197,7 +203,8 @@ def distill(
         ValueError: If student, teacher and data do not fit together, or the loss is not finite.
     """
     require_own_folder(args.output_dir, model_folders(model_args, teacher_args.teacher_name_or_path))
-    task, tokenizer, student, rows = prepare(model_args, data, args.seed)
+    name = teacher_args.teacher_name_or_path
+    task, tokenizer, student, rows = prepare(model_args, data, args.seed, teacher=name if args.uses_teacher else None)
     common = trainer_arguments(task, student, tokenizer, args, rows)
     teacher = None
     if args.uses_teacher:

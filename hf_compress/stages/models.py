@@ -85,6 +85,15 @@ def _open_config(name: str) -> PretrainedConfig:
         raise ValueError(f"config.json at {name!r} is broken: {_first_line(error)}") from error
 
 
+def head_config(name: str) -> PretrainedConfig | None:
+    """The config of a classifier; None where there is none, or nothing can be opened."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        return None
+    return config if _classifies(config) else None
+
+
 def has_head(name: str) -> bool:
     """Whether a hub name or folder holds a classifier, and not an encoder alone."""
     return _classifies(_open_config(name))
@@ -129,7 +138,7 @@ def open_classifier(name: str, task: Task | None = None, fresh_head: bool = Fals
         ValueError: If nothing can be opened there, weights are missing or not finite, or the labels differ.
     """
     model = _open(name, task, fresh_head)
-    if task is not None and fit_labels(task, model, name).order:
+    if task is not None and fit_labels(task, model, name).order != task.order:
         raise ValueError(
             f"{name!r} must have the labels {', '.join(task.label_names)} in this order, got "
             f"{', '.join(model_labels(model.config))}."

@@ -282,6 +282,7 @@ def match_labels(task: Task, config: PretrainedConfig) -> Task:
     ours, theirs = task.label_names, model_labels(config)
     places = _places(task, theirs)
     own = places == list(range(len(places)))
+    order = [places[place] for place in task.order] if task.order else places
     splits = {s: _relabelled(rows, [places[label] for label in rows["label"]]) for s, rows in task.splits.items()}
     numbers = task.numbers
     if own and len(ours) == len(theirs) and says_nothing(theirs):
@@ -293,7 +294,7 @@ def match_labels(task: Task, config: PretrainedConfig) -> Task:
     first = {split: {renamed[name]: row for name, row in rows.items()} for split, rows in task.first_rows.items()}
     return replace(
         task, splits=DatasetDict(splits), label_names=theirs, numbers=numbers, first_rows=first,
-        order=() if own else tuple(places),
+        order=() if order == list(range(len(order))) else tuple(order),
     )  # fmt: skip
 
 

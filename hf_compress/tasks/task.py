@@ -78,15 +78,18 @@ class Task:
             )
         return self.splits[name]
 
+    def own_order(self, classes: int) -> list[int]:
+        """The model's ids in the order of the files; classes that only the model has come last."""
+        return [*self.order, *(i for i in range(classes) if i not in self.order)]
+
     def in_own_order(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Logits [B, C] and labels [B] of a model's order in that of the files.
 
-        What depends on the order, such as F1 of class 1, then means the same for every model. Classes that only the
-        model has come last.
+        What depends on the order, such as F1 of class 1, then means the same for every model.
         """
         if not self.order:
             return logits, labels
-        places = [*self.order, *(i for i in range(logits.shape[-1]) if i not in self.order)]
+        places = self.own_order(logits.shape[-1])
         back = np.empty(len(places), dtype=labels.dtype)
         back[places] = np.arange(len(places))
         return logits[:, places], back[labels]
