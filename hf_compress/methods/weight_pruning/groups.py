@@ -185,12 +185,20 @@ def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[Group]:
     for group in groups:
         entry = group.config
         if not group.layers:
-            raise ValueError(
-                f"op_names must select a layer of {', '.join(entry.pruning_op_types)} (pruning_op_types), got "
-                f"{entry.op_names} without {entry.excluded_op_names} (and without layers of earlier local_configs), "
-                "which selects none."
-            )
+            raise ValueError(_selects_nothing(model, entry))
     return groups
+
+
+def _selects_nothing(model: nn.Module, config: WeightPruningConfig) -> str:
+    names = f"op_names={list(config.op_names)}" if config.op_names is not None else "op_names"
+    without = f", excluded_op_names={list(config.excluded_op_names)}" if config.excluded_op_names else ""
+    held = {type(m).__name__ for m in model.modules() if getattr(m._parameters.get("weight"), "ndim", 0) >= 2}
+    others = ", ".join(sorted(held - {"Embedding", *config.pruning_op_types})) or "no other class"
+    return (
+        f"{names}{without} must select a layer of {', '.join(config.pruning_op_types)} (pruning_op_types) that no "
+        f"earlier local config owns, got none; heads and poolers need to be named. The model also holds weights in "
+        f"layers of {others}."
+    )
 
 
 def pruned_units(group: Group) -> tuple[int, int]:
