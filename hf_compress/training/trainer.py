@@ -280,7 +280,8 @@ class CompressionTrainer(Trainer):
         aside = self._checkpoints.staging or not self.args.should_save
         if aside or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super().save_model(folder, _internal_call)
-            replace_pickled_arguments(folder, self.args)
+            if self.args.should_save:
+                replace_pickled_arguments(folder, self.args)
             return
         with complete_or_absent(folder) as staged:
             super().save_model(str(staged), _internal_call=True)
