@@ -201,6 +201,33 @@ def _selects_nothing(model: nn.Module, config: WeightPruningConfig) -> str:
     )
 
 
+def require_pattern(config: WeightPruningConfig, layer: Layer, mask: Tensor | None, scores: Tensor | None) -> None:
+    """Refuse what a checkpoint holds of a layer when it was made with another pattern.
+
+    Args:
+        config: How pruning goes on.
+        layer: Which layer.
+        mask: Of the weight's shape, True for zero; None when nothing was pruned.
+        scores: In the form that `Pattern.reduce` gives; None when there are none.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
+    pattern = layer.pattern(config)
+    reduced = pattern.reduce(layer.matrix(layer.weight.detach()), config.criterion_reduce_type)
+    fits = scores is None or scores.shape == reduced.shape
+    # In the stages of a progressive update, units are zero in part.
+    if fits and mask is not None and not config.progressive:
+        matrix = layer.matrix(mask)
+        whole = pattern.spread(pattern.pruned_units(matrix), reduced, nothing_pruned(layer))
+        fits = int(whole.sum()) == int(matrix.sum())
+    if not fits:
+        raise ValueError(
+            f"resume_from_checkpoint was written with another pattern than {config.pattern!r}: what was pruned of "
+            f"{layer.name} is of another form. Go on with that pattern, or begin anew."
+        )
+
+
 def pruned_units(group: Group) -> tuple[int, int]:
     """How many of a group's units are zero in the live weights, and how many it has."""
     units = [
