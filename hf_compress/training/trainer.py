@@ -29,7 +29,8 @@ from hf_compress.folder_card import add_compression, may_be_replaced, write_card
 from hf_compress.methods import METHODS
 from hf_compress.training.adapters import warn_of_unsaved_base
 from hf_compress.training.averages import Averages
-from hf_compress.training.checkpoints import CheckpointWriter, readable, replace_pickled_arguments, require_complete
+from hf_compress.training.checkpoint_writer import CheckpointWriter, replace_pickled_arguments
+from hf_compress.training.checkpoints import readable, require_complete
 from hf_compress.training.gaps import EpochOrder, ExtraGradients
 from hf_compress.training.overrides import report_other_loss, require_our_loss
 from hf_compress.training.preflight import Preflight, check_training
