@@ -187,6 +187,8 @@ YAMLS = [
     ("mode: 2020-01-01\n", "mode must be text, a number"),
     ("seed: 1.5\n", "invalid int value"),
     ("sed: 1\n", "Did you mean 'seed'"),
+    ("seed: 1\nseed: 2\n", "seed stands there twice"),
+    ("config: b.yaml\n", "'config' is not an option"),
     ("a: [1\n", "not valid YAML"),
     ("\tx: 1\n", "not valid YAML"),
     ("!!python/object/apply:os.system ['true']\n", "not valid YAML"),

@@ -77,6 +77,7 @@ def test_a_stage_is_done_for_its_inputs_only(place, monkeypatch, capsys, caplog)
     assert caplog.text.count("Done before with the same inputs") == 2
 
 
+@pytest.mark.slow
 def test_a_fresh_process_opens_the_same_model(place):
     found = demo_stage.compare_reloaded("model")
     assert found["weights_equal"]

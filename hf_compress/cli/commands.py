@@ -21,6 +21,7 @@ from hf_compress.stages import linearize as linearize_stage
 from hf_compress.stages import prune_structure as prune_stage
 from hf_compress.stages import prune_tokens as tokens_stage
 from hf_compress.stages import prune_weights as prune_weights_stage
+from hf_compress.training.preflight import check_training
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
@@ -35,7 +36,11 @@ def run(name: str, arguments: Sequence[str]) -> None:
     if "report_to" in defaults:
         # Pinned memory only exists beside an accelerator; asking for it elsewhere warns at every epoch.
         defaults["dataloader_pin_memory"] = torch.cuda.is_available()
-    globals()[name.replace("-", "_")](parse(dataclasses_of(name), arguments, defaults))
+    parsed = parse(dataclasses_of(name), arguments, defaults)
+    for values in parsed.values:
+        if isinstance(values, TrainingArguments):
+            check_training(values)
+    globals()[name.replace("-", "_")](parsed)
 
 
 def dataclasses_of(name: str) -> tuple[type, ...]:
@@ -84,7 +89,7 @@ def prune_structure(parsed: Parsed) -> None:
 
 def prune_weights(parsed: Parsed) -> None:
     model, config, options, data, training = parsed.values
-    results = prune_weights_stage.prune_weights(model, options, data, training, config)
+    results = prune_weights_stage.prune_weights(model, options, data, training, config, parsed.given)
     for name, sparsity in results["sparsity_by_layer"].items():
         print(f"{name:56s} {sparsity:.4f}")
     _print_metrics(results)

@@ -81,6 +81,11 @@ def _settable(kind: type) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(kind) if field.init and not field.metadata.get("output")]
 
 
+def _settable_types(kind: type) -> dict[str, Any]:
+    types_of = get_type_hints(kind)
+    return {field.name: types_of[field.name] for field in _settable(kind)}
+
+
 def _reject_unknown(names: Sequence[Any], known: Sequence[str], where: str) -> None:
     for name in names:
         if not isinstance(name, str):
@@ -91,9 +96,20 @@ def _reject_unknown(names: Sequence[Any], known: Sequence[str], where: str) -> N
             raise BadInput(f"{where}: {name!r} is not an option.{hint}")
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which takes the last of two values of one name without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(file: str) -> dict[Any, Any]:
     try:
-        content = yaml.safe_load(Path(file).read_text())
+        content = yaml.load(Path(file).read_text(), _Loader)
     except OSError as error:
         raise BadInput(f"config must be a readable YAML file, got {file!r}: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -165,7 +181,7 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], defaults: Mapping[str
     """
     parser = build_parser(kinds)
     parser.add_argument("--config")
-    hints = {field.name: get_type_hints(kind)[field.name] for kind in kinds for field in _settable(kind)}
+    hints = {name: hint for kind in kinds for name, hint in _settable_types(kind).items()}
     known = [*hints, "config"]
     arguments = [_underscored(argument) for argument in arguments]
     flags = [argument.partition("=")[0][2:] for argument in arguments if argument.startswith("--")]
@@ -177,7 +193,7 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], defaults: Mapping[str
     if config is not None:
         where = f"config {config!r}"
         content = _read_yaml(config)
-        _reject_unknown(list(content), known, where)
+        _reject_unknown(list(content), list(hints), where)
         preset.update({name: (value, where) for name, value in content.items()})
         given.update(content)
     typed = _typed(parser, {name: preset[name] for name in preset if name not in flags}, hints)

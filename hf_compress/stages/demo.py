@@ -204,7 +204,7 @@ def demo(args: DemoArguments, data: DataArguments) -> dict[str, Any]:
     dense, pruned, recovered = out / "dense", out / "pruned", out / "recovered"
     for folder in (dense, pruned, recovered):
         require_own_folder(folder, {"model_name_or_path": source})
-    if data.data_dir is None and data.task_name is None and data.train_file is None:
+    if not (data.data_dir or data.task_name or data.train_file or data.validation_file or data.test_file):
         data = dataclasses.replace(data, data_dir=str(out / "bbc_news"), max_length=min(data.max_length, 64))
         if not (out / "bbc_news" / "test.parquet").exists():
             write_embedded_data(out / "bbc_news")

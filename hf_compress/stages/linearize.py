@@ -89,7 +89,10 @@ def linearize(
                 hint = "; max_tokens says how long inputs may be" if entry.name == "max_length" else ""
                 raise ValueError(f"{entry.name} must be left out, got {getattr(given, entry.name)}: {why}{hint}.")
     require_own_folder(output.output_dir, model_folders(model_args))
-    named = data.task_name or data.data_dir or data.train_file
+    named = data.task_name or data.data_dir or data.train_file or data.validation_file or data.test_file
+    for name in ("text_column", "text_pair_column", "label_column"):
+        if getattr(data, name) is not None and not named:
+            raise ValueError(f"{name} is {getattr(data, name)!r}, but no task is named (task_name or data_dir).")
     torch.manual_seed(config.seed)
     task = load_task(data) if named else None
     tokenizer, model = open_pair(model_args, task, fresh_head=True)

@@ -19,12 +19,11 @@ from transformers import (
 )
 
 from hf_compress.api import apply_implied, check_finite, steps_of
-from hf_compress.core.labels import says_nothing
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.positions import extend_positions_, most_tokens, position_offset
 from hf_compress.core.saving import complete_or_absent, write_json
 from hf_compress.folder_card import write_card
-from hf_compress.tasks.labels import match_labels, model_labels, require_seen
+from hf_compress.tasks.labels import match_labels, model_labels, require_seen, says_nothing
 from hf_compress.tasks.task import Task
 
 
@@ -70,7 +69,8 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"No tokenizer can be opened at {name!r}: it must hold one of {', '.join(_TOKENIZER_FILES)}.")
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # transformers and tokenizers report a broken file as whatever it breaks first.
         raise ValueError(f"No tokenizer can be opened at {name!r}: {_first_line(error)}") from error
 
 
@@ -81,8 +81,10 @@ def _classifies(config: PretrainedConfig) -> bool:
 def _open_config(name: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
-    except (AttributeError, TypeError) as error:
-        # How transformers reports a field of the wrong type.
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        # transformers reports a broken file as whatever it breaks first.
         raise ValueError(f"config.json at {name!r} is broken: {_first_line(error)}") from error
 
 

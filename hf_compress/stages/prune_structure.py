@@ -12,7 +12,7 @@ from hf_compress.core.devices import chosen_device
 from hf_compress.core.saving import require_own_folder
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
 from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, save_stage
-from hf_compress.tasks.inputs import calibration_batches, tokenize
+from hf_compress.tasks.inputs import calibration_batches, check_draw, tokenize
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -30,6 +30,10 @@ class CalibrationArguments:
     output_dir: str
     calibration_samples: int = 512
     calibration_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_draw(self.calibration_samples, self.calibration_seed)
+
     device: str = "auto"
 
 

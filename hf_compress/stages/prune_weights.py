@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_compress.api import compress, steps_of
 from hf_compress.core.architectures import blocks_of
@@ -17,7 +19,7 @@ from hf_compress.methods.weight_pruning import WeightPruningCallback, WeightPrun
 from hf_compress.methods.weight_pruning.groups import element_sparsity, sparsity_by_layer
 from hf_compress.stages.finetune import add_teacher_columns, model_folders, prepare, run, trainer_arguments
 from hf_compress.stages.models import ModelArguments, open_classifier, save_stage
-from hf_compress.tasks.inputs import calibration_batches
+from hf_compress.tasks.inputs import calibration_batches, check_draw
 from hf_compress.tasks.sources import DataArguments
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.distillation import DistillationTrainer
@@ -44,6 +46,9 @@ class PruningArguments:
     calibration_samples: int = 512
     calibration_seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_draw(self.calibration_samples, self.calibration_seed)
+
 
 def prune_weights(
     model_args: ModelArguments,
@@ -51,6 +56,7 @@ def prune_weights(
     data: DataArguments,
     args: DistillationArguments,
     config: WeightPruningConfig,
+    given: Collection[str] = (),
 ) -> dict[str, Any]:
     """Fine-tune a classifier with `WeightPruningCallback`, or prune it at once; evaluate and save it.
 
@@ -61,6 +67,7 @@ def prune_weights(
         args: Everything about training; weights of the losses where there is a teacher. `num_train_epochs=0`: the
             target is reached at once, without training, which `wanda` and `sparsegpt` demand.
         config: Pattern, sparsity, schedule.
+        given: Names of the settings that the user wrote; those that would change nothing are refused.
 
     Returns:
         Metrics of the validation split, seconds of training or pruning, sparsity by layer; with `slim` the cost
@@ -88,6 +95,7 @@ def prune_weights(
             f"teacher_name_or_path must be given with alpha_task={args.alpha_task:g} and "
             f"alpha_layer={args.alpha_layer:g}: without a teacher, only the labels teach."
         )
+    _require_effect(pruning, at_once, given)
     require_own_folder(args.output_dir, model_folders(model_args, pruning.teacher_name_or_path))
     task, tokenizer, model, rows = prepare(model_args, data, args.seed, trains=not at_once)
     if pruning.slim:
@@ -111,6 +119,20 @@ def prune_weights(
             save_stage(args.output_dir, model, tokenizer, results)
         write_json(Path(args.output_dir) / "results.json", results)
     return results
+
+
+def _require_effect(pruning: PruningArguments, at_once: bool, given: Collection[str]) -> None:
+    """Refuse written settings that nothing would read."""
+    taught = {field.name for field in dataclasses.fields(DistillationArguments)}
+    taught -= {field.name for field in dataclasses.fields(TrainingArguments)} | {"alpha_task"}
+    rules = (
+        (taught, bool(pruning.teacher_name_or_path), "a teacher (teacher_name_or_path)"),
+        ({"calibration_samples", "calibration_seed"}, at_once, "pruning without training (num_train_epochs=0)"),
+    )
+    for names, effective, needs in rules:
+        for name in sorted(names & set(given)):
+            if not effective:
+                raise ValueError(f"{name} must go with {needs}: nothing else reads it.")
 
 
 def _zeros(model: PreTrainedModel, config: WeightPruningConfig, with_slim: bool) -> dict[str, Any]:

@@ -54,6 +54,14 @@ def padded_batch(rows: Dataset, index: Sequence[int], tokenizer: PreTrainedToken
     return batch
 
 
+def check_draw(num_samples: int, seed: int) -> None:
+    """Raise `ValueError` when no sample of rows can be drawn like this, however many rows there are."""
+    if num_samples < 1:
+        raise ValueError(f"calibration_samples must be in 1..N, the number of training rows, got {num_samples}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"calibration_seed must be in 0..2**32 - 1, got {seed}.")
+
+
 def calibration_batches(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, num_samples: int, seed: int, batch_size: int = 32
 ) -> list[dict[str, Any]]:

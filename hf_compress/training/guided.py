@@ -114,9 +114,8 @@ class JointTeacherTrainer(DistillationTrainer):
             ValueError: Also if the disk has no room for the teacher; the student is saved then.
         """
         saves = self._teacher is not None and self.args.save_teacher and self.args.should_save
-        # Between the trials of a search there is no model.
-        if saves and self.model is not None:
-            place = Path(self.args.output_dir, _SAVED)
+        place = Path(self.args.output_dir, _SAVED)
+        if saves:
             require_own_folder(place, {"the model": getattr(self._core(), "name_or_path", ""),
                                        **self._teacher_sources()})  # fmt: skip
         outcome = super().train(*args, **kwargs)
@@ -125,8 +124,7 @@ class JointTeacherTrainer(DistillationTrainer):
             if not self.state.is_hyper_param_search:
                 self.save_model(_internal_call=True)
             try:
-                # Every trial of a search has a folder of its own.
-                self._save_teacher(Path(self._get_output_dir(self._trial), _SAVED))
+                self._save_teacher(place)
             except ValueError as error:
                 raise ValueError(f"The student is saved, the teacher is not: {error}") from error
         return outcome

@@ -13,6 +13,8 @@ from torch.utils.data import IterableDataset, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_compress.training.ranges import check_ranges
+
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ def check_training(args: TrainingArguments) -> None:
     Raises:
         ValueError: Names the field, the value and the rule.
     """
+    check_ranges(args)
     if args.gradient_accumulation_steps < 1:
         raise ValueError(
             f"gradient_accumulation_steps is {args.gradient_accumulation_steps}: it must be at least 1, the number of "

@@ -79,6 +79,8 @@ class StructuredPruningConfig(MethodConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.seq_len is not None and self.seq_len <= 0:
             raise ValueError(f"seq_len must be positive, got {self.seq_len}.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in 0..2**63 - 1, got {self.seed}.")
         if self.ridge < 0:
             raise ValueError(f"ridge must not be negative, got {self.ridge}.")
         if not (self.prune_heads or self.prune_neurons) and self.mac_ratio < 1:
