@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_compress.core.calibration import require_data
+from hf_compress.core.calibration import readable_data
 from hf_compress.core.method import Method, MethodConfig, check_order
 from hf_compress.core.own_config import own_config_
 from hf_compress.core.record import append_step, quantized_by_another, record_of
@@ -92,8 +92,9 @@ def compress(
     Args:
         model: A dense or already compressed transformers model with ordinary weights.
         configs: What to do, in order.
-        data: Calibration batches: dicts of tensors as the model takes them, or a `DataLoader` of such. Methods that
-            need several passes ask for something that can be read again.
+        data: Calibration batches: dicts of tensors as the model takes them, or a `DataLoader` of such; rows of a
+            tokenized `datasets.Dataset` or lists of ids are padded into batches of eight. Methods that need several
+            passes ask for something that can be read again.
 
     Returns:
         The same model. When anything fails on the way, Ctrl-C included, it is what it was before, down to the
@@ -124,7 +125,7 @@ def compress(
         _check(method, model, config)
         earlier.append(method)
     if data is not None:
-        require_data(data, len(configs))
+        data = readable_data(model, data, len(configs))
     with restored_on_failure(model):
         own_config_(model)
         for position, (method, config) in enumerate(steps):

@@ -7,42 +7,14 @@ verbs through the lazy package and imports nothing that needs a model.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from safetensors import safe_open
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 import hf_compress
 from hf_compress.core.record import QUANT_METHOD, CompressionConfig
-
-
-def _check_files(model: Any, files: list[str] | None) -> None:
-    """Raise `ValueError` when layers in weight files have other sizes than the record gives, or hold integers.
-
-    transformers would report sizes as a table that ends in the advice to ignore them, and take integers as they are.
-    Heads and embeddings may be replaced on purpose, so they are left to it: only names with a layer's number count.
-    """
-    prefix = f"{model.base_model_prefix}."
-    expected = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    wrong = []
-    for file in files or ():
-        if not str(file).endswith(".safetensors"):
-            continue
-        with safe_open(file, framework="pt") as saved:
-            for name in saved.keys():  # noqa: SIM118  (not a dict)
-                entry, tensor = saved.get_slice(name), expected.get(name.removeprefix(prefix))
-                if tensor is None or not re.search(r"\.\d+\.", name):
-                    continue
-                kind = entry.get_dtype()
-                if tensor.is_floating_point() and not kind.startswith(("F", "BF")):
-                    raise ValueError(f"The saved weights must be floating-point numbers, got {kind} in {name}.")
-                if list(entry.get_shape()) != list(tensor.shape):
-                    wrong.append(f"{name} has shape {entry.get_shape()} instead of {list(tensor.shape)}")
-    if wrong:
-        more = f" (and {len(wrong) - 1} others)" if len(wrong) > 1 else ""
-        raise ValueError(f"The saved weights do not fit config.json and its record: {wrong[0]}{more}.")
+from hf_compress.core.weight_files import require_fit
 
 
 register_quantization_config(QUANT_METHOD)(CompressionConfig)
@@ -64,7 +36,7 @@ class CompressionLoader(HfQuantizer):
         # transformers has not attached the record to the config of every head class yet.
         model.config.quantization_config = self.quantization_config
         hf_compress.rebuild(model)
-        _check_files(model, kwargs.get("checkpoint_files"))
+        require_fit(kwargs.get("checkpoint_files") or (), model.state_dict(keep_vars=True), model.base_model_prefix)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A small distillation with weight pruning that tests start, kill and resume; everything in it is seeded."""
+"""Small trainings that tests start, kill and resume; everything in them is seeded."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
 import hf_compress as hc
+from hf_compress.core.saving import complete_or_absent
+from hf_compress.training.trainer import CompressionTrainer
 
 
 class Rows(Dataset):
@@ -58,22 +60,70 @@ class Progress(TrainerCallback):
         self.file.write_text(str(state.global_step))
 
 
-def train(folder: str) -> None:
-    """Distil and prune (dropout on, projectors, warm and cold cache) to the end, from the last complete checkpoint."""
-    out = Path(folder)
-    args = hc.DistillationArguments(
-        str(out), num_train_epochs=3, per_device_train_batch_size=8, gradient_accumulation_steps=2, learning_rate=1e-3,
-        alpha_layer=1.0, save_steps=2, save_total_limit=2, report_to="none", disable_tqdm=True, use_cpu=True, seed=3,
-        teacher_cache_dir=str(out / "cache"), dataloader_pin_memory=False, logging_steps=4,
-    )  # fmt: skip
+def _pieces(kind: str, out: Path) -> tuple[type, type, dict, dict, list]:
+    """Trainer, arguments, its further fields, its models and the callbacks of a kind of training."""
+    distils = {"alpha_layer": 1.0}
     pruning = hc.WeightPruningConfig(pattern="2:4", target_sparsity=0.5, pruning_frequency=2, start_step=1, end_step=9)
-    trainer = hc.DistillationTrainer(
-        model=build(16, 2, 0), teacher_model=build(32, 4, 1).eval(), args=args, train_dataset=Rows(),
-        data_collator=pad, callbacks=[hc.WeightPruningCallback(pruning), Progress(out / "progress")],
+    student, teacher = build(16, 2, 0), build(32, 4, 1).eval()
+    if kind == "compression":
+        return CompressionTrainer, TrainingArguments, {}, {"model": student}, [hc.WeightPruningCallback(pruning)]
+    if kind == "distillation":
+        # Projectors, warm and cold cache.
+        fields = {**distils, "teacher_cache_dir": str(out / "cache")}
+        models = {"model": student, "teacher_model": teacher}
+        return hc.DistillationTrainer, hc.DistillationArguments, fields, models, [hc.WeightPruningCallback(pruning)]
+    if kind == "tokens":
+        hc.compress(student, hc.TokenPruningConfig(masking_mode="soft", final_token_threshold=0.02))
+        annealing = hc.ThresholdAnnealingCallback(2e-3, 1e-4, lambda_threshold=0.1, learning_rate=1e-3)
+        models = {"model": student, "teacher_model": teacher}
+        return hc.DistillationTrainer, hc.DistillationArguments, {}, models, [annealing]
+    if kind == "joint":
+        models = {"model": student, "teacher_model": teacher}
+        return hc.JointTeacherTrainer, hc.JointTeacherArguments, distils, models, []
+    ladder = [str(out.parent / f"ladder-{seed}") for seed in (1, 2, 3)]
+    for seed, place in enumerate(ladder):
+        if not Path(place).exists():
+            with complete_or_absent(place) as staged:
+                build(32, 4, seed).save_pretrained(staged)
+    return (
+        hc.SnapshotTeacherTrainer, hc.SnapshotTeacherArguments, {**distils, "teacher_snapshots": ladder},
+        {"model": student}, [],
+    )  # fmt: skip
+
+
+KINDS = ("compression", "distillation", "tokens", "joint", "snapshots")
+
+
+def train(folder: str, kind: str = "distillation", rank: int = 0, port: int | None = None) -> None:
+    """Train (dropout on) to the end, from the last whole checkpoint; with a port, as one of two processes."""
+    torch.set_num_threads(1)
+    out = Path(folder)
+    if port is not None:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )  # fmt: skip
+    trainer_class, arguments, fields, models, callbacks = _pieces(kind, out)
+    args = arguments(
+        str(out), num_train_epochs=3, per_device_train_batch_size=8 if port is None else 4,
+        gradient_accumulation_steps=2, learning_rate=1e-3, save_strategy="steps", save_steps=2, save_total_limit=2,
+        report_to="none", disable_tqdm=True, use_cpu=True, seed=3, dataloader_pin_memory=False, logging_steps=4,
+        train_sampling_strategy="group_by_length", **fields,
+    )  # fmt: skip
+    trainer = trainer_class(
+        **models, args=args, train_dataset=Rows(), data_collator=pad,
+        callbacks=[*callbacks, *([Progress(out / "progress")] if rank == 0 else [])],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
-    weights = {**trainer.model.state_dict(), **{f"map.{k}": v for k, v in trainer.projectors.state_dict().items()}}
+    if rank:
+        return
+    weights = dict(trainer.accelerator.unwrap_model(trainer.model).state_dict())
+    if getattr(trainer, "projectors", None) is not None:
+        projectors = trainer.accelerator.unwrap_model(trainer.projectors).state_dict()
+        weights.update({f"map.{name}": value for name, value in projectors.items()})
+    if kind == "joint":
+        weights.update({f"teacher.{name}": value for name, value in trainer.teacher_model.state_dict().items()})
     for name, parameter in trainer.model.named_parameters():
         state = trainer.optimizer.state[parameter]
         weights.update({f"{name} {key}": state[key] for key in ("prune_score", "pruned") if key in state})

@@ -135,7 +135,7 @@ CASES = [
     ("compact", "command must be one of"),
     (f"{ZEROS} --pattern 2:4", "target_sparsity must be at most 0.5 with pattern='2:4', got 0.9"),
     (f"{ZEROS} --pattern 4to1", "pattern must be 'N:M', 'NxM'"),
-    (f"{ZEROS} --op_names nothing", "op_names must select a layer of Linear"),
+    (f"{ZEROS} --op_names nothing", "must select a layer of Linear"),
     (f"{ZEROS} --op_names (", "op_names must be regular expressions"),
     (f"{ZEROS} --local_configs {{", "local_configs"),
     (f"{ZEROS} --local_configs 3", "local_configs must be"),

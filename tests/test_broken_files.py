@@ -1,7 +1,10 @@
 """Saved models with a damaged config or other weights are refused in one line, and no pattern in one hangs."""
 
 import json
+import shutil
 import time
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +135,68 @@ def test_ordinary_expressions_pass(expression):
 def test_sizes_beyond_memory(field, size):
     with pytest.raises(ValueError, match=f"{field} must be at most 1048576, got {size}"):
         hc.LinformerConfig(**{field: size})
+
+
+# Checkpoints in the middle of a training, and the program that resumes them.
+CHECKPOINTS = Path(__file__).parent / "data" / "4eb4f0e" / "checkpoints"
+make = import_module("tests.data.4eb4f0e.make")
+
+
+def _integers(checkpoint):
+    saved = {name: (value * 9).to(torch.int8) for name, value in load_file(checkpoint / "model.safetensors").items()}
+    save_file(saved, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+def _record_is_a_string(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "quantization_config": "hf_compress"}))
+
+
+def _resumed_with(pattern, sparsity, **sizes):
+    config = hc.WeightPruningConfig(
+        pattern=pattern, target_sparsity=sparsity, pruning_frequency=2, start_step=1, end_step=7
+    )
+
+    def run(folder):
+        trainer = make.RUNS["weights"](folder)
+        return hc.CompressionTrainer(
+            model=make.build(layers=1, **sizes), args=trainer.args, train_dataset=make.rows(),
+            data_collator=make.pad, callbacks=[hc.WeightPruningCallback(config)],
+        )  # fmt: skip
+
+    return run
+
+
+# What differs -> run, change of the checkpoint, the trainer that resumes, message.
+RESUMED = {
+    "fewer of four": ("weights", None, _resumed_with("1:4", 0.25), "written with another pattern than '1:4'"),
+    "blocks": ("weights", None, _resumed_with("4x1", 0.5), "written with another pattern than '4x1'"),
+    "wider model": (
+        "weights",
+        None,
+        _resumed_with("2:4", 0.5, hidden_size=16),
+        "its weights cannot be read: ",
+    ),
+    "integers": ("weights", _integers, make.RUNS["weights"], "must be floating-point numbers, got I8"),
+    "integers of tokens": ("tokens", _integers, make.RUNS["tokens"], "must be floating-point numbers, got I8"),
+    "record is a string": ("tokens", _record_is_a_string, make.RUNS["tokens"], "its config.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", list(RESUMED))
+def test_checkpoints_that_do_not_fit(case, tmp_path):
+    name, change, run, message = RESUMED[case]
+    shutil.copytree(CHECKPOINTS / name, tmp_path / "run")
+    if change is not None:
+        change(tmp_path / "run" / "checkpoint-6")
+    trainer = run(str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer.train(resume_from_checkpoint=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_same_pattern_resumes(tmp_path):
+    shutil.copytree(CHECKPOINTS / "weights", tmp_path / "run")
+    trainer = _resumed_with("2:4", 0.5)(str(tmp_path / "run"))
+    trainer.train(resume_from_checkpoint=True)
+    assert hc.steps_of(trainer.model)[0]["achieved_sparsity"] == 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -15,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertForSequenceClassification, TrainerCallback, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import hf_compress as hc
-from hf_compress.training import checkpoints
-from hf_compress.training.checkpoints import checkpoints_of, last_whole_checkpoint
+from hf_compress.training import checkpoint_writer
+from hf_compress.training.checkpoints import checkpoints_of, defect, last_whole_checkpoint
 from hf_compress.training.trainer import CompressionTrainer
 from tests import crash_program
 
@@ -156,8 +157,8 @@ def test_the_last_whole_checkpoint_is_resumed_from(tmp_path, broken, how, caplog
 def test_a_random_state_for_every_process(broken):
     folder = broken[0] / "checkpoint-6"
     (folder / "rng_state_0.pth").write_bytes((folder / "rng_state.pth").read_bytes())
-    assert checkpoints.defect(folder, 2) == "rng_state_1.pth is missing"
-    assert checkpoints.defect(folder, 1) is None
+    assert defect(folder, 2) == "rng_state_1.pth is missing"
+    assert defect(folder, 1) is None
     (folder / "rng_state_0.pth").unlink()
 
 
@@ -169,7 +170,7 @@ def test_a_checkpoint_that_is_written_again_is_never_half_there(tmp_path, monkey
         moves.append((Path(source).name, Path(target).name))
         real(source, target)
 
-    monkeypatch.setattr(checkpoints.os, "replace", watched)
+    monkeypatch.setattr(checkpoint_writer.os, "replace", watched)
     train(tmp_path, steps=2)
     assert ("checkpoint-2", "removed-checkpoint-2") in moves
     assert moves.index(("checkpoint-2", "removed-checkpoint-2")) < moves.index(("checkpoint-2", "checkpoint-2"))
@@ -346,12 +347,53 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_the_first_step(t
     moments = 0 if "save_only_model" in options or "optim" in options else 2
     needed = number * weights * (1 + moments)
     for free in (needed - 1, needed):
-        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder, free=free: Disk((free, 0, free)))
+        monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda folder, free=free: Disk((free, 0, free)))
         if free < needed:
             with pytest.raises(ValueError, match=f"the {number} checkpoints of this training need at least"):
                 train(tmp_path, model=model, stop=0, **options)
         else:
             interrupt(tmp_path, model=model, stop=0, **options)
+
+
+class Fill(TrainerCallback):
+    """Something else takes the last of the disk before the second checkpoint."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 4:
+            filler = Path(args.output_dir).parent / "filler"
+            with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+
+def test_a_disk_that_is_really_full_costs_one_checkpoint(tmp_path, small_disk):
+    disk = small_disk(1000)
+    started = trainer(disk / "run")
+    started.add_callback(Fill())
+    with pytest.raises(ValueError, match=r"^output_dir '.*' cannot be written: No space left on device\.$"):
+        started.train()
+    # The folder of the run that had begun is free and clean.
+    assert [path.name for path in (disk / "run").iterdir()] == ["checkpoint-2"]
+    with pytest.raises(ValueError, match=r"^output_dir '.*' cannot be written: No space left on device\.$"):
+        started.save_model(disk / "model")
+    (disk / "filler").unlink()
+    assert equal(train(disk / "run", resume=True), train(tmp_path / "whole"))
+
+
+def test_a_checkpoint_is_pushed_when_it_is_whole(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append((folder, defect(Path(folder))))
+    )
+    started = trainer(tmp_path, steps=2)
+
+    class Push(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs) -> None:
+            args.push_to_hub = True
+
+    started.add_callback(Push())
+    started.train()
+    assert pushed == [(str(tmp_path / "checkpoint-2"), None)]
 
 
 def test_a_disk_that_fills_up_costs_one_checkpoint(tmp_path, monkeypatch):

@@ -180,22 +180,12 @@ def test_errors_of_another_kind_pass_as_they_are(tmp_path):
         assert raised.value is error
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 64 kB of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.system(f"mount -t tmpfs -o size=64k tmpfs {place} 2>/dev/null"):
-        pytest.skip("only the superuser may mount a small disk")
-    yield place
-    os.system(f"umount {place}")
-
-
 def test_a_disk_that_is_really_full(small_disk):
+    disk = small_disk(64)
     with pytest.raises(ValueError, match="cannot be written: No space left on device"):
-        _save(small_disk / "model", 96)
-    assert shutil.disk_usage(small_disk).free > 50_000
-    assert not list((small_disk / "model").iterdir())
+        _save(disk / "model", 96)
+    assert shutil.disk_usage(disk).free > 50_000
+    assert not list((disk / "model").iterdir())
 
 
 def test_an_output_folder_is_checked_before_the_work(tmp_path, monkeypatch):

@@ -176,3 +176,19 @@ def test_trials_that_fail_or_are_pruned_leave_no_trace(tmp_path, kind):
     whole = Drawn()
     search(make(tmp_path, whole, eval_strategy="steps", eval_steps=3), space)
     assert drawn.losses[::2] == whole.losses[::2]
+
+
+def test_every_trial_keeps_its_teacher(tmp_path):
+    make = guided(hc.JointTeacherTrainer, hc.JointTeacherArguments)
+    seen, trainer = [], make(tmp_path, Drawn())
+
+    class Keep(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            seen.append({name: value.clone() for name, value in trainer.teacher_model.state_dict().items()})
+
+    trainer.add_callback(Keep())
+    search(trainer, joint_space)
+    for number, expected in enumerate(seen):
+        opened = BertForSequenceClassification.from_pretrained(tmp_path / f"run-{number}" / "teacher").state_dict()
+        assert all(torch.equal(value, opened[name]) for name, value in expected.items())
+    assert not (tmp_path / "teacher").exists()

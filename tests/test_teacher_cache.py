@@ -7,7 +7,14 @@ import sqlite3
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.fingerprints import example_keys
@@ -19,6 +26,8 @@ TINY_T5 = {"vocab_size": 9, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1,
            "decoder_start_token_id": 0}  # fmt: skip
 TINY_VIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
             "image_size": 8, "patch_size": 4}  # fmt: skip
+
+TINY_DISTILBERT = {"vocab_size": 99, "dim": 8, "n_heads": 2, "hidden_dim": 8, "n_layers": 1}
 
 
 def weights(trainer):
@@ -180,3 +189,15 @@ def test_a_repeated_text_has_one_answer(tmp_path):
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert torch.equal(first[1][1], first[0][0])
+
+
+def test_inputs_that_the_teacher_does_not_take_do_not_count(tmp_path):
+    """A BERT with token types learns from a DistilBERT, which has none; labels are no input."""
+    torch.manual_seed(0)
+    teacher = DistilBertForSequenceClassification(DistilBertConfig(**TINY_DISTILBERT))
+    trainer = trainer_of(tmp_path / "a", teacher=teacher, teacher_cache_dir=str(tmp_path / "cache"))
+    batch = pad([Rows()[index] for index in range(4)])
+    variants = [batch, {**batch, "token_type_ids": batch["attention_mask"]}, {**batch, "labels": 1 - batch["labels"]}]
+    seen = [trainer._teacher.signals(variant).logits[0] for variant in variants]
+    assert len(trainer.teacher_cache) == 4
+    assert all(torch.equal(logits, seen[0]) for logits in seen)

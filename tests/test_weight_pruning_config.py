@@ -87,7 +87,7 @@ def test_which_layers_are_pruned(model):
     assert {layer.name for layer in second.layers} == {name for name in inner if "query" not in name}
     assert (first.config.pattern, second.config.pattern) == ("1x1", "4x1")
     assert (first.config.scope, second.config.scope) == ("global", "local")
-    with pytest.raises(ValueError, match="op_names must select a layer of Linear"):
+    with pytest.raises(ValueError, match="must select a layer of Linear"):
         names(op_names=["nothing"])
 
 

@@ -39,15 +39,38 @@ def on_device(module: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Te
     return {k: v.to(module.device) for k, v in accepted_arguments(module, batch).items() if torch.is_tensor(v)}
 
 
+def main_input(model: PreTrainedModel) -> str:
+    """The input that a model cannot do without: `input_ids`, `pixel_values`, `input_values`, ..."""
+    return getattr(model.base_model, "main_input_name", "input_ids")
+
+
 def base_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the base model takes of a batch, on its device; choices [B, C, S] become examples [B C, S].
 
     Raises:
-        ValueError: If the batch is not a dict with `input_ids`.
+        ValueError: If the batch is not a dict with the model's main input as a tensor.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(f"data must be an iterable of dicts of tensors, got {type(batch).__name__} in it.")
-    if not torch.is_tensor(batch.get("input_ids")):
-        raise ValueError(f"data must hold dicts with input_ids, got the keys {sorted(batch)}.")
-    inputs, choices = on_device(model.base_model, batch), batch["input_ids"].ndim == 3
+    main = main_input(model)
+    if not torch.is_tensor(batch.get(main)):
+        remedy = " Tokenize the texts first: dataset.map(lambda row: tokenizer(row['text'], truncation=True))."
+        raise ValueError(
+            f"data must hold dicts with {main}, got the keys {sorted(batch)}."
+            + (remedy if any(isinstance(value, str) for value in batch.values()) else "")
+        )
+    inputs, choices = on_device(model.base_model, batch), main == "input_ids" and batch[main].ndim == 3
     return {k: v.flatten(0, 1) if choices and v.ndim >= 3 else v for k, v in inputs.items()}
+
+
+def token_masks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The masks of what a model's layers see, [B, S] bool each: of its tokens, and of its decoder's.
+
+    Images and sounds without an `attention_mask` have none.
+    """
+    masks = [live_tokens(inputs)] if "attention_mask" in inputs or "input_ids" in inputs else []
+    targets = inputs.get("decoder_input_ids", inputs.get("labels"))
+    if getattr(model.config, "is_encoder_decoder", False) and targets is not None:
+        mask = inputs.get("decoder_attention_mask")
+        masks.append(torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool())
+    return masks

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_compress.core.batches import base_inputs, live_tokens
+from hf_compress.core.batches import base_inputs, main_input, token_masks
+from hf_compress.core.examples import Batches, batches_of
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.modes import evaluating
 
@@ -59,24 +60,47 @@ def require_data(data: Iterable[Mapping[str, Any]] | None, passes: int) -> Itera
     return data
 
 
+def readable_data(
+    model: PreTrainedModel, data: Iterable[Mapping[str, Any]] | None, passes: int
+) -> Iterable[Mapping[str, Any]]:
+    """Calibration data as batches of tensors, whether it holds batches or single examples.
+
+    Raises:
+        ValueError: As `require_data`.
+    """
+    data = require_data(data, passes)
+    if iter(data) is data:
+        return batches_of(data, model.config, main_input(model))
+    return Batches(data, model.config, main_input(model))
+
+
 def _run(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     model.base_model(**inputs, **({STATE: LiveTokens(whole=True)} if carries_state(model) else {}))
 
 
-def _rows(key: Hashable, states: Tensor, tokens: int, may_be_packed: bool) -> tuple[Tensor, bool]:
-    """The input of a layer as rows, and whether they are live tokens only.
+def _live_rows(key: Hashable, states: Tensor, masks: list[Tensor], may_be_packed: bool) -> Tensor:
+    """The input of a layer as rows, without padding.
 
-    Layers that drop tokens hand on rows of live tokens only, without the axis of examples.
+    Layers that drop tokens hand on rows of live tokens only, without the axis of examples. What has another number of
+    rows than there are tokens, and is not of the examples (embeddings of relative positions), has no padding.
     """
     if may_be_packed and states.ndim == 2:
-        return states, True
+        return states
     rows = states.reshape(-1, states.shape[-1])
-    if len(rows) != tokens:
+    fitting = [mask for mask in masks if mask.numel() == len(rows)]
+    if len(fitting) > 1 and not torch.equal(fitting[0].flatten(), fitting[1].flatten()):
         raise ValueError(
-            f"Calibration needs layers that see one row a token, got {len(rows)} rows for {tokens} tokens at {key}. "
-            "Exclude it."
+            f"Calibration cannot tell whose padding {key} sees: inputs and targets are padded to one length. "
+            "Pad them to different lengths, or use batches without padding."
         )
-    return rows, False
+    if fitting:
+        return rows[fitting[0].flatten()]
+    if masks and states.shape[0] == len(masks[0]):
+        raise ValueError(
+            f"Calibration needs layers that see one row a token, got {len(rows)} rows for {masks[0].numel()} tokens "
+            f"at {key}. Exclude it (excluded_op_names), or leave out an attention_mask that is not of these rows."
+        )
+    return rows
 
 
 @torch.no_grad()
@@ -94,16 +118,16 @@ def call_order(
         Key and number of the input: calls that follow each other on the very same tensor share a number.
 
     Raises:
-        ValueError: If the batch has no `input_ids`, or a module sees something else than one row a token.
+        ValueError: If the batch lacks the model's main input, or a module sees something else than one row a token.
     """
     calls: list[tuple[Hashable, int]] = []
     last: list[Tensor] = []
     inputs_of_base, drops_tokens = base_inputs(model, batch), carries_state(model)
-    num_tokens = live_tokens(inputs_of_base).numel()
+    masks = token_masks(model, inputs_of_base)
 
     def observer(key: Hashable) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            _rows(key, inputs[0], num_tokens, drops_tokens)
+            _live_rows(key, inputs[0], masks, drops_tokens)
             same = bool(last) and last[0] is inputs[0]
             # Held on to: the next tensor cannot take the place of this one and pass for it.
             last[:] = [inputs[0]]
@@ -144,17 +168,16 @@ def collect_inputs(
         whole: Run the base model to its end: for modules that it calls more than once, or perhaps never.
 
     Raises:
-        ValueError: If the data is empty, has no `input_ids`, drives a module to a non-finite input, or if a module
-            sees something else than one row a token.
+        ValueError: If the data is empty, lacks the model's main input, drives a module to a non-finite input, or if a
+            module sees something else than one row a token.
     """
     drops_tokens = carries_state(model)
-    live: dict[str, Tensor] = {}
+    masks: list[Tensor] = []
     pending: set[Hashable] = set()
 
     def observer(key: Hashable) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows, packed = _rows(key, inputs[0], len(live["tokens"]), drops_tokens)
-            rows = rows if packed else rows[live["tokens"]]
+            rows = _live_rows(key, inputs[0], masks, drops_tokens)
             if not bool(torch.isfinite(rows).all()):
                 raise ValueError(
                     f"Activations must be finite, got NaN or infinity at {key} in {rows.dtype}. Check the weights, or "
@@ -173,7 +196,7 @@ def collect_inputs(
         with evaluating(model):
             for batch in _batches(data, description):
                 moved = base_inputs(model, batch)
-                live["tokens"] = live_tokens(moved).flatten()
+                masks[:] = token_masks(model, moved)
                 pending.update(modules)
                 seen += 1
                 if on_batch is not None:

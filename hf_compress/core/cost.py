@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import Block, blocks_of, named_projections
 from hf_compress.core.batches import base_inputs, live_tokens
-from hf_compress.core.calibration import require_data
+from hf_compress.core.calibration import readable_data
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.modes import evaluating
 
@@ -138,7 +138,7 @@ def count_cost(
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("Weights must be loaded to be counted, got a model on the meta device.")
     if data is not None:
-        require_data(data, 1)
+        data = readable_data(model, data, 1)
     blocks = blocks_of(model)
     each = [float(block_macs(block, seq_len)) for block in blocks] if data is None else _macs_on(model, blocks, data)
     by_layer = [batch_size * macs for macs in each]

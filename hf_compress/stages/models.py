@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from hf_compress.api import apply_implied, check_finite, steps_of
+from hf_compress.core.labels import says_nothing
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.positions import extend_positions_, most_tokens, position_offset
 from hf_compress.core.saving import complete_or_absent, write_json
 from hf_compress.folder_card import write_card
-from hf_compress.tasks.labels import match_labels, model_labels, require_seen, says_nothing
+from hf_compress.tasks.labels import match_labels, model_labels, require_seen
 from hf_compress.tasks.task import Task
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Value
 from transformers import PretrainedConfig
 
+from hf_compress.core.labels import places_by_name, says_nothing
 from hf_compress.tasks.tables import Table
 from hf_compress.tasks.task import Task
 
@@ -199,24 +200,6 @@ def model_labels(config: PretrainedConfig) -> tuple[str, ...]:
     return tuple(str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels))
 
 
-def says_nothing(names: Sequence[str]) -> bool:
-    """Whether label names are those that transformers gives when nobody names them."""
-    return all(name == f"LABEL_{i}" for i, name in enumerate(names))
-
-
-def _folded(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name.strip()).casefold()
-
-
-def _by_name(ours: Sequence[str], theirs: Sequence[str]) -> list[int | None]:
-    """For each of our names the place among theirs; upper case and underscores matter only where they must."""
-    fold = _folded
-    if any(len({_folded(name) for name in names}) < len(names) for names in (ours, theirs)):
-        fold = str.strip
-    places = {fold(name): i for i, name in enumerate(theirs)}
-    return [places.get(fold(name)) for name in ours]
-
-
 def _disagreement(task: Task, ours: Sequence[str], theirs: Sequence[str], places: Sequence[int | None]) -> str:
     strange = next(i for i, place in enumerate(places) if place is None)
     name = task.label_names[strange]
@@ -234,7 +217,7 @@ def _places(task: Task, theirs: Sequence[str]) -> list[int]:
     digits = numbers is not None and all(_NUMBER.fullmatch(name) for name in theirs)
     if not says_nothing(theirs):
         named = list(map(str, numbers)) if numbers is not None and digits else ours
-        places = _by_name(named, theirs)
+        places = places_by_name(named, theirs)
         if None not in places:
             return [place for place in places if place is not None]
         if numbers is None or digits:

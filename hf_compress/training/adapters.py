@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_compress.api import steps_of
+from hf_compress.core.record import quantized_by_another
 
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def warn_of_unsaved_base(model: Any, core: PreTrainedModel) -> None:
         model: With adapters of PEFT.
         core: The model below them.
     """
-    steps = steps_of(core)
+    steps = [] if quantized_by_another(core.config) else steps_of(core)
     if not steps:
         return
     for name in dict.fromkeys(config.base_model_name_or_path for config in model.peft_config.values()):

@@ -1,7 +1,8 @@
 """A teacher's outputs on disk: computed once for each example, read from then on.
 
 One SQLite file holds the outputs and the identity of their teacher. Its locks and its journal let several processes
-share it, and a killed one leaves it whole. Checksums find what a broken disk changed.
+share it, and a killed one leaves it whole. Checksums find what a broken disk changed. On a folder that several
+machines share, the file system must support locks (NFS 4, Lustre with flock).
 
 Letters: B batch, S padded length, N live tokens of one example.
 """

@@ -20,6 +20,7 @@ _COSMETIC = {
     "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "id2label",
     "label2id", "problem_type", "use_cache", "return_dict", "output_attentions", "output_hidden_states",
     "_attn_implementation", "_attn_implementation_internal", "attn_implementation",
+    "experts_implementation", "_experts_implementation",
 }  # fmt: skip
 # Kernels of one formula, equal to rounding.
 _EQUAL_ATTENTION = {None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"}

@@ -14,7 +14,7 @@ from hf_compress.core.positions import most_tokens
 def label_order(student: PretrainedConfig, teacher: PretrainedConfig) -> list[int] | None:
     """For each of the student's labels its place among the teacher's; None when both count them alike.
 
-    Labels are the same when their names are; names that only count them (LABEL_0, LABEL_1, ...) fit all.
+    Labels are the same when their names are; names that only count them (LABEL_0, LABEL_1, ... or 0, 1, ...) fit all.
 
     Raises:
         ValueError: If outputs mean different things.
@@ -22,7 +22,8 @@ def label_order(student: PretrainedConfig, teacher: PretrainedConfig) -> list[in
     if student.num_labels != teacher.num_labels:
         raise ValueError(f"The teacher must have the student's {student.num_labels} labels, got {teacher.num_labels}.")
     ours, theirs = ([str(config.id2label[i]) for i in sorted(config.id2label)] for config in (student, teacher))
-    if says_nothing(ours) or says_nothing(theirs):
+    plain = [str(i) for i in range(len(ours))]
+    if says_nothing(ours) or says_nothing(theirs) or plain in (ours, theirs):
         return None
     places = places_by_name(ours, theirs)
     if sorted(place for place in places if place is not None) != list(range(len(ours))):

@@ -114,8 +114,9 @@ class JointTeacherTrainer(DistillationTrainer):
             ValueError: Also if the disk has no room for the teacher; the student is saved then.
         """
         saves = self._teacher is not None and self.args.save_teacher and self.args.should_save
-        place = Path(self.args.output_dir, _SAVED)
-        if saves:
+        # Between the trials of a search there is no model.
+        if saves and self.model is not None:
+            place = Path(self.args.output_dir, _SAVED)
             require_own_folder(place, {"the model": getattr(self._core(), "name_or_path", ""),
                                        **self._teacher_sources()})  # fmt: skip
         outcome = super().train(*args, **kwargs)
@@ -124,7 +125,8 @@ class JointTeacherTrainer(DistillationTrainer):
             if not self.state.is_hyper_param_search:
                 self.save_model(_internal_call=True)
             try:
-                self._save_teacher(place)
+                # Every trial of a search has a folder of its own.
+                self._save_teacher(Path(self._get_output_dir(self._trial), _SAVED))
             except ValueError as error:
                 raise ValueError(f"The student is saved, the teacher is not: {error}") from error
         return outcome

@@ -23,12 +23,14 @@ from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.method import Method
 from hf_compress.core.record import quantized_by_another
 from hf_compress.core.saving import complete_or_absent
+from hf_compress.core.weight_files import require_fit
 from hf_compress.folder_card import FILE as CARD
 from hf_compress.folder_card import add_compression, may_be_replaced, write_card
 from hf_compress.methods import METHODS
 from hf_compress.training.adapters import warn_of_unsaved_base
 from hf_compress.training.averages import Averages
-from hf_compress.training.checkpoints import CheckpointWriter, readable, replace_pickled_arguments, require_complete
+from hf_compress.training.checkpoint_writer import CheckpointWriter, replace_pickled_arguments
+from hf_compress.training.checkpoints import readable, require_complete
 from hf_compress.training.gaps import EpochOrder, ExtraGradients
 from hf_compress.training.overrides import report_other_loss, require_our_loss
 from hf_compress.training.preflight import Preflight, check_training
@@ -280,7 +282,8 @@ class CompressionTrainer(Trainer):
         aside = self._checkpoints.staging or not self.args.should_save
         if aside or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super().save_model(folder, _internal_call)
-            replace_pickled_arguments(folder, self.args)
+            if self.args.should_save:
+                replace_pickled_arguments(folder, self.args)
             return
         with complete_or_absent(folder) as staged:
             super().save_model(str(staged), _internal_call=True)
@@ -341,9 +344,15 @@ class CompressionTrainer(Trainer):
         if os.path.isfile(os.path.join(resume_from_checkpoint, CONFIG_NAME)):
             for method in self._methods:
                 if method.check_resume is not None:
-                    method.check_resume(self._core().config, AutoConfig.from_pretrained(resume_from_checkpoint))
+                    with readable(resume_from_checkpoint, CONFIG_NAME):
+                        config = AutoConfig.from_pretrained(resume_from_checkpoint)
+                    method.check_resume(self._core().config, config)
         require_complete(Path(resume_from_checkpoint), self.args.world_size)
         with readable(resume_from_checkpoint, "weights"):
+            core = self._core()
+            whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+            files = Path(resume_from_checkpoint).glob("model*.safetensors") if whole else ()
+            require_fit(files, core.state_dict(keep_vars=True), getattr(core, "base_model_prefix", ""))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -21,7 +21,14 @@ from hf_compress.core.own_config import own_config_
 from hf_compress.core.record import append_step, record_of
 from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA
-from hf_compress.methods.weight_pruning.groups import Group, Layer, pruned_units, sparsity_of, unit_counts
+from hf_compress.methods.weight_pruning.groups import (
+    Group,
+    Layer,
+    pruned_units,
+    require_pattern,
+    sparsity_of,
+    unit_counts,
+)
 from hf_compress.methods.weight_pruning.modeling import expected_units, prune_layers, step_scores, warn_of_spared
 from hf_compress.methods.weight_pruning.progressive import staged, zeros_at
 from hf_compress.methods.weight_pruning.regularizers import group_lasso, group_lasso_by_gradient
@@ -137,6 +144,8 @@ class WeightPruningCallback(TrainerCallback):
                 stored = optimizer.state.get(layer.weight, {})
                 if PRUNED in stored:
                     stored[PRUNED] = stored[PRUNED].bool()
+                require_pattern(run.group.config, layer, stored.get(PRUNED), stored.get(SCORE))
+                if PRUNED in stored:
                     self._set_mask(layer, stored[PRUNED])
                 if PLAN in stored:
                     self._plans[layer] = stored[PLAN] = stored[PLAN].to(torch.uint8)

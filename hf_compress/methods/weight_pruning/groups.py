@@ -185,12 +185,47 @@ def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[Group]:
     for group in groups:
         entry = group.config
         if not group.layers:
-            raise ValueError(
-                f"op_names must select a layer of {', '.join(entry.pruning_op_types)} (pruning_op_types), got "
-                f"{entry.op_names} without {entry.excluded_op_names} (and without layers of earlier local_configs), "
-                "which selects none."
-            )
+            raise ValueError(_selects_nothing(model, entry))
     return groups
+
+
+def _selects_nothing(model: nn.Module, config: WeightPruningConfig) -> str:
+    names = f"op_names={list(config.op_names)}" if config.op_names is not None else "op_names"
+    without = f", excluded_op_names={list(config.excluded_op_names)}" if config.excluded_op_names else ""
+    held = {type(m).__name__ for m in model.modules() if getattr(m._parameters.get("weight"), "ndim", 0) >= 2}
+    others = ", ".join(sorted(held - {"Embedding", *config.pruning_op_types})) or "no other class"
+    return (
+        f"{names}{without} must select a layer of {', '.join(config.pruning_op_types)} (pruning_op_types) that no "
+        f"earlier local config owns, got none; heads and poolers need to be named. The model also holds weights in "
+        f"layers of {others}."
+    )
+
+
+def require_pattern(config: WeightPruningConfig, layer: Layer, mask: Tensor | None, scores: Tensor | None) -> None:
+    """Refuse what a checkpoint holds of a layer when it was made with another pattern.
+
+    Args:
+        config: How pruning goes on.
+        layer: Which layer.
+        mask: Of the weight's shape, True for zero; None when nothing was pruned.
+        scores: In the form that `Pattern.reduce` gives; None when there are none.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
+    pattern = layer.pattern(config)
+    reduced = pattern.reduce(layer.matrix(layer.weight.detach()), config.criterion_reduce_type)
+    fits = scores is None or scores.shape == reduced.shape
+    # In the stages of a progressive update, units are zero in part.
+    if fits and mask is not None and not config.progressive:
+        matrix = layer.matrix(mask)
+        whole = pattern.spread(pattern.pruned_units(matrix), reduced, nothing_pruned(layer))
+        fits = int(whole.sum()) == int(matrix.sum())
+    if not fits:
+        raise ValueError(
+            f"resume_from_checkpoint was written with another pattern than {config.pattern!r}: what was pruned of "
+            f"{layer.name} is of another form. Go on with that pattern, or begin anew."
+        )
 
 
 def pruned_units(group: Group) -> tuple[int, int]:

@@ -1,0 +1,192 @@
+"""Calibration with what people have: rows of data sets, lists, images, sounds, encoder-decoders."""
+
+import copy
+
+import datasets
+import pytest
+import torch
+from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+)
+
+import hf_compress as hc
+from hf_compress.core.calibration import collect_inputs
+from hf_compress.core.examples import batches_of
+
+
+HEAD = "sequence_classification"
+SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.fixture
+def rows():
+    """40 examples of different lengths, as a tokenizer's lists."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(4, 20, (40,), generator=generator).tolist()
+    ids = [torch.randint(3, 99, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": row, "label": index % 2, "text": "as it was"} for index, row in enumerate(ids)]
+
+
+def padded(rows, size=8):
+    """The same by hand."""
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        width = max(len(row["input_ids"]) for row in part)
+        ids = [row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in part]
+        mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in part]
+        yield {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": torch.tensor(mask),
+            "labels": torch.tensor([row["label"] for row in part]),
+        }
+
+
+FORMS = {
+    "rows": lambda rows: rows,
+    "data set": datasets.Dataset.from_list,
+    "tensors": lambda rows: [{"input_ids": torch.tensor(r["input_ids"]), "labels": r["label"]} for r in rows],
+    "torch format": lambda rows: datasets.Dataset.from_list(rows).with_format("torch"),
+    "batches of lists": lambda rows: [
+        {"input_ids": [r["input_ids"] for r in rows[i : i + 8]], "label": [r["label"] for r in rows[i : i + 8]]}
+        for i in range(0, 40, 8)
+    ],
+    "one pass": lambda rows: (row for row in rows),
+}
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_every_form_gives_the_same_batches(model, rows, form):
+    found = list(batches_of(FORMS[form](rows), model("bert").config))
+    for ours, theirs in zip(found, padded(rows), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("config", [
+    hc.StructuredPruningConfig(mac_ratio=0.6), hc.StructuredPruningConfig(mac_ratio=0.6, selection="fisher"),
+    hc.WeightPruningConfig(target_sparsity=0.5, criterion="snip"),
+    hc.WeightPruningConfig(pattern="2:4", target_sparsity=0.5, criterion="sparsegpt", scope="local"),
+], ids=["moments", "fisher", "snip", "sparsegpt"])  # fmt: skip
+def test_a_data_set_calibrates_as_its_batches_do(model, rows, config):
+    whole = hc.compress(model("bert", HEAD), config, data=datasets.Dataset.from_list(rows))
+    by_hand = hc.compress(model("bert", HEAD), config, data=list(padded(rows)))
+    assert hc.steps_of(whole) == hc.steps_of(by_hand)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), by_hand.parameters(), strict=True))
+    assert hc.count_cost(whole, data=datasets.Dataset.from_list(rows)) == hc.count_cost(
+        by_hand, data=list(padded(rows))
+    )
+
+
+def test_what_is_no_input_is_refused_with_a_remedy(model):
+    dense, config = model("bert", HEAD), hc.StructuredPruningConfig(mac_ratio=0.6)
+    texts = datasets.Dataset.from_dict({"text": ["a film", "a plot"], "label": [0, 1]})
+    with pytest.raises(ValueError, match=r"got the keys \['label', 'text'\]. Tokenize the texts first"):
+        hc.compress(dense, config, data=texts)
+    with pytest.raises(ValueError, match="must be an iterable of dicts of tensors, got str in it"):
+        hc.compress(dense, config, data=["a film"])
+    several = hc.StructuredPruningConfig(mac_ratio=0.6, selection="fisher")
+    with pytest.raises(ValueError, match="must be readable .* times for these settings, got a one-shot generator"):
+        hc.compress(dense, several, data=({"input_ids": [1, 2], "label": 0} for _ in range(4)))
+
+
+def _vit():
+    return ViTForImageClassification(ViTConfig(**SIZES, image_size=16, patch_size=8)), {
+        "pixel_values": torch.randn(4, 3, 16, 16),
+        "labels": torch.tensor([0, 1, 0, 1]),
+    }
+
+
+def _wav2vec2():
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    config = Wav2Vec2Config(**SIZES, **convolutions, **positions)
+    return Wav2Vec2ForSequenceClassification(config), {"input_values": torch.randn(4, 400)}
+
+
+def _t5():
+    config = T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, vocab_size=99, decoder_start_token_id=0)
+    mask = torch.ones(4, 12, dtype=torch.int64)
+    mask[:, 7:] = 0
+    batch = {
+        "input_ids": torch.randint(3, 99, (4, 12)),
+        "attention_mask": mask,
+        "labels": torch.randint(3, 99, (4, 5)),
+    }
+    return T5ForConditionalGeneration(config), batch
+
+
+def _deberta():
+    relative = {"relative_attention": True, "position_buckets": 4, "pos_att_type": ["p2c", "c2p"]}
+    config = DebertaV2Config(**SIZES, **relative, vocab_size=99)
+    mask = torch.ones(3, 12, dtype=torch.int64)
+    mask[:, 7:] = 0
+    batch = {"input_ids": torch.randint(3, 99, (3, 12)), "attention_mask": mask}
+    return DebertaV2ForSequenceClassification(config), batch
+
+
+OTHERS = {"ViT": _vit, "Wav2Vec2": _wav2vec2, "T5": _t5, "DeBERTa": _deberta}
+
+
+@pytest.mark.parametrize("kind", list(OTHERS))
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_other_inputs_than_tokens(kind, criterion):
+    torch.manual_seed(0)
+    dense, batch = OTHERS[kind]()
+    config = hc.WeightPruningConfig(pattern="1x1", target_sparsity=0.5, criterion=criterion, scope="local")
+    hc.compress(dense, config, data=[batch, batch])
+    assert hc.steps_of(dense)[0]["achieved_sparsity"] == 0.5
+
+
+class Rows:
+    def __init__(self):
+        self.seen = []
+
+    def update(self, rows):
+        self.seen.append(rows.clone())
+
+
+def test_each_layer_of_an_encoder_decoder_has_its_own_padding():
+    torch.manual_seed(0)
+    dense, batch = _t5()
+    names = ["encoder.block.1.layer.0.SelfAttention.q", "decoder.block.1.layer.0.SelfAttention.q",
+             "decoder.block.1.layer.1.EncDecAttention.q", "decoder.block.1.layer.1.EncDecAttention.k"]  # fmt: skip
+    rows = {name: Rows() for name in names}
+    collect_inputs(dense, {name: dense.get_submodule(name) for name in names}, rows, [batch], whole=True)
+    # Seven of twelve tokens in, all five out.
+    assert [len(rows[name].seen[0]) for name in names] == [4 * 7, 4 * 5, 4 * 5, 4 * 7]
+    same = {**batch, "labels": torch.randint(3, 99, (4, 12))}
+    with pytest.raises(ValueError, match="cannot tell whose padding encoder.* sees: .* Pad them to different lengths"):
+        collect_inputs(dense, {name: dense.get_submodule(name) for name in names}, rows, [same], whole=True)
+    # Without padding nothing is in doubt.
+    unpadded = {**same, "attention_mask": torch.ones_like(same["attention_mask"])}
+    collect_inputs(dense, {name: dense.get_submodule(name) for name in names}, rows, [unpadded], whole=True)
+    assert {len(rows[name].seen[-1]) for name in names} == {48}
+
+
+def test_missing_main_inputs_are_named():
+    dense, batch = _vit()
+    config = hc.WeightPruningConfig(pattern="1x1", target_sparsity=0.5, criterion="wanda")
+    with pytest.raises(ValueError, match=r"data must hold dicts with pixel_values, got the keys \['labels'\]"):
+        hc.compress(dense, config, data=[{"labels": batch["labels"]}])
+
+
+def test_models_without_linear_layers_say_what_they_have():
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=99, bos_token_id=1, eos_token_id=1))
+    magnitude = {"pattern": "1x1", "target_sparsity": 0.5, "criterion": "magnitude"}
+    with pytest.raises(
+        ValueError, match="must select a layer of Linear .*also holds weights in layers of Conv1D"
+    ) as e:
+        hc.compress(copy.deepcopy(gpt2), hc.WeightPruningConfig(**magnitude))
+    assert "None" not in str(e.value)
+    hc.compress(gpt2, hc.WeightPruningConfig(**magnitude, pruning_op_types=["Conv1D"]))
+    with pytest.raises(ValueError, match=r"op_names=\['nothing'\], excluded_op_names=\['x'\] must select a layer"):
+        hc.compress(gpt2, hc.WeightPruningConfig(**magnitude, op_names=["nothing"], excluded_op_names=["x"]))

@@ -1,0 +1,104 @@
+"""Each trainer killed twice at random moments, alone and as two processes: nothing is torn, the end is the same."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from hf_compress.training.checkpoints import checkpoints_of, defect
+from tests import crash_program
+
+
+# More rounds by hand: KILL_ROUNDS=8 KILL_SEED=1 pytest -m slow tests/test_kills.py
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "1"))
+SEED = int(os.environ.get("KILL_SEED", "0"))
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A clean server process that has imported everything; each training forks from it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tests.crash_program", "transformers.trainer", "hf_compress.training.guided"]
+    )  # fmt: skip
+    return context
+
+
+def _start(server, folder: Path, kind: str, processes: int) -> list:
+    folder.mkdir(parents=True, exist_ok=True)
+    port = None
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    started = [
+        server.Process(target=crash_program.train, args=(str(folder), kind, rank, port)) for rank in range(processes)
+    ]
+    for process in started:
+        process.start()
+    return started
+
+
+def _finish(started: list) -> None:
+    for process in started:
+        process.join(300)
+    assert [process.exitcode for process in started] == [0] * len(started)
+
+
+def _kill(started: list, folder: Path, rng: random.Random) -> bool:
+    """Kill all processes at a random moment after the first update; False when the training ended before."""
+    seen, goal, deadline = set(), rng.randint(1, 7), time.time() + 120
+    while len(seen) < goal and all(process.is_alive() for process in started) and time.time() < deadline:
+        if (folder / "progress").exists():
+            seen.add((folder / "progress").read_text())
+        time.sleep(0.001)
+    time.sleep(rng.random() * 0.06)
+    # One first: the others may be in the middle of a save, or waiting for it.
+    rng.shuffle(started)
+    for process in started:
+        process.kill()
+    for process in started:
+        process.join(60)
+    (folder / "progress").unlink(missing_ok=True)
+    return all(process.exitcode == -9 for process in started)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", crash_program.KINDS)
+def test_two_kills_leave_no_trace(tmp_path, server, kind, processes):
+    begun = time.time()
+    _finish(_start(server, tmp_path / "whole", kind, processes))
+    expected = torch.load(tmp_path / "whole" / "final.pt")
+    resumed_from = []
+    for number in range(ROUNDS):
+        folder, rng = tmp_path / f"round{number}", random.Random(f"{SEED} {kind} {processes} {number}")
+        kills = 0
+        for _ in range(12):
+            if kills == 2:
+                break
+            kills += _kill(_start(server, folder, kind, processes), folder, rng)
+            for checkpoint in checkpoints_of(folder):
+                assert defect(checkpoint, processes) is None, checkpoint
+                AutoModelForSequenceClassification.from_pretrained(checkpoint)
+            if (folder / "final.pt").exists():
+                # Too late: the training has ended. What it wrote counts all the same.
+                break
+            resumed_from.append(max((int(path.name[11:]) for path in checkpoints_of(folder)), default=0))
+        _finish(_start(server, folder, kind, processes))
+        found = torch.load(folder / "final.pt")
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(expected[name], found[name])] == [], folder
+        assert kills == 2, f"{kills} kills before the end, resumed from {resumed_from}"
+        assert [path.name for path in checkpoints_of(folder)] == ["checkpoint-10", "checkpoint-12"]
+        left = {path.name for path in folder.glob(".*")}
+        assert not left, left
+    print(f"{kind}, {processes}: {ROUNDS} rounds, resumed from {resumed_from}, {time.time() - begun:.0f} s")
