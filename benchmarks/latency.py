@@ -8,7 +8,9 @@ take turns on every batch; speed-ups are medians of the ratios of rounds. The fi
 `--token_thresholds`, every model is also measured with tokens dropped by hand-set thresholds; 0 keeps them all, which
 shows what the shorter last layer of such a model gives alone, unless `--first_token` gives the same to the dense
 baseline: its last layer then computes the one row that a classifier's head reads, and only that row is counted in the
-last layer of every model that computes no other. With `--profile`, where the time of a batch goes is recorded
+last layer of every model that computes no other. `--threads 1 2` measures with one and with two, each in a process of
+its own. Every result says how much other processes ran meanwhile, and is marked where the machine was not idle. With
+`--profile`, where the time of a batch goes is recorded
 afterwards, by kinds of operations.
 """
 
@@ -16,14 +18,19 @@ from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
+import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from header import allocator, arguments_of, commit
+from datasets import Dataset
+from header import arguments_of, commit, machine
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -35,11 +42,12 @@ from hf_compress.core.cost import count_cost
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.saving import write_json
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
-from hf_compress.report.machine import environment
+from hf_compress.report.machine import OtherWork, idleness
 from hf_compress.report.table import verdict
 from hf_compress.stages.models import check_vocabulary, open_classifier, open_tokenizer
 from hf_compress.tasks.inputs import tokenize
 from hf_compress.tasks.sources import DataArguments, load_task
+from hf_compress.tasks.task import Task
 
 
 def parse() -> argparse.Namespace:
@@ -57,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--token_thresholds", type=float, nargs="*", default=[], help="Tops of the ramp.")
     parser.add_argument("--first_token", action="store_true", help="Of the dense baseline's last layer (BERT).")
     parser.add_argument("--profile", action="store_true", help="Also split the time by kinds of operations.")
-    parser.add_argument("--threads", type=int, help="Of torch; default: as many as torch takes.")
+    parser.add_argument("--threads", type=int, nargs="+", help="Of torch; default: as many as torch takes.")
     parser.add_argument("--out")
     return parser.parse_args()
 
@@ -114,19 +122,9 @@ def milliseconds_by_kind(model: PreTrainedModel, batches: Sequence[Mapping[str, 
     return {**kinds, "wall clock under the profiler": 1e3 * wall / len(batches)}
 
 
-def main() -> None:
-    args = parse()
-    transformers_logging.set_verbosity_error()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    place = environment()
-    task = load_task(DataArguments(
-        task_name=args.task_name, data_dir=args.data_dir, max_length=args.max_length,
-        max_eval_samples=args.max_eval_samples,
-    ))  # fmt: skip
-    tokenizer = open_tokenizer(args.models[0])
-    rows = tokenize(task.split(args.split), task, tokenizer, args.max_length)
-    models = {}
+def open_models(args: argparse.Namespace, task: Task, tokenizer: Any, rows: Dataset) -> tuple[dict[str, Any], str]:
+    """The models to time by name, and which of them is the baseline."""
+    models: dict[str, Any] = {}
     for folder in args.models:
         name = Path(folder).name if Path(folder).name not in models else folder
         models[name] = open_classifier(folder, task)
@@ -146,17 +144,40 @@ def main() -> None:
         for top in args.token_thresholds:
             dropping = hc.TokenPruningConfig(final_token_threshold=top)
             models[f"{name}, tokens {top:g}"] = hc.compress(copy.deepcopy(model), dropping).eval()
-    seq_len = sum(len(ids) for ids in rows["input_ids"]) / len(rows)
+    return models, baseline
+
+
+def threads_of(number: int) -> str:
+    return f"{number} thread" + "s" * (number > 1)
+
+
+def measure(args: argparse.Namespace, threads: int | None) -> dict[str, Any]:
+    """Everything with one number of threads."""
+    transformers_logging.set_verbosity_error()
+    if threads:
+        torch.set_num_threads(threads)
+    place = machine()
+    task = load_task(DataArguments(
+        task_name=args.task_name, data_dir=args.data_dir, max_length=args.max_length,
+        max_eval_samples=args.max_eval_samples,
+    ))  # fmt: skip
+    tokenizer = open_tokenizer(args.models[0])
+    rows = tokenize(task.split(args.split), task, tokenizer, args.max_length)
+    models, baseline = open_models(args, task, tokenizer, rows)
     timed_examples = unpadded_batches(rows, tokenizer, max(args.batch_sizes), args.examples)
     macs = {name: count_cost(model, data=timed_examples).macs for name, model in models.items()}
     if args.first_token:
         short = [name for name, model in models.items() if name == baseline or carries_state(model)]
         macs.update({name: first_token_macs(models[name], timed_examples) for name in short})
     results = {name: {"macs": macs[name], "mac_ratio": macs[name] / macs[baseline], "batch": {}} for name in models}
+    load = {}
     for size in args.batch_sizes:
         batches = unpadded_batches(rows, tokenizer, size, args.examples)
+        others = OtherWork()
         latencies = measure_latency(models, batches, args.repeats, args.warmup)
+        load[str(size)] = others.until_now()
         ratios = speedups(latencies, baseline)
+        print(f"{threads_of(torch.get_num_threads())}, batch {size}: {idleness(load[str(size)]) or 'idle'}")
         for timed in latencies:
             found = results[timed.name]
             found["batch"][str(size)] = {**timed.to_dict(), "speedup": asdict(ratios[timed.name])}
@@ -169,18 +190,45 @@ def main() -> None:
             for name, model in models.items():
                 found = results[name]["batch"][str(size)]["milliseconds"] = milliseconds_by_kind(model, batches)
                 print(f"{name}, batch {size}: " + ", ".join(f"{kind} {ms:.2f} ms" for kind, ms in found.items()))
+    return {
+        "threads": torch.get_num_threads(),
+        "seq_len": sum(len(ids) for ids in rows["input_ids"]) / len(rows),
+        "baseline": baseline,
+        "environment": place,
+        "other_work": load,
+        "models": results,
+    }
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Speed-ups over those of the arithmetic, as Markdown; where the machine was not idle, the column says so."""
+    columns = [(run, size) for run in runs for size in run["other_work"]]
+    heads = []
+    for run, size in columns:
+        note = idleness(run["other_work"][size])
+        heads.append(f"{threads_of(run['threads'])}, batch {size}" + (f" ({note})" if note else ""))
+    lines = [["", *heads], ["---"] * (1 + len(heads))]
+    for name in runs[0]["models"]:
+        found = [(run["models"][name], size) for run, size in columns]
+        ratios = [(model["batch"][size]["speedup"]["median"], 1 / model["mac_ratio"]) for model, size in found]
+        lines.append([name, *(f"{time:.2f} / {macs:.2f}" for time, macs in ratios)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def in_own_process(args: argparse.Namespace, threads: int) -> dict[str, Any]:
+    """Threads that another number of them has left behind would wait for work on the same cores."""
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, args, threads).result()
+
+
+def main() -> None:
+    args = parse()
+    several = args.threads or [None]
+    runs = [measure(args, *several)] if len(several) == 1 else [in_own_process(args, number) for number in several]
+    print(table(runs))
     if args.out:
-        write_json(
-            args.out,
-            {
-                "arguments": arguments_of(args),
-                "commit": commit(),
-                "seq_len": seq_len,
-                "baseline": baseline,
-                "environment": {**place, "allocator": allocator()},
-                "models": results,
-            },
-        )
+        write_json(args.out, {"arguments": arguments_of(args), "commit": commit(), "runs": runs})
 
 
 if __name__ == "__main__":
