@@ -242,8 +242,13 @@ def _places(task: Task, theirs: Sequence[str]) -> list[int]:
         return list(range(count))
     if "train" in task.splits and max(numbers) + 1 < count:
         raise ValueError(f"{sizes}.")
-    if min(numbers) > 0 and not says_nothing(theirs):
-        logger.warning("No row has the label 0: %d is taken for the model's %r.", numbers[0], theirs[numbers[0]])
+    if not says_nothing(theirs):
+        logger.log(
+            logging.WARNING if min(numbers) > 0 else logging.INFO,
+            "Labels are numbers%s, read as the model's ids: %s.",
+            " without a 0" if min(numbers) > 0 else "",
+            ", ".join(f"{number} is {theirs[number]}" for number in numbers[:10]),
+        )
     return list(numbers)
 
 
