@@ -112,7 +112,27 @@ def test_a_mixin_that_replaces_the_loss_is_refused(tmp_path, mixin, trainer_clas
         Hidden(bert(), args=args, train_dataset=ROWS, data_collator=pad, **given).train()
 
 
-@pytest.mark.parametrize("bases", [(Doubled, hc.DistillationTrainer), (hc.DistillationTrainer, Weighted)])
+class OldStyle(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super(OldStyle, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)  # noqa: UP008
+
+
+class ByName(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return hc.DistillationTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+def logging_its_calls(function):
+    return lambda *args, **kwargs: function(*args, **kwargs)
+
+
+class Doubling(Doubled):
+    compute_loss = logging_its_calls(Doubled.compute_loss)
+
+
+@pytest.mark.parametrize("bases", [
+    (hc.DistillationTrainer, Weighted), *((mixin, hc.DistillationTrainer) for mixin in (
+        Doubled, OldStyle, ByName, Doubling))])  # fmt: skip
 def test_a_mixin_that_goes_on_distils(tmp_path, bases):
     trainer = type("Both", bases, {})(
         bert(), bert(1), hc.DistillationArguments(str(tmp_path), **PLAIN), train_dataset=ROWS, data_collator=pad
