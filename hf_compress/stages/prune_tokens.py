@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PretrainedConfig, TrainingArguments
 
@@ -18,6 +18,12 @@ from hf_compress.stages.models import ModelArguments, open_classifier
 from hf_compress.tasks.sources import DataArguments
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.distillation import DistillationTrainer
+
+
+# What `compat="ltp"` makes of settings that were left out: the published soft stage is a training of its own, with a
+# temperature and a lambda that stay as they are, and a learning rate that falls from the first update on.
+_PUBLISHED = {"soft_fraction": 1.0, "temperature_start": 1e-3, "temperature_end": 1e-3, "lambda_warmup": 0.0}
+_PUBLISHED_TRAINING = {"warmup_steps": 0, "weight_decay": 0.0, "train_sampling_strategy": "random"}
 
 
 @dataclass
@@ -46,6 +52,10 @@ class TokenPruningArguments:
         threshold_learning_rate: Learning rate of the thresholds. Left out: that of the weights.
         teacher_name_or_path: Hub name or folder of the dense model, whose outputs are then distilled in both stages.
         alpha_output: Weight of that distillation beside the task loss.
+        compat: `ltp` trains as the published code of LTP does: the first token may be dropped, padding counts in the
+            regulariser, one norm clips everything. Where they are left out, `soft_fraction` is 1 (all updates learn
+            thresholds; a second run from the result, with 0, is the hard stage), both temperatures are 0.001,
+            `lambda_warmup`, `warmup_steps` and `weight_decay` are 0, and batches are drawn at random.
     """
 
     prune_mode: str = "absolute_threshold"
@@ -63,9 +73,10 @@ class TokenPruningArguments:
     threshold_learning_rate: float | None = None
     teacher_name_or_path: str | None = None
     alpha_output: float = 1.0
+    compat: Literal["ltp"] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.soft_fraction < 1:
+        if not 0 <= self.soft_fraction < 1 and not (self.compat and self.soft_fraction == 1):
             raise ValueError(f"soft_fraction must be in [0, 1), got {self.soft_fraction}.")
         for name in ("temperature_start", "temperature_end"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -87,6 +98,18 @@ def _set_by_hand(pruning: TokenPruningArguments, given: Collection[str] | None) 
     if given is not None:
         return {field.name for field in fields if field.name in given}
     return {field.name for field in fields if getattr(pruning, field.name) != field.default}
+
+
+def _as_published(pruning: TokenPruningArguments, chosen: set[str]) -> TokenPruningArguments:
+    """The settings with what `compat` makes of those that were left out."""
+    if pruning.compat is None:
+        return pruning
+    if "soft_fraction" in chosen and pruning.soft_fraction not in (0, 1):
+        raise ValueError(
+            f"soft_fraction must be 0 or 1 with compat={pruning.compat!r}, whose stages are trainings of their own, "
+            f"got {pruning.soft_fraction}."
+        )
+    return dataclasses.replace(pruning, **{name: value for name, value in _PUBLISHED.items() if name not in chosen})
 
 
 def _require_same(config: PretrainedConfig, pruning: TokenPruningArguments, chosen: set[str]) -> None:
@@ -121,7 +144,7 @@ def _require_effect(config: PretrainedConfig, pruning: TokenPruningArguments, le
         (ramp, config.prune_mode == "absolute_threshold", "prune_mode='absolute_threshold'"),
         (("token_keep_rate",), config.prune_mode == "topk", "prune_mode='topk'"),
         (("alpha_output",), pruning.teacher_name_or_path is not None, "teacher_name_or_path"),
-        (("score_reference_length",), config.score_norm == "reference", "score_norm='reference'"),
+        (("score_reference_length",), config.score_norm == "reference" or pruning.compat, "score_norm='reference'"),
     ]
     for names, effective, needs in rules:
         for name in names:
@@ -154,15 +177,23 @@ def prune_tokens(
     """
     require_own_folder(args.output_dir, model_folders(model_args, pruning.teacher_name_or_path))
     task, tokenizer, model, rows = prepare(model_args, data, args.seed)
-    config = pruning.config()
     chosen = _set_by_hand(pruning, given)
-    if "token_pruning" in [step["method"] for step in steps_of(model)]:
+    pruning = _as_published(pruning, chosen)
+    recorded = [step for step in steps_of(model) if step["method"] == "token_pruning"]
+    if recorded:
         _require_same(model.config, pruning, chosen)
+        if pruning.compat != recorded[0].get("compat") and "compat" in chosen:
+            raise ValueError(
+                f"compat must be {recorded[0].get('compat')!r} or left out for a model that prunes tokens already, "
+                f"got {pruning.compat!r}."
+            )
     else:
-        compress(model, config)
+        compress(model, pruning.config())
     learns = _begin_stage(model.config, pruning)
     _require_effect(model.config, pruning, learns, chosen)
     shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
+    if pruning.compat is not None and given is not None:
+        shared.update({name: value for name, value in _PUBLISHED_TRAINING.items() if name not in given})
     uses_teacher = pruning.teacher_name_or_path is not None
     arguments = DistillationArguments(**shared, alpha_output=pruning.alpha_output if uses_teacher else 0.0)
     common = trainer_arguments(task, model, tokenizer, arguments, rows)
@@ -182,7 +213,7 @@ def prune_tokens(
                 learning_rate=pruning.threshold_learning_rate,
             )
         )
-    if learns:
+    if learns and pruning.soft_fraction < 1:
         callbacks.append(StageSwitchCallback(pruning.soft_fraction))
     trainer = DistillationTrainer(teacher_model=teacher, callbacks=callbacks, **common)
     return run(trainer, model, tokenizer, arguments)
