@@ -236,6 +236,12 @@ def test_nothing_works_with_weights_that_are_not_in_the_file(place, capsys, line
     assert not (place / "out" / "report.json").exists()
 
 
+def test_a_folder_given_to_the_comparison_is_whole(place):
+    incomplete(place, "encoder")
+    with pytest.raises(ValueError, match="which would be random"):
+        comparison.compare_models({"model": "model"}, None, None, "sst2", "out")
+
+
 @pytest.mark.parametrize("line", TRAINING)
 @pytest.mark.filterwarnings("ignore")
 def test_an_encoder_gets_a_head_where_one_is_trained(place, line):
@@ -258,6 +264,10 @@ def test_the_accelerator_is_taken_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     assert chosen_device() == chosen_device("auto") == chosen_device("cuda") == torch.device("cuda")
     assert chosen_device("cuda:1").index == 1
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    # No double precision there, which pruning needs.
+    assert (chosen_device(), chosen_device("mps")) == (torch.device("cpu"), torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     assert chosen_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match=r"one of this machine \(cpu, cuda\), got 'cuda:2'"):
         chosen_device("cuda:2")

@@ -62,6 +62,13 @@ def test_tabs_without_quotes(tmp_path):
     assert load(train_file=str(file)).split("train")["text"][:] == ['"so he said', "no", '"and she']
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_texts_may_be_long(tmp_path, suffix):
+    rows = [{"text": "word, " * 40_000, "label": "a"}, {"text": "short", "label": "b"}]
+    task = load(train_file=str(write_rows(tmp_path / f"train{suffix}", rows)))
+    assert [len(text) for text in task.split("train")["text"]] == [240_000, 5]
+
+
 def test_class_names_of_a_file(tmp_path):
     kinds = Features({"text": Value("string"), "label": ClassLabel(names=["up", "even", "down"])})
     for split, labels in (("train", [0, 1]), ("validation", [2])):

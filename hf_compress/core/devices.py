@@ -9,7 +9,8 @@ def chosen_device(name: str = "auto") -> torch.device:
     """The device of that name.
 
     Args:
-        name: `auto` is the accelerator where there is one, else the CPU. Or a device of torch, such as `cuda:1`.
+        name: `auto` is the accelerator where there is one that computes in double precision (Apple's does not), else
+            the CPU. Or a device of torch, such as `cuda:1`.
 
     Raises:
         ValueError: If there is no such device here.
@@ -20,7 +21,7 @@ def chosen_device(name: str = "auto") -> torch.device:
     """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
-        return found or torch.device("cpu")
+        return found if found is not None and found.type != "mps" else torch.device("cpu")
     counts = {"cpu": 1, **({found.type: torch.accelerator.device_count()} if found else {})}
     try:
         device = torch.device(name)

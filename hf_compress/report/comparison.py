@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from hf_compress.core.architectures import Block, blocks_of
 from hf_compress.core.cost import Cost, count_cost, count_size
 from hf_compress.core.layers import carries_state
+from hf_compress.core.loaded import require_complete
 from hf_compress.core.saving import write_json
 from hf_compress.report.changes import changed_answers
 from hf_compress.report.latency import batches_of, length_blocks, measure_latency
@@ -81,7 +82,8 @@ def compare_models(
     for name, model in models.items():
         if isinstance(model, str | os.PathLike):
             weighed.setdefault(name, str(model))
-            model = AutoModelForSequenceClassification.from_pretrained(model)
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(model, output_loading_info=True)
+            require_complete(loaded)
         opened[name] = model if isinstance(model, Measured) else Measured(model, rows, tokenizer)
     counts = {name: len(each.rows) for name, each in opened.items()}
     if not all(counts.values()):

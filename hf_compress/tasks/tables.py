@@ -141,7 +141,12 @@ def _from_objects(rows: list[dict[str, Any]], where: str) -> Table:
 
 
 def _records(text: str, **options: Any) -> list[list[str]]:
-    return [row for row in csv.reader(io.StringIO(text, newline=""), strict=True, **options) if row]
+    # Texts may be longer than what the reader takes for a field by default, 131072 characters.
+    limit = csv.field_size_limit(max(len(text), 1))
+    try:
+        return [row for row in csv.reader(io.StringIO(text, newline=""), strict=True, **options) if row]
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _unquoted_or_quoted(text: str) -> list[list[str]]:
