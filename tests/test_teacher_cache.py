@@ -201,3 +201,11 @@ def test_inputs_that_the_teacher_does_not_take_do_not_count(tmp_path):
     seen = [trainer._teacher.signals(variant).logits[0] for variant in variants]
     assert len(trainer.teacher_cache) == 4
     assert all(torch.equal(logits, seen[0]) for logits in seen)
+
+
+def test_a_cache_that_is_no_longer_used_is_closed(tmp_path):
+    cache = TeacherCache(str(tmp_path), "f", {})
+    database = cache._database
+    del cache
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        database.execute("SELECT 1")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,8 @@ class TeacherCache:
             self._database = sqlite3.connect(
                 self.directory / _FILE, timeout=_PATIENCE, isolation_level=None, check_same_thread=False
             )
+            # Python 3.13 warns of connections that nobody closed.
+            weakref.finalize(self, self._database.close)
             self._database.executescript(_SETTINGS)
         with self._writing():
             for table in _TABLES:
@@ -142,7 +145,9 @@ class TeacherCache:
             inputs: The batch, for its padding.
         """
         query = "SELECT tokens, checksum, data FROM outputs WHERE key = ?"
-        with self._plain_errors():
+        # One lock for all rows, not one for each.
+        with self._plain_errors(), self._database:
+            self._database.execute("BEGIN")
             found = [self._database.execute(query, (key,)).fetchone() for key in keys]
             if None in found:
                 self.misses += len(keys)
