@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_compress.core.modes import is_exporting
+
 
 # The keyword under which the state travels through a model's forward to its layers.
 STATE = "live_tokens"
@@ -69,6 +71,11 @@ def _unpickled(behaviour: type, old: type) -> nn.Module:
 
 
 def _add_state(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    if is_exporting():
+        raise ValueError(
+            "torch.export cannot record a model that drops tokens: how many stay depends on the input. Export the "
+            "model without this step, or run it with torch."
+        )
     kwargs.setdefault(STATE, LiveTokens())
     return args, kwargs
 

@@ -1,11 +1,18 @@
-"""Looking at a model without leaving a trace."""
+"""In which way a model runs: looked at without leaving a trace, or recorded for export."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` records the model, so that nothing may depend on values."""
+    # torch 2.6 does not tell; what cannot be exported fails there with torch's own message.
+    return getattr(torch.compiler, "is_exporting", bool)()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.core.attention import AttentionCore, DeferredLinear
+from hf_compress.core.modes import is_exporting
 
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class TimeProjection(nn.Module):
             width: S, padding included.
             lengths: [B] tokens of each example; None: S.
         """
+        if is_exporting():
+            return
         if self.training and width > self._trained:
             # What was seen is kept on the device; the number beside it only saves work, so it may lag behind.
             self._checked = 0
