@@ -113,6 +113,12 @@ def test_version(capsys):
     assert done.stdout.strip() == f"hf-compress {hf_compress.__version__}"
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m hf_compress prune-weights --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(("typed", "meant"), [
     ("fintune", "finetune"), ("prune_structure", "prune-structure"), ("prune-weight", "prune-weights"),
     ("evalute", "evaluate"), ("Report", "report"),

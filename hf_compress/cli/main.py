@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--traceback"]
     try:
         return _answer(arguments)
+    except BrokenPipeError:
+        return 0
     except KeyboardInterrupt:
         print("hf-compress: interrupted", file=sys.stderr)
         return 130
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         if bad:
             return fail(describe(error))
-        print("hf-compress: this is not about your input but a fault of the program; see above.", file=sys.stderr)
+        print("hf-compress: unexpected error, see the traceback above; please report it.", file=sys.stderr)
         return 1
 
 
@@ -72,4 +75,10 @@ def _answer(arguments: list[str]) -> int:
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    code = main()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output (`| head`) has enough; Python would complain once more on leaving.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

@@ -11,7 +11,7 @@ from typing import Any
 import evaluate as hub_metrics
 
 from hf_compress.core.devices import chosen_device
-from hf_compress.core.saving import write_json
+from hf_compress.core.saving import require_own_folder, write_json
 from hf_compress.report.comparison import compare_models
 from hf_compress.report.quality import Measured, evaluated
 from hf_compress.stages.models import check_vocabulary, fit_labels, open_classifier, open_tokenizer
@@ -130,6 +130,7 @@ def report(args: ReportArguments, data: DataArguments) -> dict[str, Any]:
     Raises:
         ValueError: If a model or the split cannot be opened or does not fit.
     """
+    require_own_folder(args.output_dir)
     task, split = _opened(data, args.split)
     measured, folders = {}, {}
     for name in args.models:

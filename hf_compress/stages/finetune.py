@@ -55,7 +55,7 @@ class TeacherArguments:
         teacher_name_or_path: Hub name or folder of the model that teaches, usually the fine-tuned dense one.
     """
 
-    teacher_name_or_path: str = ""
+    teacher_name_or_path: str
 
     def __post_init__(self) -> None:
         if not self.teacher_name_or_path:

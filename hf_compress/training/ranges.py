@@ -18,7 +18,15 @@ _RULES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     ),
     "at least 0 and finite": (
         lambda value: 0 <= value < math.inf,
-        ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "eval_delay", "dataloader_num_workers"),
+        (
+            "learning_rate",
+            "weight_decay",
+            "adam_epsilon",
+            "warmup_steps",
+            "eval_delay",
+            "dataloader_num_workers",
+            "neftune_noise_alpha",
+        ),  # fmt: skip
     ),
     "a number, 0 for no limit": (lambda value: not math.isnan(value), ("max_grad_norm",)),
     "at least 0 and below 1": (
@@ -27,7 +35,7 @@ _RULES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     ),
     "above 0 and finite": (
         lambda value: 0 < value < math.inf,
-        ("neftune_noise_alpha", "eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"),
+        ("eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor"),
     ),
     "in 0..2**32 - 1": (lambda value: 0 <= value < 2**32, ("seed",)),
 }
