@@ -355,7 +355,7 @@ CASES = [
     (LINEARIZE.replace("path model", "path three") + " --data_dir data", "3 labels, the task 'data' has 2"),
     (LINEARIZE.replace("--output_dir out", ""), "required: --output_dir"),
     (LINEARIZE.replace("dir out", "dir file"), "output_dir 'file' cannot be"),
-    (JOINT.replace("--teacher_name_or_path pretrained", ""), "teacher_name_or_path must name the model that teaches"),
+    (JOINT.replace("--teacher_name_or_path pretrained", ""), "arguments are required: --teacher_name_or_path$"),
     (JOINT.replace("path pretrained", "path nowhere"), "No classifier can be opened at 'nowhere'"),
     (JOINT.replace("path pretrained", "path three"), "3 labels, the task 'data' has 2"),
     (f"{JOINT} --teacher_learning_rate -1", "teacher_learning_rate must be zero or positive, got -1"),

@@ -77,7 +77,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_model_runs(place,
     monkeypatch.chdir(place)
     monkeypatch.setattr("hf_compress.stages.evaluate._opened", None)
     assert main(f"report --models model other --output_dir file/deeper {DATA}".split()) == 2
-    assert "cannot be made" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "is a file" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -88,4 +88,4 @@ def test_unusable_outputs_are_found_before_any_work(place, monkeypatch, capsys, 
     monkeypatch.setattr("hf_compress.stages.linearize.open_pair", None)
     flag, rest = COMMANDS[name]
     assert main([name.split()[0], flag, "model", "--output_dir", "file/deeper", *rest.split()]) == 2
-    assert "cannot be made" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "is a file" in capsys.readouterr().err.strip().splitlines()[-1]

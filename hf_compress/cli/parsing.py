@@ -44,7 +44,8 @@ class _Parser(HfArgumentParser):
         self._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf)")
 
     def error(self, message: str) -> None:
-        raise BadInput(message)
+        # argparse names a flag in both spellings, --max_length/--max-length.
+        raise BadInput(re.sub(r"(--\w+)(/--[\w-]+)+", r"\1", message))
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
