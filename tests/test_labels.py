@@ -200,15 +200,27 @@ def test_a_model_without_names_learns_them(perfect, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {"0": "down", "1": "up"}
 
 
+@pytest.mark.parametrize("student", ["model", "unnamed"])
 @pytest.mark.filterwarnings("ignore")
-def test_a_teacher_in_another_order_is_refused(perfect, tmp_path, capsys):
-    write_perfect_model(tmp_path / "turned", ["down", "up"])
-    for student in ("model", "unnamed"):
-        teacher = {"model": "turned", "unnamed": "model"}[student]
-        line = f"distill --model_name_or_path {student} --teacher_name_or_path {teacher} {TRAINING}"
-        assert main(line.split()) == 2
-        assert "in this order" in capsys.readouterr().err.splitlines()[-1]
-        assert not (tmp_path / "out" / "model.safetensors").exists()
+def test_a_teacher_in_another_order_teaches_the_same(perfect, tmp_path, capsys, student):
+    """The student without names takes those of the data, down and up; each teacher has the other order."""
+    teacher = {"model": "turned", "unnamed": "model"}[student]
+    for place in ("turned", "unnamed"):
+        write_perfect_model(tmp_path / place, ["down", "up"] if place == "turned" else None)
+        weights = load_file(tmp_path / place / "model.safetensors")
+        for name in ("classifier.weight", "classifier.bias"):
+            weights[name] = weights[name].flip(0).contiguous()
+        save_file(weights, tmp_path / place / "model.safetensors", metadata={"format": "pt"})
+    options = f"--model_name_or_path {student} --teacher_name_or_path {teacher} {TRAINING} --learning_rate 0"
+    assert main(f"distill {options} --alpha_task 0".split()) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["eval_accuracy"] == 1.0
+    # Equal functions: the student has nothing to learn from its teacher.
+    assert abs(results["train_loss"]) < 1e-6
+    # A teacher that learns shares the ids of the student's labels.
+    assert main(f"joint-distill {options}".replace("--output_dir out", "--output_dir joint").split()) == 2
+    assert "must count its labels as the student does" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "joint" / "model.safetensors").exists()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -135,18 +135,15 @@ def open_classifier(name: str, task: Task | None = None, fresh_head: bool = Fals
 
     Args:
         name: Hub name or folder.
-        task: Its labels must be the model's, in the same order; a new head takes its size and label names.
+        task: Its labels must be the model's, in whatever order; a new head takes its size and label names.
         fresh_head: Whether an encoder gets a new head. Only for who trains it.
 
     Raises:
         ValueError: If nothing can be opened there, weights are missing or not finite, or the labels differ.
     """
     model = _open(name, task, fresh_head)
-    if task is not None and fit_labels(task, model, name).order != task.order:
-        raise ValueError(
-            f"{name!r} must have the labels {', '.join(task.label_names)} in this order, got "
-            f"{', '.join(model_labels(model.config))}."
-        )
+    if task is not None:
+        fit_labels(task, model, name)
     return model
 
 
