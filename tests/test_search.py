@@ -153,7 +153,7 @@ def test_every_trial_is_a_training_of_its_own(tmp_path, kind):
     for values, loss in zip(seen, drawn.losses, strict=True):
         alone = Drawn()
         make(tmp_path, alone, values).train()
-        assert alone.losses == [loss], values
+        assert alone.losses == pytest.approx([loss], rel=1e-5), values
 
 
 @pytest.mark.parametrize("kind", SEARCHES)
@@ -165,7 +165,8 @@ def test_trials_that_fail_or_are_pruned_leave_no_trace(tmp_path, kind):
         drawn.fail = lambda trainings, fail=fail: trainings == fail
         search(make(tmp_path, drawn), space, catch=(ValueError,))
         ends.append(drawn.losses)
-    assert ends[1] == [ends[0][0], None, ends[0][2]]
+    assert ends[1][1] is None
+    assert ends[1][::2] == pytest.approx(ends[0][::2], rel=1e-5)
 
     class SecondOnly(optuna.pruners.BasePruner):
         def prune(self, study, trial):
@@ -175,7 +176,7 @@ def test_trials_that_fail_or_are_pruned_leave_no_trace(tmp_path, kind):
     search(make(tmp_path, drawn, eval_strategy="steps", eval_steps=3), space, pruner=SecondOnly())
     whole = Drawn()
     search(make(tmp_path, whole, eval_strategy="steps", eval_steps=3), space)
-    assert drawn.losses[::2] == whole.losses[::2]
+    assert drawn.losses[::2] == pytest.approx(whole.losses[::2], rel=1e-5)
 
 
 def test_every_trial_keeps_its_teacher(tmp_path):

@@ -157,14 +157,14 @@ def test_values_keep_their_precision(tmp_path, dtype):
         "input_ids": torch.tensor([[5, 6, 0], [7, 8, 9]]),
         "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
     }
-    starts, hidden = (
+    starts, vectors = (
         (torch.randn(2, 3, dtype=dtype), torch.randn(2, 3, dtype=dtype)),
         torch.randn(2, 3, 4, dtype=dtype),
     )
     live = inputs["attention_mask"].bool()
-    cache.write([b"1", b"2"], inputs, starts, [hidden])
+    cache.write([b"1", b"2"], inputs, starts, [vectors])
     seen, (states,) = cache.read([b"1", b"2"], inputs)
-    assert torch.equal(states, hidden * live[..., None])
+    assert torch.equal(states, vectors * live[..., None])
     assert all(torch.equal(a, b * live) for a, b in zip(seen, starts, strict=True))
 
 
