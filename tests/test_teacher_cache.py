@@ -200,7 +200,7 @@ def test_inputs_that_the_teacher_does_not_take_do_not_count(tmp_path):
     variants = [batch, {**batch, "token_type_ids": batch["attention_mask"]}, {**batch, "labels": 1 - batch["labels"]}]
     seen = [trainer._teacher.signals(variant).logits[0] for variant in variants]
     assert len(trainer.teacher_cache) == 4
-    assert all(torch.equal(logits, seen[0]) for logits in seen)
+    assert all(torch.equal(stored, seen[0]) for stored in seen)
 
 
 def test_a_cache_that_is_no_longer_used_is_closed(tmp_path):
