@@ -25,6 +25,10 @@ from hf_compress.training.trainer import CompressionTrainer
 from tests import crash_program
 
 
+class Interruption(BaseException):
+    """What nothing in a training catches; pytest itself would end at a `KeyboardInterrupt`."""
+
+
 class Stop(TrainerCallback):
     """A training that is interrupted after some updates."""
 
@@ -33,7 +37,7 @@ class Stop(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step == self.step:
-            raise KeyboardInterrupt
+            raise Interruption
 
 
 def trainer(folder, seed=0, steps=8, stop=None, model=None, rows=None, **options) -> CompressionTrainer:
@@ -56,7 +60,7 @@ def train(*args, resume=None, **options) -> dict[str, torch.Tensor]:
 
 
 def interrupt(*args, resume=None, **options) -> None:
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interruption):
         train(*args, resume=resume, **options)
 
 
