@@ -53,12 +53,21 @@ def _finish(started: list) -> None:
     assert [process.exitcode for process in started] == [0] * len(started)
 
 
-def _kill(started: list, folder: Path, rng: random.Random) -> bool:
-    """Kill all processes at a random moment after the first update; False when the training ended before."""
-    seen, goal, deadline = set(), rng.randint(1, 7), time.time() + 120
-    while len(seen) < goal and all(process.is_alive() for process in started) and time.time() < deadline:
-        if (folder / "progress").exists():
-            seen.add((folder / "progress").read_text())
+def _progress(folder: Path) -> int:
+    try:
+        return int((folder / "progress").read_text() or 0)
+    except FileNotFoundError:
+        return 0
+
+
+def _last(folder: Path) -> int:
+    return max((int(path.name.rpartition("-")[2]) for path in checkpoints_of(folder)), default=0)
+
+
+def _kill(started: list, folder: Path, update: int, rng: random.Random) -> bool:
+    """Kill all processes at a random moment after an update; False when the training ended before."""
+    deadline = time.time() + 120
+    while _progress(folder) < update and all(process.is_alive() for process in started) and time.time() < deadline:
         time.sleep(0.001)
     time.sleep(rng.random() * 0.06)
     # One first: the others may be in the middle of a save, or waiting for it.
@@ -82,17 +91,15 @@ def test_two_kills_leave_no_trace(tmp_path, server, kind, processes):
     for number in range(ROUNDS):
         folder, rng = tmp_path / f"round{number}", random.Random(f"{SEED} {kind} {processes} {number}")
         kills = 0
-        for _ in range(12):
-            if kills == 2:
-                break
-            kills += _kill(_start(server, folder, kind, processes), folder, rng)
+        # The first round surely resumes; in others the kill may come before the first checkpoint.
+        update = rng.randint(1 if number else 3, 8)
+        while kills < 2 and not (folder / "final.pt").exists():
+            kills += _kill(_start(server, folder, kind, processes), folder, update, rng)
             for checkpoint in checkpoints_of(folder):
                 assert defect(checkpoint, processes) is None, checkpoint
                 AutoModelForSequenceClassification.from_pretrained(checkpoint)
-            if (folder / "final.pt").exists():
-                # Too late: the training has ended. What it wrote counts all the same.
-                break
-            resumed_from.append(max((int(path.name[11:]) for path in checkpoints_of(folder)), default=0))
+            resumed_from.append(_last(folder))
+            update = min(_last(folder) + rng.randint(1, 3), 11)
         _finish(_start(server, folder, kind, processes))
         found = torch.load(folder / "final.pt")
         assert found.keys() == expected.keys()

@@ -288,13 +288,13 @@ class DistillationTrainer(CompressionTrainer):
             save_file(
                 self.accelerator.unwrap_model(self.projectors).state_dict(), os.path.join(output_dir, _PROJECTORS)
             )
-        if self._teacher is not None and self.args.should_save:
-            self._teacher.save(Path(output_dir, _TEACHER))
+        if self._teacher is not None:
+            self._teacher.save(Path(output_dir, _TEACHER), 0 if self.args.should_save else self.args.process_index)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._teacher is not None and checkpoint is not None:
-            self._teacher.load(Path(checkpoint, _TEACHER))
+            self._teacher.load(Path(checkpoint, _TEACHER), self.args.process_index)
         if self.projectors is None or checkpoint is None:
             return
         file = os.path.join(checkpoint, _PROJECTORS)

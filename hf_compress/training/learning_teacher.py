@@ -22,6 +22,8 @@ from hf_compress.training.teachers import MicroBatch, Signals, Teacher, signals_
 
 
 _STATE = "training_state.pt"
+# What processes after the first have of their own.
+_PROCESS = "random_state_{}.pt"
 
 
 class LearningTeacher(Teacher):
@@ -174,7 +176,12 @@ class LearningTeacher(Teacher):
                 self._device_rng = torch.cuda.get_rng_state(self.model.device)
                 torch.cuda.set_rng_state(outer_device, self.model.device)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, process: int = 0) -> None:
+        if process:
+            # It saw other batches, which took other numbers of random draws.
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save({"rng": self._rng, "device_rng": self._device_rng}, folder / _PROCESS.format(process))
+            return
         self.model.save_pretrained(folder)
         torch.save(
             {
@@ -187,7 +194,7 @@ class LearningTeacher(Teacher):
             folder / _STATE,
         )
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, process: int = 0) -> None:
         if not (folder / _STATE).exists():
             raise ValueError(f"resume_from_checkpoint must hold the teacher's state, got no {folder / _STATE}.")
         with readable(folder, "teacher"):
@@ -195,6 +202,9 @@ class LearningTeacher(Teacher):
             load_model(self.model, folder / SAFE_WEIGHTS_NAME)
             self._optimizer.load_state_dict(state["optimizer"])
             self._scheduler.load_state_dict(state["scheduler"])
+            # Checkpoints of earlier versions hold the first process's state alone.
+            if process and (file := folder / _PROCESS.format(process)).exists():
+                state |= torch.load(file, weights_only=True, map_location="cpu")
             # A generator refuses what is no state of one.
             self._rng = torch.Generator().set_state(state["rng"]).get_state()
             self._device_rng = state["device_rng"]

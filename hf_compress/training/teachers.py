@@ -108,10 +108,15 @@ class Teacher:
         """Called after the student's backward pass of that micro-batch."""
         self.place = None
 
-    def save(self, folder: Path) -> None:
-        """Write whatever changes during training into an existing checkpoint."""
+    def save(self, folder: Path, process: int = 0) -> None:
+        """Write whatever changes during training into an existing checkpoint.
 
-    def load(self, folder: Path) -> None:
+        Args:
+            folder: For the teacher's files.
+            process: The number of this one; the first writes what all share, each what is its own.
+        """
+
+    def load(self, folder: Path, process: int = 0) -> None:
         """Read what `save` wrote.
 
         Raises:
