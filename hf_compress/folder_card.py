@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from hf_compress.core.architectures import base_of
 from hf_compress.core.record import quantized_by_another, record_of
 from hf_compress.methods import METHODS
 
+
+logger = logging.getLogger(__name__)
 
 FILE = "README.md"
 _MARK = "<!-- Written by hf_compress at every save. Remove this line to keep your own text. -->"
@@ -76,10 +79,11 @@ def _dense_parameters(model: PreTrainedModel) -> int:
 def _sizes(model: PreTrainedModel) -> str:
     parameters = list(model.parameters())
     now, nonzero = sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in parameters)
-    return (
-        "| | parameters | not zero |\n|---|---|---|\n"
-        f"| the dense model | {_dense_parameters(model):,} | |\n| this model | {now:,} | {nonzero:,} |"
-    )
+    rows = [f"| this model | {now:,} | {nonzero:,} |"]
+    # Somebody else's class may need more than a config.
+    if type(model).__module__.startswith("transformers."):
+        rows.insert(0, f"| the dense model | {_dense_parameters(model):,} | |")
+    return "\n".join(["| | parameters | not zero |", "|---|---|---|", *rows])
 
 
 def _auto_class(model: PreTrainedModel) -> str:
@@ -142,6 +146,14 @@ def write_card(folder: str | Path, model: Any, target: str | Path | None = None)
         ...     Path(place, "README.md").read_text().splitlines()[1]
         'library_name: transformers'
     """
+    try:
+        _write(folder, model, target)
+    except Exception as error:
+        # Whatever it is: the model is worth more than its description.
+        logger.warning("%s of %s could not be written: %s", FILE, folder if target is None else target, error)
+
+
+def _write(folder: str | Path, model: Any, target: str | Path | None) -> None:
     places = [Path(folder, FILE), *([Path(target, FILE)] if target is not None else [])]
     if not isinstance(model, PreTrainedModel) or not all(may_be_replaced(file) for file in places):
         return

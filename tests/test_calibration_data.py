@@ -59,6 +59,7 @@ FORMS = {
         {"input_ids": [r["input_ids"] for r in rows[i : i + 8]], "label": [r["label"] for r in rows[i : i + 8]]}
         for i in range(0, 40, 8)
     ],
+    "numpy format": lambda rows: datasets.Dataset.from_list(rows).with_format("numpy"),
     "one pass": lambda rows: (row for row in rows),
 }
 
@@ -144,6 +145,17 @@ def test_other_inputs_than_tokens(kind, criterion):
     config = hc.WeightPruningConfig(pattern="1x1", target_sparsity=0.5, criterion=criterion, scope="local")
     hc.compress(dense, config, data=[batch, batch])
     assert hc.steps_of(dense)[0]["achieved_sparsity"] == 0.5
+
+
+def test_rows_of_images():
+    torch.manual_seed(0)
+    dense, batch = _vit()
+    config = hc.WeightPruningConfig(pattern="1x1", target_sparsity=0.5, criterion="wanda")
+    rows = [{"pixel_values": image} for image in batch["pixel_values"]]
+    lists = datasets.Dataset.from_list([{"pixel_values": image.tolist()} for image in batch["pixel_values"]])
+    found = [hc.compress(copy.deepcopy(dense), config, data=data) for data in ([batch], rows, lists)]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0].parameters(), other.parameters(), strict=True))
 
 
 class Rows:

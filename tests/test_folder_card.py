@@ -140,6 +140,30 @@ def test_the_card_of_a_plain_trainer_is_replaced(small, trainer, tmp_path):
     assert "**weight_pruning**" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_card_that_cannot_be_written_costs_no_model(small, tokenizer, tmp_path, caplog):
+    base = tmp_path / "base"
+    small.save_pretrained(base)
+    write_card(base, small)
+    broken = (base / "README.md").read_text().replace("tags:", "tags: [")
+    (base / "README.md").write_text(broken)
+    again = AutoModelForSequenceClassification.from_pretrained(base)
+    save_stage(tmp_path / "stage", again, tokenizer, {})
+    assert "README.md of " in caplog.text
+    assert (tmp_path / "stage" / "model.safetensors").is_file()
+
+
+def test_classes_of_somebody_else(small, tmp_path):
+    class Own(type(small)):
+        def __init__(self, config, more):
+            super().__init__(config)
+
+    small.__class__ = Own
+    write_card(tmp_path, small)
+    text = (tmp_path / "README.md").read_text()
+    assert "| this model |" in text
+    assert "| the dense model |" not in text
+
+
 def test_models_of_other_makers_have_no_card(tmp_path):
     write_card(tmp_path, torch.nn.Linear(2, 2))
     assert not list(tmp_path.iterdir())

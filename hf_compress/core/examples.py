@@ -56,12 +56,12 @@ def _rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _is_example(batch: Mapping[str, Any], main: str) -> bool:
-    """Whether a dict holds one example, not a batch."""
-    value = batch.get(main)
-    if torch.is_tensor(value):
-        return main == "input_ids" and value.ndim == 1
-    return isinstance(value, list | tuple) and bool(value) and not isinstance(value[0], list | tuple)
+def _axes(value: Any) -> int:
+    """How many axes a tensor, array or nested list has."""
+    axes = 0
+    while isinstance(value, list | tuple) and len(value):
+        axes, value = axes + 1, value[0]
+    return axes + getattr(value, "ndim", 0)
 
 
 def batches_of(
@@ -82,13 +82,16 @@ def batches_of(
         ([[5, 6, 7], [8, 0, 0]], [[1, 1, 1], [1, 0, 0]], [1, 0])
     """
     waiting: list[Mapping[str, Any]] = []
+    # Batches of images have channels, height and width, others one axis.
+    batched = 4 if main == "pixel_values" else 2
     for batch in data:
-        if isinstance(batch, Mapping) and _is_example(batch, main):
+        value = batch.get(main) if isinstance(batch, Mapping) else None
+        if _axes(value) == batched - 1:
             waiting.append(batch)
             if len(waiting) == _ROWS:
                 yield _collated(waiting, config)
                 waiting = []
-        elif isinstance(batch, Mapping) and isinstance(batch.get(main), list | tuple):
+        elif _axes(value) == batched and isinstance(value, list | tuple):
             yield _collated(_rows_of(batch), config)
         else:
             yield batch
