@@ -184,3 +184,11 @@ def test_published_steps_and_warm_up(tmp_path, count, per_epoch, total, warm):
         factor = scheduler.lr_lambdas[0]
         assert (factor(0), factor(warm), factor(total)) == (0, 1, 0)
         assert factor(warm - 1) < 1 > factor(warm + 1)
+
+
+def test_a_teacher_without_a_head_is_named(tmp_path):
+    teacher = dense(1).bert
+    with pytest.raises(ValueError, match="A teacher that learns needs a loss, and BertModel gave none"):
+        trainer_of("joint", tmp_path, linear(0), teacher).train()
+    with pytest.raises(ValueError, match="The model must return logits, got BaseModelOutput"):
+        trainer_of("fixed", tmp_path, linear(0), dense(1).bert, alpha_output=1.0).train()

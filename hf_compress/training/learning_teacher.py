@@ -129,12 +129,18 @@ class LearningTeacher(Teacher):
         wait = contextlib.nullcontext() if last else self._accelerator.no_sync(self._wrapped)
         with wait, self._own_randomness():
             outputs = self._wrapped(**arguments, **hidden)
+            loss = getattr(outputs, "loss", None)
+            if loss is None:
+                raise ValueError(
+                    f"A teacher that learns needs a loss, and {type(self.model).__name__} gave none for the columns "
+                    f"{', '.join(sorted(arguments))}. Give it a head, and the data the labels that it takes."
+                )
             # On an accelerator this would wait for the device; there the trainer checks the averages that it logs.
-            if outputs.loss is None or (outputs.loss.device.type == "cpu" and not torch.isfinite(outputs.loss).all()):
-                raise ValueError(f"The teacher's loss must be finite, got {outputs.loss} at step {place.step}.")
+            if loss.device.type == "cpu" and not torch.isfinite(loss).all():
+                raise ValueError(f"The teacher's loss must be finite, got {loss} at step {place.step}.")
             divisor = place.accumulation if self.restart_each_epoch else place.length
-            self._accelerator.backward(outputs.loss / divisor)
-        self._last_loss = outputs.loss.detach()
+            self._accelerator.backward(loss / divisor)
+        self._last_loss = loss.detach()
         return signals_of(outputs, self.states, self.needs_logits)
 
     def end(self, place: MicroBatch) -> None:
