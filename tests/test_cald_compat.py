@@ -4,6 +4,7 @@ import pytest
 from transformers import TrainingArguments
 
 import hf_compress as hc
+from hf_compress.cli import commands
 
 
 PUBLISHED = {
@@ -38,3 +39,16 @@ def test_without_it_nothing_is_set(tmp_path):
     args = hc.JointTeacherArguments(str(tmp_path), use_cpu=True)
     assert (args.max_grad_norm, args.teacher_schedule, args.layer_reduction) == (1.0, "own", "mean")
     assert TrainingArguments(str(tmp_path), use_cpu=True).max_grad_norm == 1.0
+
+
+@pytest.mark.parametrize(("extra", "decay", "sampling"), [
+    ("", 0.01, "group_by_length"), ("--compat cald", 0.0, "random"),
+    ("--compat cald --weight_decay 0.01 --train_sampling_strategy group_by_length", 0.01, "group_by_length"),
+])  # fmt: skip
+def test_the_command_takes_the_published_constants_where_they_are_left_out(monkeypatch, extra, decay, sampling):
+    seen = []
+    monkeypatch.setattr(commands, "joint_distill", lambda parsed: seen.append(parsed.values[-1]))
+    line = f"--model_name_or_path a --teacher_name_or_path b --data_dir d --output_dir out --use_cpu {extra}"
+    commands.run("joint-distill", line.split())
+    assert (seen[0].weight_decay, seen[0].train_sampling_strategy) == (decay, sampling)
+    assert seen[0].teacher_schedule == ("stretched" if "compat" in extra else "own")

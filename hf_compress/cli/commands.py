@@ -13,7 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_compress.cli.parsing import Parsed, parse
-from hf_compress.cli.table import COMMANDS, LINEAR_START
+from hf_compress.cli.table import COMMANDS, LINEAR_START, PUBLISHED_TRAINING
 from hf_compress.stages import demo as demo_stage
 from hf_compress.stages import evaluate as evaluate_stage
 from hf_compress.stages import finetune as finetune_stage
@@ -37,8 +37,12 @@ def run(name: str, arguments: Sequence[str]) -> None:
         # Pinned memory only exists beside an accelerator; asking for it elsewhere warns at every epoch.
         defaults["dataloader_pin_memory"] = torch.cuda.is_available()
     parsed = parse(dataclasses_of(name), arguments, defaults)
+    published = [PUBLISHED_TRAINING.get(getattr(values, "compat", None), {}) for values in parsed.values]
     for values in parsed.values:
         if isinstance(values, TrainingArguments):
+            for option, value in (pair for constants in published for pair in constants.items()):
+                if option not in parsed.given:
+                    setattr(values, option, value)
             check_training(values)
     globals()[name.replace("-", "_")](parsed)
 

@@ -29,6 +29,11 @@ _TRAINING = {
     "logging_steps": 50,
     "report_to": "none",
 }
+# What stands in their place, where it is left out, beside `--compat`: the published codes' own.
+PUBLISHED_TRAINING = {
+    "cald": {"weight_decay": 0.0, "train_sampling_strategy": "random"},
+    "ltp": {"weight_decay": 0.0, "train_sampling_strategy": "random", "warmup_steps": 0},
+}
 # The start that kept most accuracy (methods/linformer/README.md); the published one is LinformerConfig's own.
 LINEAR_START = {"initialization": "pooling", "slot_mask": True, "length_scaling": False}
 

@@ -21,9 +21,8 @@ from hf_compress.training.distillation import DistillationTrainer
 
 
 # What `compat="ltp"` makes of settings that were left out: the published soft stage is a training of its own, with a
-# temperature and a lambda that stay as they are, and a learning rate that falls from the first update on.
+# temperature and a lambda that stay as they are.
 _PUBLISHED = {"soft_fraction": 1.0, "temperature_start": 1e-3, "temperature_end": 1e-3, "lambda_warmup": 0.0}
-_PUBLISHED_TRAINING = {"warmup_steps": 0, "weight_decay": 0.0, "train_sampling_strategy": "random"}
 
 
 @dataclass
@@ -192,8 +191,6 @@ def prune_tokens(
     learns = _begin_stage(model.config, pruning)
     _require_effect(model.config, pruning, learns, chosen)
     shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
-    if pruning.compat is not None and given is not None:
-        shared.update({name: value for name, value in _PUBLISHED_TRAINING.items() if name not in given})
     uses_teacher = pruning.teacher_name_or_path is not None
     arguments = DistillationArguments(**shared, alpha_output=pruning.alpha_output if uses_teacher else 0.0)
     common = trainer_arguments(task, model, tokenizer, arguments, rows)
