@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Value
+from datasets import Dataset, DatasetDict
 from transformers import PretrainedConfig
 
 from hf_compress.core.labels import places_by_name, says_nothing
@@ -287,8 +287,7 @@ def match_labels(task: Task, config: PretrainedConfig) -> Task:
 
 
 def _relabelled(rows: Dataset, labels: Sequence[float]) -> Dataset:
-    kind = "float64" if labels and isinstance(labels[0], float) else "int64"
-    return rows.remove_columns("label").add_column("label", list(labels), feature=Value(kind))
+    return rows.remove_columns("label").add_column("label", list(labels))
 
 
 def _matched_scores(task: Task, config: PretrainedConfig) -> Task:
