@@ -106,6 +106,9 @@ def test_divergences_are_right_at_every_temperature(temperature, classes):
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
     exact = output_divergence(teacher.double(), student.double(), temperature)
     assert float(exact) == pytest.approx(float(expected), rel=1e-11)
+    padded = (torch.cat([t, normal(8, 3, seed=2)], -1) for t in (teacher, student))
+    mask = (torch.arange(classes + 3) < classes).expand(8, -1)
+    assert float(position_divergence(*padded, temperature, mask)) == pytest.approx(float(expected), rel=1e-5)
     if classes == 2:
         decision, guess = (t[:, :1] - t[:, 1:] for t in (teacher, student))
         assert float(multilabel_divergence(decision, guess, temperature)) == pytest.approx(float(expected), rel=1e-5)

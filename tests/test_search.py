@@ -193,3 +193,27 @@ def test_every_trial_keeps_its_teacher(tmp_path):
         opened = BertForSequenceClassification.from_pretrained(tmp_path / f"run-{number}" / "teacher").state_dict()
         assert all(torch.equal(value, opened[name]) for name, value in expected.items())
     assert not (tmp_path / "teacher").exists()
+
+
+@pytest.mark.parametrize("trainer_class", [hc.DistillationTrainer, hc.JointTeacherTrainer])
+def test_trials_may_ask_a_teacher_by_name_that_the_arguments_leave_alone(tmp_path, trainer_class):
+    bert(1, 2).save_pretrained(tmp_path / "dense")
+    losses = []
+    for teacher in (str(tmp_path / "dense"), bert(1, 2)):
+        drawn, given, kind = Drawn(), {"teacher_model": teacher}, trainer_class.arguments_class
+        trainer = build(trainer_class, kind, tmp_path / "run", lambda: bert(0), [drawn], given, alpha_output=0.0)
+        search(trainer, distillation_space)
+        losses.append(drawn.losses)
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 3
+
+
+@pytest.mark.parametrize(("name", "value", "text"), [
+    ("alpha_output", -1.0, "alpha_output must be zero or positive, got -1.0"),
+    ("temperature", 0.0, "temperature must be positive, got 0.0"),
+    ("gradient_accumulation_steps", 0, "gradient_accumulation_steps is 0"),
+])  # fmt: skip
+def test_values_that_a_trial_may_not_draw(tmp_path, name, value, text):
+    make, _ = SEARCHES["fixed"]
+    with pytest.raises(ValueError, match=text):
+        search(make(tmp_path, Drawn()), lambda trial: {name: value})

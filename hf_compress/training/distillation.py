@@ -78,8 +78,10 @@ class DistillationTrainer(CompressionTrainer):
         self.layer_pairs: list[tuple[int, int]] = []
         self._teacher: Teacher | None = None
         self._window = (0, 1)
-        if isinstance(teacher_model, str | os.PathLike) and args.uses_teacher:
-            teacher_model = open_teacher(teacher_model, self._core())
+        if isinstance(teacher_model, str | os.PathLike):
+            # Trials of a search may ask a teacher that this trainer's own arguments leave alone.
+            asked = args.uses_teacher or self.model_init is not None
+            teacher_model = open_teacher(teacher_model, self._core()) if asked else None
         self._origin = teacher_model
         self._new_student = False
         if args.uses_teacher:
