@@ -132,7 +132,7 @@ TRAINING = {
     "report_to": ("nothing",),
     "resume_from_checkpoint": ("nowhere", "model", "file"),
     "train_sampling_strategy": ("nothing",),
-    "lr_scheduler_kwargs": ("{", '{"nothing":1}'),
+    "lr_scheduler_kwargs": ("{", "nonsense", "3", '{"nothing":1}'),
     "accelerator_config": ("{", "nowhere.json"),
     "deepspeed": ("nowhere.json",),
     "fsdp": ("nothing",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainingArguments
@@ -55,6 +55,10 @@ def check_ranges(args: TrainingArguments) -> None:
         if getattr(args, strategy) == "steps":
             _require(name, getattr(args, name), lambda value: 0 < value < math.inf, f"above 0 with {strategy}=steps")
     _check_optimizer_arguments(args.optim_args)
+    if not isinstance(args.lr_scheduler_kwargs or {}, Mapping):
+        raise ValueError(
+            f"lr_scheduler_kwargs is {args.lr_scheduler_kwargs!r}: it must be a JSON object of names and values."
+        )
     if args.load_best_model_at_end and args.eval_strategy == "no":
         raise ValueError("load_best_model_at_end is set, but eval_strategy is 'no': nothing says which model is best.")
     for name in args.report_to or ():
