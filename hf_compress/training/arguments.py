@@ -54,7 +54,8 @@ class DistillationArguments(TrainingArguments):
             shorter group of accumulated micro-batches is divided by the full number of them, and a learning teacher
             follows the student's schedule only in the updates in which it learns (`teacher_schedule=stretched`),
             counted anew in every epoch. A value of these settings that is neither their default nor the published one
-            is refused. Learning rates, warm-up, weight decay (published: 0) and weights of terms stay as given.
+            is refused. Learning rates, warm-up, weights of terms and weight decay (published: 0, which commands take
+            where it is left out) stay as given.
 
     Raises:
         ValueError: Names the field, the rule and the value.
