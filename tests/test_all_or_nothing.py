@@ -10,7 +10,7 @@ import hf_compress as hc
 from hf_compress.core.own_config import own_config_
 from hf_compress.core.rollback import restored_on_failure
 from hf_compress.methods.weight_pruning import slimming
-from tests.rounding import assert_equal_to_rounding, differ_beyond_rounding
+from tests.rounding import assert_compressed_alike, assert_equal_to_rounding, differ_beyond_rounding
 
 
 HEAD = "sequence_classification"
@@ -79,10 +79,7 @@ def test_interrupted_at_any_batch(model, batches, name):
         assert everything(dense) == before
     # And it works as if nothing had happened.
     hc.compress(dense, *STEPS[name], data=data)
-    assert hc.steps_of(dense) == hc.steps_of(expected)
-    ours, theirs = dense.state_dict(), expected.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert_compressed_alike(dense, expected)
 
 
 def test_activations_that_overflow_late(model, batches):

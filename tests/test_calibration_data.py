@@ -21,6 +21,7 @@ from transformers import (
 import hf_compress as hc
 from hf_compress.core.calibration import collect_inputs
 from hf_compress.core.examples import batches_of
+from tests.rounding import assert_compressed_alike
 
 
 HEAD = "sequence_classification"
@@ -80,8 +81,7 @@ def test_every_form_gives_the_same_batches(model, rows, form):
 def test_a_data_set_calibrates_as_its_batches_do(model, rows, config):
     whole = hc.compress(model("bert", HEAD), config, data=datasets.Dataset.from_list(rows))
     by_hand = hc.compress(model("bert", HEAD), config, data=list(padded(rows)))
-    assert hc.steps_of(whole) == hc.steps_of(by_hand)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), by_hand.parameters(), strict=True))
+    assert_compressed_alike(whole, by_hand)
     assert hc.count_cost(whole, data=datasets.Dataset.from_list(rows)) == hc.count_cost(
         by_hand, data=list(padded(rows))
     )
@@ -155,7 +155,7 @@ def test_rows_of_images():
     lists = datasets.Dataset.from_list([{"pixel_values": image.tolist()} for image in batch["pixel_values"]])
     found = [hc.compress(copy.deepcopy(dense), config, data=data) for data in ([batch], rows, lists)]
     for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0].parameters(), other.parameters(), strict=True))
+        assert_compressed_alike(other, found[0])
 
 
 class Rows:
