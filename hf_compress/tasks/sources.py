@@ -10,7 +10,7 @@ import datasets
 from datasets import Dataset, DatasetDict, Features, Value
 
 from hf_compress.tasks.columns import label_column, read_texts, require_columns, text_columns
-from hf_compress.tasks.labels import read_labels
+from hf_compress.tasks.label_column import read_labels
 from hf_compress.tasks.tables import SUFFIXES, Table, read_table, table_of
 from hf_compress.tasks.task import EVALUATED, Task
 
