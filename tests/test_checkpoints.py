@@ -251,7 +251,7 @@ def test_two_trainings_at_once_in_one_folder(tmp_path, rounds):
         assert names(folder) == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
         final = BertForSequenceClassification.from_pretrained(folder / "checkpoint-8").state_dict()
         assert any(equal(alone[seed], final) for seed in worked)
-        assert not list(folder.glob(".*"))
+        assert not [path for path in folder.iterdir() if path.name[0] in "._"]
 
 
 @pytest.mark.parametrize("place", ["out", "out/checkpoint-2"])

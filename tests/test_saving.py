@@ -239,12 +239,12 @@ def test_the_folder_of_a_running_training_is_refused(tmp_path, killed):
             attempt()
     holder.kill() if killed else done.set()
     holder.join(60)
-    assert (tmp_path / ".training.lock").exists() == killed
+    assert (tmp_path / "_training.lock").exists() == killed
     with sole_training(tmp_path):
         # In the same process a training saves into its own folder.
         _save(tmp_path)
-        assert (tmp_path / ".training.lock").exists()
-    assert not list(tmp_path.glob(".*"))
+        assert (tmp_path / "_training.lock").exists()
+    assert not list(tmp_path.glob("[._]*"))
 
 
 def test_failed_json_keeps_the_old_file(tmp_path):

@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 
-_TRAINING_LOCK = ".training.lock"
+# `Trainer` uploads no files whose name begins like this.
+_TRAINING_LOCK = "_training.lock"
 _WRITING_LOCK = ".writing.lock"
 _STAGED = ".incomplete-model-"
 
