@@ -51,7 +51,7 @@ def may_be_replaced(file: Path) -> bool:
 
 
 def steps_with_settings(config: PretrainedConfig) -> list[tuple[str, dict[str, Any]]]:
-    """The methods that a model went through, each with those settings and results that are not the defaults."""
+    """The methods that a model went through, each with its two main settings and all that are not the defaults."""
     result = []
     for step in [] if quantized_by_another(config) else record_of(config)["steps"]:
         kind = METHODS[step["method"]].config_class
@@ -61,8 +61,10 @@ def steps_with_settings(config: PretrainedConfig) -> list[tuple[str, dict[str, A
         # JSON knows no tuples.
         usual = {name: getattr(defaults, name) for name in values}
         usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
-        changed = {name: value for name, value in values.items() if value is not None and value != usual[name]}
-        result.append((step["method"], changed))
+        # A config names first what it is about: how much is kept, which pattern, how many slots.
+        main = list(values)[:2]
+        shown = {n: v for n, v in values.items() if v is not None and (n in main or v != usual[n])}
+        result.append((step["method"], shown))
     return result
 
 

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_compress.api import apply_implied, check_finite, steps_of
+from hf_compress.core.errors import first_line
 from hf_compress.core.labels import says_nothing
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.positions import extend_positions_, most_tokens, position_offset
@@ -72,7 +73,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:
         # transformers and tokenizers report a broken file as whatever it breaks first.
-        raise ValueError(f"No tokenizer can be opened at {name!r}: {_first_line(error)}") from error
+        raise ValueError(f"No tokenizer can be opened at {name!r}: {first_line(error)}") from error
 
 
 def _classifies(config: PretrainedConfig) -> bool:
@@ -86,7 +87,7 @@ def _open_config(name: str) -> PretrainedConfig:
         raise
     except Exception as error:
         # transformers reports a broken file as whatever it breaks first.
-        raise ValueError(f"config.json at {name!r} is broken: {_first_line(error)}") from error
+        raise ValueError(f"config.json at {name!r} is broken: {first_line(error)}") from error
 
 
 def head_config(name: str) -> PretrainedConfig | None:
@@ -121,7 +122,7 @@ def _open(name: str, task: Task | None, fresh_head: bool) -> PreTrainedModel:
             loaded, (lambda key: not key.startswith(inside) or key.startswith(f"{inside}pooler.")) if new else None
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"No classifier can be opened at {name!r}: {_first_line(error)}") from error
+        raise ValueError(f"No classifier can be opened at {name!r}: {first_line(error)}") from error
     check_finite(model)
     return apply_implied(model)
 
@@ -234,7 +235,3 @@ def save_stage(
         tokenizer.save_pretrained(staged)
         write_json(staged / "results.json", results)
         write_card(staged, model, directory)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

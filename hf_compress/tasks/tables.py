@@ -17,6 +17,8 @@ import pyarrow
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, Features
 
+from hf_compress.core.errors import first_line
+
 
 SUFFIXES = (".parquet", ".tsv", ".csv", ".json", ".jsonl")
 
@@ -71,15 +73,11 @@ def read_table(file: Path, split: str) -> Table:
         else:
             table = _delimited(_text(file, where), suffix == ".tsv", where)
     except OSError as error:
-        raise ValueError(f"{where} cannot be read: {error.strerror or _first_line(error)}.") from error
+        raise ValueError(f"{where} cannot be read: {error.strerror or first_line(error)}.") from error
     twice = [name for i, name in enumerate(table.columns) if name and name in table.columns[:i]]
     if twice:
         raise ValueError(f"{where} has the column {twice[0]!r} more than once: rename or drop one of them.")
     return table
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _class_names(features: Features) -> dict[str, tuple[str, ...]]:
@@ -91,7 +89,7 @@ def _parquet(file: Path, where: str) -> Table:
         try:
             return call()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{where} cannot be read as Parquet: {_first_line(error)}.") from error
+            raise ValueError(f"{where} cannot be read as Parquet: {first_line(error)}.") from error
 
     schema = guarded(lambda: pyarrow.parquet.read_schema(file))
 
