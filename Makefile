@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SPREAD := -q -n auto --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup setup-demo demo test test-processors test-floor slow-test style clean
+.PHONY: setup setup-demo demo test test-processors test-floor slow-test style docs clean
 
 setup: $(VENV)/.installed
 
@@ -50,6 +50,10 @@ slow-test: $(VENV)/.demo
 style: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Every public name with its docstring, as pages to open in a browser.
+docs: $(VENV)/.installed
+	$(BIN)/pdoc hf_compress -o build/docs
 
 # The oldest transformers that setup.cfg admits; give FLOOR_TRANSFORMERS=5.x.0 to look for an older one.
 FLOOR_TRANSFORMERS ?= 5.6.0
