@@ -7,11 +7,12 @@ import random
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import BertConfig, BertForSequenceClassification
 
 import hf_compress as hc
 from hf_compress.training.trainer import CompressionTrainer
 from tests.crash_program import Rows, pad
+from tests.stopping import Stop
 
 
 ROWS = [Rows()[index] for index in range(30)]
@@ -25,20 +26,6 @@ def quick_collections():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-class Stop(TrainerCallback):
-    """Writes a checkpoint after an update and ends the training."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_save = state.global_step == self.step
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise InterruptedError
 
 
 def trainer_of(folder, seed, stop=0, trainer_class=CompressionTrainer, **options):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from tests.crash_program import Rows
 from tests.guided_setup import dense, linear, same, trainer_of, weights
+from tests.stopping import Stop
 
 
 # Seven rows twice: in each epoch some texts come a second time.
@@ -26,20 +26,6 @@ MODES = {
 # At each border and behind it; then before, and again and again.
 PATTERNS = [[2, 4, 5]]
 MORE = [[1, 3, 5], [4, 5], [6, 7], [1, 2, 3, 4, 5, 6, 7]]
-
-
-class Stop(TrainerCallback):
-    """Writes a checkpoint after an update and ends the training."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_save = state.global_step == self.step
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise InterruptedError
 
 
 @pytest.fixture

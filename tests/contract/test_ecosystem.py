@@ -6,11 +6,12 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, pipeline
+from transformers import AutoModelForSequenceClassification, Trainer, pipeline
 
 import hf_compress as hc
 from hf_compress.core.architectures import blocks_of
 from tests.contract.conftest import assert_same_outputs, logits_of
+from tests.pruned_training import arguments, examples
 from tests.rounding import differ_beyond_rounding
 
 
@@ -21,38 +22,22 @@ HEAD = "sequence_classification"
 def labelled(batches):
     """`labelled(config, number)`: single examples of equal length with labels 0 and 1, as Trainer reads them."""
 
-    def make(config, number=16):
-        ids = batches(config, count=1, size=number, length=12, seed=5)[0]["input_ids"]
-        ids = ids.where(ids != config.pad_token_id, 3)
-        return [{"input_ids": row, "labels": index % 2} for index, row in enumerate(ids)]
-
-    return make
-
-
-def arguments(folder, **changes):
-    quiet = {
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-    }
-    return TrainingArguments(
-        folder, **{**quiet, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_steps": 4, **changes}
-    )
+    return lambda config, number=16: examples(config, batches, number)
 
 
 def test_trainer_checkpoint_opens_and_resumes(compressed, labelled, batch, method, architecture, tmp_path):
     start = compressed(method, architecture, HEAD)
     saving = {"save_strategy": "steps", "save_steps": 2}
-    trainer = Trainer(copy.deepcopy(start), arguments(tmp_path / "a", **saving), train_dataset=labelled(start.config))
+    trainer = Trainer(
+        copy.deepcopy(start), arguments(tmp_path / "a", **saving, max_steps=4), train_dataset=labelled(start.config)
+    )
     trainer.train()
     trained = trainer.model
     assert differ_beyond_rounding(logits_of(trained, batch(start))[0], logits_of(start, batch(start))[0])
     reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a" / "checkpoint-4")
     assert_same_outputs(reloaded, trained, batch(start))
     # Resuming from the middle ends where the unbroken run ended.
-    again = Trainer(copy.deepcopy(start), arguments(tmp_path / "b"), train_dataset=labelled(start.config))
+    again = Trainer(copy.deepcopy(start), arguments(tmp_path / "b", max_steps=4), train_dataset=labelled(start.config))
     again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert_same_outputs(again.model, trained, batch(start))
     # And a reloaded model is one that Trainer takes.

@@ -31,7 +31,7 @@ from hf_compress.methods.weight_pruning.groups import (
 )
 from hf_compress.methods.weight_pruning.modeling import expected_units, prune_layers, step_scores, warn_of_spared
 from hf_compress.methods.weight_pruning.progressive import staged, zeros_at
-from hf_compress.methods.weight_pruning.regularizers import group_lasso, group_lasso_by_gradient
+from hf_compress.methods.weight_pruning.shrinking import Shrinking
 from hf_compress.methods.weight_pruning.timetable import PruningRun, runs_of
 from hf_compress.methods.weight_pruning.zeros import HeldZerosCallback, Zeros, decide, decided_elsewhere, forget
 
@@ -95,15 +95,13 @@ class WeightPruningCallback(TrainerCallback):
     def _clear(self) -> None:
         forget(self)
         self._runs: list[PruningRun] = []
-        # Units that were zero when training began, where a regulariser makes more of them.
-        self._zero_before: dict[PruningRun, int] = {}
+        self._shrinking = Shrinking()
         self._pruned: dict[Layer, Tensor] = {}
         self._zeros = Zeros()
         self._fresh: dict[Layer, Tensor] = {}
         self._plans: dict[Layer, Tensor] = {}
         # `magnitude` looks at the weights as they were at the update, through all its stages.
         self._update_scores: dict[Layer, Tensor] = {}
-        self._left: dict[Layer, Tensor] = {}
         self._sparsity = 0.0
         self._scale, self._skipped = 1.0, False
         self._late: set[PruningRun] = set()
@@ -128,7 +126,7 @@ class WeightPruningCallback(TrainerCallback):
         if getattr(model, "config", None) is not None:
             # A record of another package stops the training here, not at the last update.
             self._zeros.hold_recorded(model, {layer.weight for run in self._runs for layer in run.selected.layers})
-        self._zero_before = {run: pruned_units(run.group)[0] for run in self._runs if run.group.config.reg_type}
+        self._shrinking = Shrinking(self._runs)
         self._restore(optimizer, state.global_step)
         if state.global_step > self._last_update:
             self._record(model)
@@ -178,7 +176,7 @@ class WeightPruningCallback(TrainerCallback):
         self._zeros.release(decided_elsewhere(optimizer, self))
         due = [run for run in self._runs if run in self._late or run.schedule.due(step) is not None]
         for run in due:
-            self._check_not_emptied(run)
+            self._shrinking.check_not_emptied(run)
             self._update(run, run.schedule.in_force(step + 1), run.stage(step), optimizer)
         advancing = [run for run in self._runs if run not in due and run.advances(step)]
         for run in advancing:
@@ -256,13 +254,8 @@ class WeightPruningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._scale = _loss_scale(optimizer)
+        self._shrinking.look_at_gradients(state.global_step)
         for run in self._runs:
-            config = run.group.config
-            if run.shrinks(state.global_step) and config.reg_type == "group_lasso_gradient":
-                for layer in run.group.layers:
-                    if layer.weight.grad is not None:
-                        gradient = layer.matrix(layer.weight.grad.detach())
-                        self._left[layer] = group_lasso_by_gradient(gradient, layer.pattern(config), config.reg_coeff)
             if not (run.scores_at(state.global_step) or run in self._late):
                 continue
             for layer in run.group.layers:
@@ -270,7 +263,7 @@ class WeightPruningCallback(TrainerCallback):
                 gradient = layer.weight.grad
                 if gradient is not None:
                     stored = optimizer.state.get(layer.weight, {}).get(SCORE)
-                    self._fresh[layer] = step_scores(config, layer, gradient, stored)
+                    self._fresh[layer] = step_scores(run.group.config, layer, gradient, stored)
 
     def on_optimizer_step(
         self,
@@ -286,22 +279,9 @@ class WeightPruningCallback(TrainerCallback):
             for layer, score in self._fresh.items():
                 optimizer.state[layer.weight][SCORE] = score
             self._save(self._pruned, optimizer, stepped=True)
-            self._shrink(state.global_step, optimizer)
+            self._shrinking.shrink(state.global_step, optimizer)
         self._fresh.clear()
-        self._left.clear()
         self._zeros.enforce()
-
-    def _shrink(self, step: int, optimizer: Any) -> None:
-        """Make blocks smaller, as the regulariser says."""
-        for run in self._runs:
-            config = run.group.config
-            if run.shrinks(step) and config.reg_type == "group_lasso":
-                rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-                for layer in (layer for layer in run.group.layers if layer.weight.grad is not None):
-                    weight, strength = layer.matrix(layer.weight.detach()), rates[layer.weight] * config.reg_coeff
-                    self._left[layer] = group_lasso(weight, layer.pattern(config), float(strength))
-        for layer, left in self._left.items():
-            layer.weight.data.mul_(layer.like_weight(left))
 
     def _set_mask(self, layer: Layer, mask: Tensor) -> None:
         self._pruned[layer] = mask
@@ -359,7 +339,7 @@ class WeightPruningCallback(TrainerCallback):
                 raise ValueError(f"{found} Train longer or lower end_step.")
             for run in runs:
                 self._check_target(run)
-                self._check_not_emptied(run)
+                self._shrinking.check_not_emptied(run)
             # Weights that came back have been trained since, and a regulariser may have emptied another block.
             self._record(model)
         finally:
@@ -376,19 +356,6 @@ class WeightPruningCallback(TrainerCallback):
                 f"target_sparsity={config.target_sparsity} was not kept: {gone} of {expected} units of pattern "
                 f"{config.pattern} are zero at the end of training. Something changed the weights after the last "
                 "update, e.g. a checkpoint from before it was loaded."
-            )
-
-    def _check_not_emptied(self, run: PruningRun) -> None:
-        """Refuse a regulariser that has pruned by itself, and more than was asked for."""
-        config = run.group.config
-        if run not in self._zero_before:
-            return
-        gone, units = pruned_units(run.group)
-        expected = expected_units(config, unit_counts(config, run.group.layers))
-        if gone > max(expected, self._zero_before[run]):
-            raise ValueError(
-                f"reg_coeff={config.reg_coeff:g} is too large: {config.reg_type} has made {gone} of {units} units of "
-                f"pattern {config.pattern} zero, and target_sparsity={config.target_sparsity} asks for {expected}."
             )
 
     def _record(self, model: nn.Module) -> None:
