@@ -321,7 +321,7 @@ def _measurement(report: dict[str, Any]) -> list[str]:
         keys = ("threads", "dtype", "attention", "device")
         threads, dtype, attention, device = (", ".join(sorted({str(t[key]) for t in timed})) for key in keys)
         lines += [
-            f"- {threads} threads, {dtype}, {attention} attention, on {device}",
+            f"- {threads} thread{'' if threads == '1' else 's'}, {dtype}, {attention} attention, on {device}",
             f"- Models took turns on the same length-sorted batches, {timed[0]['repeats']} rounds; "
             "p50 and p95 are a batch's; speed-up: median (range) of the ratios of rounds",
             f"- Memory: {timed[0]['memory_kind']}",
