@@ -114,7 +114,8 @@ def compress(
         0.7
     """
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.")
+        hint = " Merge its adapters first (merge_and_unload)." if hasattr(model, "peft_config") else ""
+        raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.{hint}")
     if not configs:
         raise ValueError("configs must name at least one step, got none.")
     steps = [(method_of(config), config) for config in configs]

@@ -33,7 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
-        print("hf-compress: interrupted", file=sys.stderr)
+        hint = (
+            "" if "output_dir" not in " ".join(arguments) else "; --resume_from_checkpoint true continues a training"
+        )
+        print(f"hf-compress: interrupted{hint}", file=sys.stderr)
         return 130
     except Exception as error:
         bad = is_bad_input(error)
@@ -66,7 +69,7 @@ def _answer(arguments: list[str]) -> int:
         near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return fail(f"command must be one of {', '.join(COMMANDS)}, got {name!r}.{hint}")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("hf_compress").setLevel(logging.INFO)
     # The stages import torch and transformers, which takes seconds: help and typing errors above do not wait for it.
     import_module("hf_compress.cli.commands").run(name, rest)

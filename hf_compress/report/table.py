@@ -320,6 +320,8 @@ def _measurement(report: dict[str, Any]) -> list[str]:
     if timed:
         keys = ("threads", "dtype", "attention", "device")
         threads, dtype, attention, device = (", ".join(sorted({str(t[key]) for t in timed})) for key in keys)
+        # Token pruning and linear attention register an attention of this name.
+        attention = attention.replace("hf_compress", "hf_compress's own")
         lines += [
             f"- {threads} thread{'' if threads == '1' else 's'}, {dtype}, {attention} attention, on {device}",
             f"- Models took turns on the same length-sorted batches, {timed[0]['repeats']} rounds; "

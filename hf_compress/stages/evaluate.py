@@ -130,7 +130,7 @@ def report(args: ReportArguments, data: DataArguments) -> dict[str, Any]:
     Raises:
         ValueError: If a model or the split cannot be opened or does not fit.
     """
-    require_own_folder(args.output_dir)
+    require_own_folder(args.output_dir, {f"the model {name}": name for name in args.models})
     task, split = _opened(data, args.split)
     measured, folders = {}, {}
     for name in args.models:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import statistics
 from collections import Counter
@@ -35,6 +34,7 @@ from hf_compress.stages.models import (
     lengthen_,
     open_classifier,
     open_pair,
+    require_left_out,
     save_stage,
 )
 from hf_compress.tasks.sources import DataArguments, Task, load_task
@@ -44,9 +44,6 @@ from hf_compress.training.guided import JointTeacherTrainer, SnapshotTeacherTrai
 
 logger = logging.getLogger(__name__)
 
-
-# Arguments that the other commands need and a conversion has no use for.
-_UNUSED = ("max_length", "max_train_samples", "max_eval_samples", "freeze_embeddings")
 
 _MEASURED_TEXTS = 2000
 
@@ -83,11 +80,10 @@ def linearize(
     Raises:
         ValueError: If the model cannot be opened or converted.
     """
-    for given, why in ((data, "linearize reads the task's labels only"), (model_args, "linearize trains nothing")):
-        for entry in dataclasses.fields(given):
-            if entry.name in _UNUSED and getattr(given, entry.name) != entry.default:
-                hint = "; max_tokens says how long inputs may be" if entry.name == "max_length" else ""
-                raise ValueError(f"{entry.name} must be left out, got {getattr(given, entry.name)}: {why}{hint}.")
+    reads = "linearize reads the task's labels only"
+    require_left_out(data, ("max_length",), f"{reads}; max_tokens says how long inputs may be")
+    require_left_out(data, ("max_train_samples", "max_eval_samples"), reads)
+    require_left_out(model_args, ("freeze_embeddings",), "linearize trains nothing")
     require_own_folder(output.output_dir, model_folders(model_args))
     named = data.task_name or data.data_dir or data.train_file or data.validation_file or data.test_file
     for name in ("text_column", "text_pair_column", "label_column"):

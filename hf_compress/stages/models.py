@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,13 @@ class ModelArguments:
     freeze_embeddings: bool = False
 
 
+def require_left_out(given: Any, names: Sequence[str], why: str) -> None:
+    """Raise `ValueError` when arguments that a stage has no use for are not at their defaults."""
+    for entry in fields(given):
+        if entry.name in names and getattr(given, entry.name) != entry.default:
+            raise ValueError(f"{entry.name} must be left out, got {getattr(given, entry.name)}: {why}.")
+
+
 def has_tokenizer(name: str) -> bool:
     """Whether a folder holds a tokenizer; of hub names it is taken for granted."""
     return not Path(name).is_dir() or any((Path(name) / file).exists() for file in _TOKENIZER_FILES)
@@ -104,13 +112,26 @@ def has_head(name: str) -> bool:
     return _classifies(_open_config(name))
 
 
-def _open(name: str, task: Task | None, fresh_head: bool) -> PreTrainedModel:
+@contextmanager
+def _opening(name: str) -> Iterator[None]:
     try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        nowhere = "" if Path(name).exists() else f"there is no folder {name!r} here, and "
+        raise ValueError(f"No classifier can be opened at {name!r}: {nowhere}{first_line(error)}") from error
+
+
+def _open(name: str, task: Task | None, fresh_head: bool) -> PreTrainedModel:
+    with _opening(name):
         config = _open_config(name)
-        new = fresh_head and not _classifies(config)
+    new = fresh_head and not _classifies(config)
+    if task is not None and new:
+        require_seen(task)
+        kinds = "a score" if task.is_regression else f"{task.num_labels} classes ({', '.join(task.label_names[:10])})"
+        logger.info("%s gets a new head for %s.", name, kinds)
+    with _opening(name):
         overrides: dict[str, Any] = {}
         if task is not None and new:
-            require_seen(task)
             overrides["num_labels"] = task.num_labels
             overrides["problem_type"] = "regression" if task.is_regression else "single_label_classification"
             if not task.is_regression:
@@ -121,8 +142,6 @@ def _open(name: str, task: Task | None, fresh_head: bool) -> PreTrainedModel:
         require_complete(
             loaded, (lambda key: not key.startswith(inside) or key.startswith(f"{inside}pooler.")) if new else None
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"No classifier can be opened at {name!r}: {first_line(error)}") from error
     check_finite(model)
     return apply_implied(model)
 

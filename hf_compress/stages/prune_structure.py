@@ -11,7 +11,7 @@ from hf_compress.core.cost import count_cost
 from hf_compress.core.devices import chosen_device
 from hf_compress.core.saving import require_own_folder
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
-from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, save_stage
+from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage
 from hf_compress.tasks.inputs import calibration_batches, check_draw, tokenize
 from hf_compress.tasks.sources import DataArguments, load_task
 
@@ -30,11 +30,10 @@ class CalibrationArguments:
     output_dir: str
     calibration_samples: int = 512
     calibration_seed: int = 0
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         check_draw(self.calibration_samples, self.calibration_seed)
-
-    device: str = "auto"
 
 
 def prune_structure(
@@ -48,6 +47,8 @@ def prune_structure(
     Raises:
         ValueError: If the budget cannot be met or model and data do not fit together.
     """
+    require_left_out(model_args, ("freeze_embeddings", "max_positions"), "prune-structure trains nothing")
+    require_left_out(data, ("max_eval_samples",), "prune-structure measures nothing")
     require_own_folder(calibration.output_dir, {"model_name_or_path": model_args.model_name_or_path})
     task = load_task(data)
     tokenizer, model = open_pair(model_args, task)

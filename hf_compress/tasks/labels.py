@@ -20,6 +20,9 @@ from hf_compress.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 
+# Below so many classes, few rows for each are a small file and no mistake.
+_MANY = 20
+
 
 def model_labels(config: PretrainedConfig) -> tuple[str, ...]:
     """A model's label names in the order of its outputs."""
@@ -160,5 +163,10 @@ def require_seen(task: Task) -> None:
                         f"{task.files.get(split, split)}, row {row} has the label {name!r}, which no row of train has "
                         f"({', '.join(list(seen)[:10])})."
                     )
+    if seen is not None and task.num_labels > _MANY and len(task.splits["train"]) < 2 * task.num_labels:
+        raise ValueError(
+            f"label has {task.num_labels} classes in the {len(task.splits['train'])} rows of train, which looks like "
+            "a number for each row. Name the column that holds the classes (label_column)."
+        )
     if task.num_labels < 2:
         raise ValueError(f"label must have at least two classes, got only {', '.join(task.label_names)}.")

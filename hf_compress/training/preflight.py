@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset, Subset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_compress.training.ranges import check_ranges
@@ -119,6 +119,19 @@ def _metrics(trainer: Trainer, rows: Callable[[Any], Any]) -> set[str]:
     return found
 
 
+def check_labels_are_numbers(trainer: Trainer) -> None:
+    """Raise `ValueError` when a collator that only pads would meet labels that are texts."""
+    if not isinstance(trainer.data_collator, DataCollatorWithPadding):
+        return
+    features = getattr(trainer.train_dataset, "features", None) or {}
+    for name in ("label", "labels"):
+        if getattr(features.get(name), "dtype", None) in ("string", "large_string"):
+            raise ValueError(
+                f"train_dataset holds texts in the column {name!r}: map them to numbers, for example with "
+                "model.config.label2id."
+            )
+
+
 class Preflight(TrainerCallback):
     """Checks right before the first step what only a prepared trainer can tell."""
 
@@ -126,4 +139,5 @@ class Preflight(TrainerCallback):
         self.trainer, self.ours = trainer, ours
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_labels_are_numbers(self.trainer)
         check_best_metric(self.trainer, self.ours)

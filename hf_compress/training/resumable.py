@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from hf_compress.folder_card import add_compression, may_be_replaced, write_card
 from hf_compress.training.checkpoint_writer import CheckpointWriter, replace_pickled_arguments
 from hf_compress.training.checkpoints import readable, require_complete
 from hf_compress.training.gaps import EpochOrder
+
+
+logger = logging.getLogger(__name__)
 
 
 class ResumableTrainer(Trainer):
@@ -87,6 +91,8 @@ class ResumableTrainer(Trainer):
         folder = self._get_output_dir(trial)
         with self._checkpoints.training(folder, resume_from_checkpoint, source, teachers) as checkpoint:
             self._epoch_order.resumed = checkpoint
+            if checkpoint is not None:
+                logger.info("Training continues from %s.", checkpoint)
             return self._train_from(None if checkpoint is None else str(checkpoint), trial, *args, **kwargs)
 
     def _train_from(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:

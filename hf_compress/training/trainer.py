@@ -130,7 +130,15 @@ class CompressionTrainer(ResumableTrainer):
             model: The wrapped model; call it, never its `.module`.
             inputs: A prepared batch. Not to be changed.
         """
-        loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+        try:
+            loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+        except ValueError as error:
+            if "did not return a loss" not in str(error):
+                raise
+            raise ValueError(
+                f"The model gave no loss: its batches hold {', '.join(inputs)} and no labels. Name their column "
+                "'label' or 'labels' in the data set; columns of other names are dropped."
+            ) from error
         return {"task": loss}, outputs
 
     def compute_loss(
