@@ -143,7 +143,8 @@ def hub(monkeypatch):
     if hasattr(module, "hf_api"):
         monkeypatch.setattr(module, "hf_api", lambda: found)
     else:
-        monkeypatch.setattr(module, "upload_folder", found.upload_folder)
+        # Looked up at each call, as above: a test may put another one in its place.
+        monkeypatch.setattr(module, "upload_folder", lambda **kwargs: found.upload_folder(**kwargs))
     return found
 
 
