@@ -193,7 +193,7 @@ def main() -> None:
     task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir, max_length=args.max_length))
     tokenizer = open_tokenizer(args.model)
     torch.manual_seed(args.seed)
-    teacher = open_classifier(args.model, task)
+    teacher = open_classifier(args.model, task, fresh_head=True)
     student = copy.deepcopy(teacher)
     rows = tokenize(task.split("train"), task, tokenizer, args.max_length)
     hc.compress(
