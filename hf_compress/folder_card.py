@@ -51,7 +51,7 @@ def may_be_replaced(file: Path) -> bool:
 
 
 def steps_with_settings(config: PretrainedConfig) -> list[tuple[str, dict[str, Any]]]:
-    """The methods that a model went through, each with its two main settings and all that are not the defaults."""
+    """The methods that a model went through, each with its two main settings and those that are not the default."""
     result = []
     for step in [] if quantized_by_another(config) else record_of(config)["steps"]:
         kind = METHODS[step["method"]].config_class

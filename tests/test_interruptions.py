@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import hf_compress as hc
 from hf_compress.training.trainer import CompressionTrainer
 from tests.crash_program import Rows, pad
-from tests.stopping import Stop
+from tests.stopping import Stop, train_with_stops
 
 
 ROWS = [Rows()[index] for index in range(30)]
@@ -46,14 +46,7 @@ def trainer_of(folder, seed, stop=0, trainer_class=CompressionTrainer, **options
 
 def interrupted(folder, stops, **options):
     """The weights in the end, after a stop at each of these updates."""
-    for number, stop in enumerate([*stops, 0]):
-        trainer = trainer_of(folder, number, stop, **options)
-        checkpoint = str(folder / f"checkpoint-{stops[number - 1]}") if number else None
-        if stop:
-            with pytest.raises(InterruptedError):
-                trainer.train(checkpoint)
-        else:
-            trainer.train(checkpoint)
+    trainer = train_with_stops(lambda number, stop: trainer_of(folder, number, stop, **options), folder, stops)
     assert trainer.state.global_step == UPDATES
     return trainer.model.state_dict()
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.crash_program import Rows
 from tests.guided_setup import dense, linear, same, trainer_of, weights
-from tests.stopping import Stop
+from tests.stopping import Stop, train_with_stops
 
 
 # Seven rows twice: in each epoch some texts come a second time.
@@ -45,18 +45,16 @@ def ends(folder, mode, stops, ladder):
         options["teacher_snapshots"] = ladder
     if "teacher_cache_dir" in options:
         options["teacher_cache_dir"] = str(folder / "cache")
-    for number, stop in enumerate([*stops, 0]):
+
+    def part(number, stop):
         # A resumed run takes the student, and a learning teacher, from the checkpoint.
         given = None if kind == "snapshots" else dense(5 if kind == "joint" and number else 1, 0.1)
         trainer = trainer_of(kind, folder, linear(number, 0.1), given, **options)
         trainer.train_dataset = ROWS
         trainer.add_callback(Stop(stop))
-        checkpoint = str(folder / f"checkpoint-{stops[number - 1]}") if number else None
-        if stop:
-            with pytest.raises(InterruptedError):
-                trainer.train(checkpoint)
-        else:
-            trainer.train(checkpoint)
+        return trainer
+
+    trainer = train_with_stops(part, folder, stops)
     assert trainer.state.global_step == UPDATES
     # Buffers tell what a model saw in training mode; a snapshot that is opened again saw less.
     return weights(trainer.model), {name: p.detach().clone() for name, p in trainer.teacher_model.named_parameters()}

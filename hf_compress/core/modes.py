@@ -1,4 +1,4 @@
-"""In which way a model runs: looked at without leaving a trace, or recorded for export."""
+"""Running a model in eval mode without side effects, and telling whether it is being exported."""
 
 from __future__ import annotations
 

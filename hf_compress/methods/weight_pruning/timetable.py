@@ -73,7 +73,7 @@ class PruningRun:
     Args:
         group: The layers that are trained, which alone can be pruned.
         schedule: When.
-        selected: All layers that the config selects, of which the sparsity is told.
+        selected: All layers that the config selects; the logged sparsity counts them all.
     """
 
     group: Group

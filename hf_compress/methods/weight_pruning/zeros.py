@@ -50,7 +50,7 @@ def decided_elsewhere(optimizer: Any, callback: TrainerCallback) -> set[nn.Param
 
 
 def forget(callback: TrainerCallback) -> None:
-    """A callback's training is over."""
+    """Forget what a callback decides about, because its training is over."""
     for by_callback in _DECIDED.values():
         by_callback.pop(callback, None)
 
@@ -73,7 +73,7 @@ class Zeros:
                 self.hold(layer, mask)
 
     def release(self, weights: Container[nn.Parameter]) -> None:
-        """Hold nothing any more in these weights."""
+        """Stop keeping zeros in these weights."""
         self._kept_bits = {layer: bits for layer, bits in self._kept_bits.items() if layer.weight not in weights}
 
     def enforce(self) -> None:
