@@ -53,7 +53,7 @@ style: $(VENV)/.installed
 
 # Every public name with its docstring, as pages to open in a browser.
 docs: $(VENV)/.installed
-	$(BIN)/pdoc hf_compress -o build/docs
+	$(BIN)/pdoc --docformat google hf_compress -o build/docs
 
 # The oldest transformers that setup.cfg admits; give FLOOR_TRANSFORMERS=5.x.0 to look for an older one.
 FLOOR_TRANSFORMERS ?= 5.6.0
