@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of, named_projections
+from hf_compress.core.architectures import layers_of, named_projections
 from hf_compress.core.batches import base_inputs, live_tokens
 from hf_compress.core.cost import count_cost
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
 
 def first_token_last_(model: PreTrainedModel) -> None:
     """Let the last layer of a BERT compute the first token only; the head reads no other."""
-    block = blocks_of(model)[-1]
+    block = layers_of(model)[-1]
     layer, attention, head_size = block.layer, block.attention, block.head_size
 
     def split(states: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def first_token_last_(model: PreTrainedModel) -> None:
 @torch.inference_mode()
 def first_token_macs(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> float:
     """Mean multiply-accumulates a sequence where the last layer computes the row of the first token only."""
-    block = blocks_of(model)[-1]
+    block = layers_of(model)[-1]
     row, width = block.architecture, block.attention_out.in_features
     sizes = {path: linear.in_features * linear.out_features for path, linear in named_projections(block)}
     each = sizes.pop(row.keys) + sizes.pop(row.values) + 2 * width

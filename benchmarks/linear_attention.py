@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.saving import write_json
 from hf_compress.report.latency import measure_latency, speedups
 
@@ -46,7 +46,7 @@ def core_seconds(
     models: dict[str, PreTrainedModel], dense_heads: int, lengths: list[int], batch: int, repeats: int, device: str
 ) -> dict[tuple[str, int], list[float]]:
     """Seconds of the dense core and of each linear one at every length, all in turns: machines change their speed."""
-    width = blocks_of(next(iter(models.values())))[0].attention_out.in_features
+    width = layers_of(next(iter(models.values())))[0].attention_out.in_features
     calls = {}
     for length in lengths:
         states = [
@@ -60,7 +60,7 @@ def core_seconds(
 
         calls["dense", length] = dense
         for name, linear_model in models.items():
-            attention = blocks_of(linear_model)[0].attention
+            attention = layers_of(linear_model)[0].attention
             # Projected keys and values come in, so that the same work as in the dense core is timed.
             core = copy.copy(attention.attention_core)
             core.deferrable = None

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.methods.structured_pruning.fisher import Masks, fisher_information, rearrange_mask, search_masks
 
 
@@ -59,7 +59,7 @@ def all_true(blocks):
 
 
 def searched(model, gradients, ratio):
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     units, neurons = (fisher_information(g) for g in gradients)
     unit_macs = [block.macs_per_unit(SEQ_LEN) for block in blocks]
     return search_masks(units, neurons, unit_macs, [block.macs_per_neuron(SEQ_LEN) for block in blocks], ratio)

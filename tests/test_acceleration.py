@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModel, BertConfig, BertModel
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.methods.weight_pruning import acceleration, kernels
 from hf_compress.methods.weight_pruning.kernels import Format, PackedLinear, two_of_four_obstacle
 from tests.contract.conftest import logits_of
@@ -141,7 +141,7 @@ def test_kept_dense_where_it_measures_slower(sparse, batches, clock, caplog):
     assert "All 19 linear layers stay dense: sparse kernels are not faster here" in caplog.text
     assert f"(encoder.layer.0.attention.self.query: {reason})." in caplog.text
     assert_equal_to_rounding(logits_of(sparse, batch)[0], dense)
-    assert all(type(block.ffn_out) is nn.Linear for block in blocks_of(sparse))
+    assert all(type(block.ffn_out) is nn.Linear for block in layers_of(sparse))
 
 
 @mkl

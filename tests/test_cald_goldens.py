@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 
 
 SHARED = {"keys": "roberta.linformer_projection.keys"}
@@ -69,7 +69,7 @@ def test_forward(goldens, share, dtype, tag, tolerance):
     golden, mode = np.load(file), share.partition("_")[0]
     model = AutoModelForSequenceClassification.from_pretrained(goldens / "tiny3")
     hc.compress(model, hc.LinformerConfig(projected_length=golden["E_0"].shape[1], share=mode))
-    for index, block in enumerate(blocks_of(model)):
+    for index, block in enumerate(layers_of(model)):
         projection = block.attention.attention_core.projection
         projection.keys.data = torch.tensor(golden["E_0" if mode == "layer" else f"E_{index}"])
         if mode == "none":
@@ -98,7 +98,7 @@ def test_identity_projection_is_dense_attention(goldens):
     dense = AutoModelForSequenceClassification.from_pretrained(goldens / "tiny3").double().eval()
     inputs = {name: torch.tensor(golden[name]) for name in ("input_ids", "attention_mask")}
     linear = hc.compress(dense_model(goldens), hc.LinformerConfig(projected_length=16)).eval()
-    for block in blocks_of(linear):
+    for block in layers_of(linear):
         projection = block.attention.attention_core.projection
         for matrix in (projection.keys, projection.values):
             matrix.data.zero_()

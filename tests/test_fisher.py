@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BertModel
 
-from hf_compress.core.architectures import ARCHITECTURES, Block, blocks_of
+from hf_compress.core.architectures import ARCHITECTURES, TransformerLayer, layers_of
 from hf_compress.methods.structured_pruning.fisher import (
     collect_gradients,
     fisher_information,
@@ -44,7 +44,7 @@ def test_fisher_of_a_linear_model_is_the_analytic_one():
         {"x": torch.randn(n, 6).double(), "z": torch.randn(n, 7).double(), "labels": torch.randn(n, 5).double()}
         for n in (3, 8)
     ]
-    block = Block(0, model.layer, ARCHITECTURES["distilbert"])
+    block = TransformerLayer(0, model.layer, ARCHITECTURES["distilbert"])
     units, neurons = collect_gradients(model, [block], data)
     by_column = torch.stack([b["x"].mean(0) * model.layer.attention.out_lin.weight.mean(0) for b in data])
     by_neuron = torch.stack([b["z"].mean(0) * model.layer.ffn.lin2.weight.mean(0) for b in data])
@@ -57,7 +57,7 @@ def test_gradients_leave_the_model_as_it_was():
     model = tiny().train()
     model.classifier.weight.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    collect_gradients(model, blocks_of(model), batches(1))
+    collect_gradients(model, layers_of(model), batches(1))
     assert model.training
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["classifier.weight"]
     assert all(p.grad is None for p in model.parameters())
@@ -69,16 +69,16 @@ def test_missing_labels():
     data = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches(1)]
     model = tiny()
     with pytest.raises(ValueError, match="data must hold labels .* BertForSequenceClassification"):
-        collect_gradients(model, blocks_of(model), data)
+        collect_gradients(model, layers_of(model), data)
     assert all(p.requires_grad for p in model.parameters())
     base = BertModel(model.config)
     with pytest.raises(ValueError, match="data must hold labels .* BertModel"):
-        collect_gradients(base, blocks_of(base), batches(1))
+        collect_gradients(base, layers_of(base), batches(1))
 
 
 def test_no_data_and_data_that_can_be_read_once():
     model = tiny()
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     with pytest.raises(ValueError, match="at least one batch"):
         collect_gradients(model, blocks, [])
     with pytest.raises(ValueError, match="one-shot"):
@@ -90,7 +90,7 @@ def test_gradients_that_are_not_finite():
     with torch.no_grad():
         model.classifier.weight.fill_(torch.inf)
     with pytest.raises(ValueError, match="finite gradients"):
-        collect_gradients(model, blocks_of(model), batches(1))
+        collect_gradients(model, layers_of(model), batches(1))
 
 
 def best_by_enumeration(units, neurons, unit_mac, neuron_mac, budget):
@@ -158,7 +158,7 @@ def test_rearrangement_finds_units_that_cancel():
 
 def test_padding_does_not_matter():
     model = tiny()
-    blocks, data = blocks_of(model), batches()
+    blocks, data = layers_of(model), batches()
     wider = []
     for batch in data:
         pad = nn.functional.pad
@@ -174,21 +174,21 @@ def test_padding_does_not_matter():
 @pytest.mark.parametrize(("heads", "neurons"), [(True, False), (False, True)])
 def test_only_what_may_be_pruned_is(heads, neurons):
     model = tiny("llama").float()
-    layers = fisher_selection(model, blocks_of(model), batches(2), 8.0, 0.8, 1, 8, heads, neurons, tune=False)
+    layers = fisher_selection(model, layers_of(model), batches(2), 8.0, 0.8, 1, 8, heads, neurons, tune=False)
     assert all(layer.units == [0, 1] for layer in layers) != heads
     assert all(len(layer.neurons) == 48 for layer in layers) != neurons
     assert all((layer.neuron_scales == 1).all() and layer.neuron_scales.dtype == torch.float64 for layer in layers)
     with pytest.raises(ValueError, match="mac_ratio must be at least"):
-        fisher_selection(model, blocks_of(model), batches(1), 8.0, 0.05, 1, 8, heads, neurons, tune=False)
+        fisher_selection(model, layers_of(model), batches(1), 8.0, 0.05, 1, 8, heads, neurons, tune=False)
 
 
 def test_models_that_were_already_pruned():
     model = tiny()
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     # Layers of different widths, made by hand: the first layer with half of its neurons.
     layer = blocks[0].layer
     layer.intermediate.dense, layer.output.dense = nn.Linear(32, 24).double(), nn.Linear(24, 32).double()
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     layers = fisher_selection(model, blocks, batches(2), 8.0, 0.5, 1, 8, True, True, tune=True)
     assert 8 <= len(layers[0].neurons) <= 24
     macs = sum(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.methods.structured_pruning.fisher import (
     Masks,
     collect_gradients,
@@ -49,7 +49,7 @@ def golden_model():
 
 @pytest.fixture(scope="module")
 def gradients(golden_model, samples):
-    return collect_gradients(golden_model, blocks_of(golden_model), samples)
+    return collect_gradients(golden_model, layers_of(golden_model), samples)
 
 
 def assert_masks(masks, original, prefix):
@@ -81,7 +81,7 @@ def test_searched_and_rearranged_masks_are_the_originals(golden_model, gradients
 @needs_golden
 @pytest.mark.parametrize(("ratio", "tolerance"), [("0.7", 5e-4), ("0.5", 5e-6), ("0.3", 5e-8)])
 def test_tuned_masks_are_the_originals(golden_model, gradients, samples, original, ratio, tolerance):
-    blocks = blocks_of(golden_model)
+    blocks = layers_of(golden_model)
     teacher = searched(golden_model, gradients, float(ratio) ** 0.5)
     student = rearranged(gradients, searched(golden_model, gradients, float(ratio)))
     tuned = tune_masks(golden_model, blocks, samples, teacher, student)
@@ -100,7 +100,7 @@ def test_tuned_masks_are_the_originals(golden_model, gradients, samples, origina
 @needs_golden
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_normal_equations_are_the_originals(golden_model, gradients, samples, original, ratio):
-    blocks = blocks_of(golden_model)
+    blocks = layers_of(golden_model)
     teacher = searched(golden_model, gradients, float(ratio) ** 0.5)
     student = rearranged(gradients, searched(golden_model, gradients, float(ratio)))
     scales = Masks([m.double() for m in student.units], [m.double() for m in student.neurons])
@@ -121,7 +121,7 @@ def test_normal_equations_are_the_originals(golden_model, gradients, samples, or
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_whole_selection_is_the_originals(golden_model, samples, original, ratio):
     layers = fisher_selection(
-        golden_model, blocks_of(golden_model), samples, SEQ_LEN, float(ratio), 0, 0, True, True, tune=True
+        golden_model, layers_of(golden_model), samples, SEQ_LEN, float(ratio), 0, 0, True, True, tune=True
     )
     for index, layer in enumerate(layers):
         for keep, scales, name in (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.methods.structured_pruning.fisher import (
     Masks,
     collect_gradients,
@@ -33,7 +33,7 @@ STREAMS = {
 @pytest.mark.parametrize("name", STREAMS)
 def test_normal_equations_match_the_written_out_regression(name, part):
     model = tiny(name)
-    blocks, data = blocks_of(model), batches(2)
+    blocks, data = layers_of(model), batches(2)
     torch.manual_seed(1)
     teacher, student = (
         Masks([torch.rand(len(m)) < p for m in full.units], [torch.rand(len(m)) < p for m in full.neurons])
@@ -83,7 +83,7 @@ def test_normal_equations_match_the_written_out_regression(name, part):
 @pytest.mark.parametrize("name", ["bert", "llama", "opt", "modernbert"])
 def test_tuned_ffn_error_is_not_larger(name):
     model = tiny(name)
-    blocks, data = blocks_of(model), batches()
+    blocks, data = layers_of(model), batches()
     gradients = collect_gradients(model, blocks, data)
     teacher, found = (searched(model, gradients, ratio) for ratio in (0.5**0.5, 0.5))
     student = rearranged(gradients, found)
@@ -104,7 +104,7 @@ def test_tuned_ffn_error_is_not_larger(name):
 def test_the_last_block_is_fitted_to_the_token_that_is_classified():
     for name, place in (("bert", 0), ("opt", -1), ("modernbert", 0)):
         model = tiny(name)
-        blocks, batch = blocks_of(model), batches(1)[0]
+        blocks, batch = layers_of(model), batches(1)[0]
         full = all_true(blocks)
         seen = []
         handle = blocks[-1].ffn_out.register_forward_hook(lambda module, args, output, to=seen: to.append(args[0]))
@@ -120,7 +120,7 @@ def test_the_last_block_is_fitted_to_the_token_that_is_classified():
 
 def test_a_layer_with_one_neuron_or_one_unit_is_tuned():
     model = tiny()
-    blocks, data = blocks_of(model), batches(2)
+    blocks, data = layers_of(model), batches(2)
     teacher, student = all_true(blocks), all_true(blocks)
     for layer in range(3):
         student.neurons[layer][1:] = False
@@ -132,7 +132,7 @@ def test_a_layer_with_one_neuron_or_one_unit_is_tuned():
 
 def test_empty_layers_are_skipped_and_large_scales_abort(caplog):
     model = tiny()
-    blocks, data = blocks_of(model), batches(2)
+    blocks, data = layers_of(model), batches(2)
     teacher, student = all_true(blocks), all_true(blocks)
     student.neurons[0][:], student.units[1][:] = False, False
     student.neurons[1][10:] = False
@@ -155,7 +155,7 @@ def test_empty_layers_are_skipped_and_large_scales_abort(caplog):
 
 def test_nothing_removed_gives_scales_of_exactly_one():
     model = tiny()
-    for layer in fisher_selection(model, blocks_of(model), batches(1), 8.0, 1.0, 1, 8, True, True, tune=True):
+    for layer in fisher_selection(model, layers_of(model), batches(1), 8.0, 1.0, 1, 8, True, True, tune=True):
         assert layer.units == [0, 1, 2, 3]
         assert len(layer.neurons) == 48
         assert (layer.unit_scales == 1).all()
@@ -164,7 +164,7 @@ def test_nothing_removed_gives_scales_of_exactly_one():
 
 def test_unknown_model_types_can_be_selected_but_not_tuned(monkeypatch):
     model = BertForSequenceClassification(BertConfig(**{k: v for k, v in TINY.items() if k != "num_labels"}))
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     monkeypatch.setattr(model.config, "model_type", "novel")
     data = [{**batch, "labels": batch["labels"] % 2} for batch in batches(1)]
     assert len(fisher_selection(model, blocks, data, 8.0, 0.5, 1, 8, True, True, tune=False)) == 3

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from transformers.masking_utils import create_bidirectional_mask
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from tests.linear_attention import NEAR, SHARES, WIDTH, dense, fill, gap, project, right, run, slow, states_of
 
 
@@ -22,7 +22,7 @@ def converted(model):
     def make(slots, architecture="bert", head="base", **config):
         linear = hc.compress(model(architecture, head), hc.LinformerConfig(projected_length=slots, **config))
         linear = linear.double().eval()
-        return linear, blocks_of(linear)[0].attention
+        return linear, layers_of(linear)[0].attention
 
     return make
 
@@ -206,7 +206,7 @@ def test_gradients_are_finite_differences(converted, slots):
 def test_one_matrix_gets_the_sum_of_all_gradients(model, batches):
     tied = hc.compress(model("bert"), hc.LinformerConfig(projected_length=6, share="layer")).double()
     apart = hc.compress(model("bert"), hc.LinformerConfig(projected_length=6)).double()
-    projections = [block.attention.attention_core.projection for block in blocks_of(apart)]
+    projections = [block.attention.attention_core.projection for block in layers_of(apart)]
     for projection in projections:
         fill(projection, tied.linformer_projection.keys.data)
     batch = batches(tied.config, count=1)[0]

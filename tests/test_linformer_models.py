@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, BertModel, RobertaConfig
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.methods.linformer.modeling import rebuild
 from hf_compress.methods.linformer.projection import TimeProjection, _shorten
 from tests.linear_attention import HEADS, SHARES, WIDTH, project
@@ -59,7 +59,7 @@ def test_initial_matrices():
     named, others = dict(linear.named_parameters()), dict(other.named_parameters())
     assert all(torch.equal(p, named[name]) for name, p in again.named_parameters())
     assert not any(torch.equal(p, named[name]) for name, p in others.items() if "projection" in name)
-    keys = project(blocks_of(linear)[0].attention.key, torch.randn(4, 100, WIDTH))
+    keys = project(layers_of(linear)[0].attention.key, torch.randn(4, 100, WIDTH))
     short = matrices[0][:100].T @ keys / 10
     assert float(short.square().mean().sqrt() / keys.square().mean().sqrt()) == pytest.approx(1, abs=0.05)
 
@@ -70,7 +70,7 @@ def test_longer_inputs(model, architecture, tmp_path):
     old = 66 - offset
     config = hc.LinformerConfig(projected_length=8, max_tokens=3 * old + 5)
     linear = hc.compress(model(architecture, "sequence_classification"), config).eval()
-    rows = blocks_of(linear)[0].attention.attention_core.projection.keys.shape[0]
+    rows = layers_of(linear)[0].attention.attention_core.projection.keys.shape[0]
     assert linear.config.max_position_embeddings == rows == 3 * old + 5 + offset
     table, grown = (x.base_model.embeddings.position_embeddings.weight for x in (reference, linear))
     assert torch.equal(grown[:66], table)
@@ -170,7 +170,7 @@ def test_shared_matrix_is_registered_once(model, batches, tmp_path):
     def moves_together(twin):
         names = [key for key in twin.state_dict() if "projection" in key]
         assert names == [name, "roberta.linformer_projection.longest"]
-        cores = [block.attention.attention_core for block in blocks_of(twin)]
+        cores = [block.attention.attention_core for block in layers_of(twin)]
         assert all(core.projection.keys is twin.get_parameter(name) for core in cores)
         with torch.no_grad():
             before = twin.eval()(**batch, output_hidden_states=True).hidden_states

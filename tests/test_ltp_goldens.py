@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.cost import live_macs
 from hf_compress.core.layers import LiveTokens
 from hf_compress.methods.token_pruning.importance import (
@@ -103,7 +103,7 @@ def test_forward_drops_what_the_original_masks(goldens):
         hc.compress(model, config)
         if mode == "absolute_threshold":
             thresholds_of(model).values.data = torch.tensor(golden["theta"]).float()
-        for block in blocks_of(model):
+        for block in layers_of(model):
             block.layer.token_rule.reads_first = False
             if "learned" in name:
                 block.layer.token_rule.switched_off = False
@@ -116,7 +116,7 @@ def test_forward_drops_what_the_original_masks(goldens):
         assert (keep[:, exact] == golden["keep"].astype(bool)[:, exact]).all(), name
         np.testing.assert_allclose(logits[exact], golden["logits64"][exact], rtol=0, atol=1e-10, err_msg=name)
         if exact.all() and "mac" in golden:
-            macs, dense = (by_layer.sum() for by_layer in live_macs(blocks_of(model), state))
+            macs, dense = (by_layer.sum() for by_layer in live_macs(layers_of(model), state))
             assert float(macs) == golden["mac"].sum()
             assert float(dense) == golden["baseline_mac"].sum()
         compared += int(exact.sum())

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.cost import live_macs
 from hf_compress.core.layers import LiveTokens
 from hf_compress.methods.token_pruning.modeling import thresholds_of
@@ -32,7 +32,7 @@ def seen_by(model, archive, prefix=""):
     state, inputs = LiveTokens(), {name: torch.tensor(archive[prefix + name]).long() for name in INPUTS}
     with torch.no_grad():
         logits = model(**inputs, live_tokens=state).logits.numpy()
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     macs = sum(float(layer.sum()) for layer in live_macs(blocks, state)[:1])
     return logits, torch.stack([state.kept[block.index] for block in blocks]).numpy(), macs
 
@@ -61,7 +61,7 @@ def test_forward_passes_agree_also_where_the_first_token_goes(goldens):
             thresholds_of(model).values.data = torch.tensor(golden["theta"]).double()
         if "learned" in name:
             # Thresholds by hand, with one in the layer that starts at zero and is left alone.
-            blocks_of(model)[0].layer.token_rule.switched_off = False
+            layers_of(model)[0].layer.token_rule.switched_off = False
         logits, keep, macs = seen_by(model, golden)
         assert np.array_equal(keep, golden["keep"].astype(bool)), name
         np.testing.assert_allclose(logits, golden["logits64"], rtol=0, atol=1e-12, err_msg=name)

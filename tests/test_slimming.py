@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, BertModel
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.surgery import unit_columns
 from tests.contract.conftest import assert_same_outputs, logits_of
 
@@ -43,7 +43,7 @@ def zero_units_(block, units, where):
 def masked(model, where):
     """A model with dead heads and neurons, different ones in each layer, and what must be left of it."""
     heads, neurons = [], []
-    for block in blocks_of(model):
+    for block in layers_of(model):
         gone_heads, gone_neurons = ([1], []) if block.index else ([0], [])
         gone_neurons = list(range(block.index, block.num_neurons, 3))
         zero_units_(block, gone_heads, where)
@@ -54,7 +54,7 @@ def masked(model, where):
 
 
 def sizes(model):
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     return [block.num_units for block in blocks], [block.num_neurons for block in blocks]
 
 
@@ -116,7 +116,7 @@ def test_without_a_bias_to_fold_into_a_constant_neuron_stays(batches):
     config = copy.deepcopy(_opt_without_biases())
     torch.manual_seed(0)
     dense = AutoModel.from_config(config).eval().double()
-    blocks = blocks_of(dense)
+    blocks = layers_of(dense)
     zero_neurons_(blocks[0], [0, 1], "in")
     zero_neurons_(blocks[1], [2], "out")
     slimmed = hc.slim(copy.deepcopy(dense))
@@ -133,7 +133,7 @@ def _opt_without_biases():
 @pytest.mark.parametrize("zero", ["gate", "up"])
 def test_one_zero_factor_of_a_gated_block(model, batches, zero):
     dense = model("llama").double()
-    mlp = blocks_of(dense)[0].layer.mlp
+    mlp = layers_of(dense)[0].layer.mlp
     (mlp.gate_proj if zero == "gate" else mlp.up_proj).weight.data[:7] = 0
     slimmed = hc.slim(copy.deepcopy(dense))
     assert sizes(slimmed)[1] == [57, 64]
@@ -149,12 +149,12 @@ def test_biases_of_a_gated_block(batches):
     for name, parameter in dense.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_()
-    mlp = blocks_of(dense)[0].layer.mlp
+    mlp = layers_of(dense)[0].layer.mlp
     mlp.gate_proj.weight.data[:4] = 0  # Alone: still a multiple of the other projection.
     mlp.up_proj.weight.data[2:6] = 0  # 2 and 3 are constants.
     mlp.up_proj.bias.data[5] = 0  # 5 is nothing.
     mlp.gate_proj.bias.data[1] = 0  # 1 is nothing: silu(0) = 0.
-    zero_units_(blocks_of(dense)[1], [1], "in")
+    zero_units_(layers_of(dense)[1], [1], "in")
     slimmed = hc.slim(copy.deepcopy(dense))
     assert sizes(slimmed) == ([2, 1], [60, 64])
     assert_close(slimmed, dense, batches(config, count=1)[0])
@@ -163,7 +163,7 @@ def test_biases_of_a_gated_block(batches):
 def test_a_head_of_two_halves(model, batches):
     """Some positions have no value rows, the others no output columns: the head is dead all the same."""
     dense = model("bert").double()
-    block = blocks_of(dense)[1]
+    block = layers_of(dense)[1]
     block.linear("attention.self.value").weight.data[8:12] = 0
     block.attention_out.weight.data[:, 12:16] = 0
     slimmed = hc.slim(copy.deepcopy(dense))
@@ -173,7 +173,7 @@ def test_a_head_of_two_halves(model, batches):
 
 def test_parts_of_heads_stay(model, caplog):
     dense = model("bert")
-    for block in blocks_of(dense):
+    for block in layers_of(dense):
         for path in ("attention.self.query", "attention.self.key"):
             block.linear(path).weight.data[:24] = 0
         block.linear("attention.self.value").weight.data[:7] = 0
@@ -187,7 +187,7 @@ def test_parts_of_heads_stay(model, caplog):
 
 def test_one_of_each_always_stays(model, batches):
     dense = model("distilbert").double()
-    for block in blocks_of(dense):
+    for block in layers_of(dense):
         block.ffn_out.weight.data.zero_()
         block.linear("attention.v_lin").weight.data.zero_()
     slimmed = hc.slim(copy.deepcopy(dense))
@@ -292,7 +292,7 @@ def test_dead_channels_that_a_later_step_left(model, batches, tmp_path):
     """The last step is another one: what slimming did stands behind it."""
     start = model("bert", HEAD)
     hc.compress(start, hc.StructuredPruningConfig(mac_ratio=0.8), data=batches(start.config))
-    zero_neurons_(blocks_of(start)[0], [0, 1], "in")
+    zero_neurons_(layers_of(start)[0], [0, 1], "in")
     before = sizes(start)[1]
     dense = copy.deepcopy(start)
     hc.slim(start)
@@ -324,7 +324,7 @@ def test_with_linear_attention(model, batches, where):
     dense, heads, neurons = masked(start, where)
     if where == "in":
         heads = [4, 4, 3]
-        blocks_of(dense)[2].linear("attention.self.value").bias.data[8:16] = 0
+        layers_of(dense)[2].linear("attention.self.value").bias.data[8:16] = 0
     slimmed = hc.slim(copy.deepcopy(dense))
     assert sizes(slimmed) == (heads, neurons)
     assert_close(slimmed, dense, batches(dense.config, count=1)[0])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.surgery import unit_columns
 from tests.rounding import assert_equal_to_rounding
 
@@ -37,7 +37,7 @@ def outputs_of(blocks):
 def kept_columns(dense, pruned):
     """For each output projection, which of its inputs are left: found by the rows of the layer that makes them."""
     result = {}
-    for before, after in zip(blocks_of(dense), blocks_of(pruned), strict=True):
+    for before, after in zip(layers_of(dense), layers_of(pruned), strict=True):
         row = before.architecture
         values = before.linear(row.values).weight.detach()[-before.num_units * before.head_size :]
         left = after.linear(row.values).weight.detach()[-after.num_units * after.head_size :]
@@ -62,10 +62,10 @@ def refit(inputs, columns, weight, intercept=False):
 
 
 def assert_refitted(dense, pruned, data, rtol=1e-6):
-    inputs = recorded(dense, outputs_of(blocks_of(dense)), data)
-    new, changed = outputs_of(blocks_of(pruned)), 0
+    inputs = recorded(dense, outputs_of(layers_of(dense)), data)
+    new, changed = outputs_of(layers_of(pruned)), 0
     kept = kept_columns(dense, pruned)
-    for key, old in outputs_of(blocks_of(dense)).items():
+    for key, old in outputs_of(layers_of(dense)).items():
         expected, _ = refit(inputs[key], kept[key], old.weight)
         assert torch.linalg.norm(new[key].weight - expected) < rtol * torch.linalg.norm(expected)
         assert (old.bias is None) == (new[key].bias is None)
@@ -101,7 +101,7 @@ def test_removal_equals_masking(model, batches, architecture, selection):
     pruned = hc.compress(copy.deepcopy(dense), config, data=data)
     kept = kept_columns(dense, pruned)
     masked = copy.deepcopy(dense)
-    for key, out in outputs_of(blocks_of(masked)).items():
+    for key, out in outputs_of(layers_of(masked)).items():
         removed = [column for column in range(out.in_features) if column not in kept[key]]
         out.weight.data[:, removed] = 0
     live = data[1]["attention_mask"].bool()
@@ -133,9 +133,9 @@ def test_centring_fits_an_intercept(model, batches):
     dense = model("bert").double()
     data = batches(dense.config)
     pruned = hc.compress(copy.deepcopy(dense), hc.StructuredPruningConfig(mac_ratio=0.6, center=True), data=data)
-    inputs, kept = recorded(dense, outputs_of(blocks_of(dense)), data), kept_columns(dense, pruned)
-    for key, new in outputs_of(blocks_of(pruned)).items():
-        old = outputs_of(blocks_of(dense))[key]
+    inputs, kept = recorded(dense, outputs_of(layers_of(dense)), data), kept_columns(dense, pruned)
+    for key, new in outputs_of(layers_of(pruned)).items():
+        old = outputs_of(layers_of(dense))[key]
         if len(kept[key]) < old.in_features:
             expected, _ = refit(inputs[key], kept[key], old.weight, intercept=True)
             assert torch.allclose(new.weight, expected[:, :-1], atol=1e-8)
@@ -155,9 +155,9 @@ def test_sequential_fits_on_the_pruned_prefix(model, batches):
             hybrid = copy.deepcopy(pruned)
             for part in parts:
                 setattr(hybrid.encoder.layer[index], part, copy.deepcopy(getattr(layer, part)))
-            module = outputs_of(blocks_of(hybrid))[index, kind]
+            module = outputs_of(layers_of(hybrid))[index, kind]
             inputs = recorded(hybrid, {0: module}, data)[0]
-            new = outputs_of(blocks_of(pruned))[index, kind].weight
+            new = outputs_of(layers_of(pruned))[index, kind].weight
             expected, _ = refit(inputs, kept[index, kind], module.weight)
             assert torch.allclose(new, expected, atol=1e-8)
             changed += new.shape != module.weight.shape
@@ -168,14 +168,14 @@ def test_sequential_fits_on_the_pruned_prefix(model, batches):
 def test_loss_falls_with_size_and_with_correction(model, batches, selection):
     dense = model("bert").double()
     data = batches(dense.config)
-    inputs = recorded(dense, outputs_of(blocks_of(dense)), data)
+    inputs = recorded(dense, outputs_of(layers_of(dense)), data)
 
     def losses(**settings):
         config = hc.StructuredPruningConfig(selection=selection, allocation="uniform", **settings)
         pruned = hc.compress(copy.deepcopy(dense), config, data=data)
         kept, result = kept_columns(dense, pruned), {}
-        for key, new in outputs_of(blocks_of(pruned)).items():
-            target = inputs[key] @ outputs_of(blocks_of(dense))[key].weight.detach().numpy().T
+        for key, new in outputs_of(layers_of(pruned)).items():
+            target = inputs[key] @ outputs_of(layers_of(dense))[key].weight.detach().numpy().T
             error = inputs[key][:, kept[key]] @ new.weight.detach().numpy().T - target
             result[key] = np.linalg.norm(error) / np.linalg.norm(target)
         return kept, result
@@ -209,7 +209,7 @@ def test_padding_does_not_matter(model, batches, architecture, order):
 
 def redundant_neurons(dense, distinct, generator):
     """Make every neuron beyond the first `distinct` a copy of one of them; what it is used for stays its own."""
-    for block in blocks_of(dense):
+    for block in layers_of(dense):
         width = block.num_neurons
         source = torch.cat([torch.arange(distinct), torch.randint(distinct, (width - distinct,), generator=generator)])
         for path in block.architecture.ffn_in:
@@ -224,12 +224,12 @@ def redundant_neurons(dense, distinct, generator):
 def test_duplicated_neurons_are_removed_without_loss(model, batches, architecture, dtype, bound):
     dense = model(architecture).to(dtype)
     redundant_neurons(dense, 40, torch.Generator().manual_seed(1))
-    blocks = blocks_of(dense)
+    blocks = layers_of(dense)
     spare = sum(24 * block.macs_per_neuron(18) for block in blocks)
     ratio = 1 - spare / hc.count_cost(dense, seq_len=18).macs
     config = hc.StructuredPruningConfig(mac_ratio=ratio + 1e-6, seq_len=18, prune_heads=False)
     pruned = hc.compress(copy.deepcopy(dense), config, data=batches(dense.config))
-    assert [block.num_neurons for block in blocks_of(pruned)] == [40] * len(blocks)
+    assert [block.num_neurons for block in layers_of(pruned)] == [40] * len(blocks)
     unseen = batches(dense.config, seed=1)[0]
     live = unseen["attention_mask"].bool()
     assert relative(hidden(pruned, unseen)[live], hidden(dense, unseen)[live]) < bound
@@ -238,7 +238,7 @@ def test_duplicated_neurons_are_removed_without_loss(model, batches, architectur
 @pytest.mark.parametrize("image", [0, 1])
 def test_heads_that_are_images_of_others_are_removed_without_loss(model, batches, architecture, image):
     dense = model(architecture).double()
-    blocks, generator = blocks_of(dense), torch.Generator().manual_seed(2)
+    blocks, generator = layers_of(dense), torch.Generator().manual_seed(2)
     for block in blocks:
         row, d, source = block.architecture, block.head_size, 1 - image
         offsets = (0, block.num_units * d, 2 * block.num_units * d) if row.fused_attention else (0, 0, 0)
@@ -254,7 +254,7 @@ def test_heads_that_are_images_of_others_are_removed_without_loss(model, batches
     ratio = 1 - spare / hc.count_cost(dense, seq_len=18).macs
     config = hc.StructuredPruningConfig(mac_ratio=ratio + 1e-6, seq_len=18, prune_neurons=False)
     pruned = hc.compress(copy.deepcopy(dense), config, data=batches(dense.config))
-    assert [block.num_units for block in blocks_of(pruned)] == [block.num_units - 1 for block in blocks]
+    assert [block.num_units for block in layers_of(pruned)] == [block.num_units - 1 for block in blocks]
     unseen = batches(dense.config, seed=1)[0]
     live = unseen["attention_mask"].bool()
     assert relative(hidden(pruned, unseen)[live], hidden(dense, unseen)[live]) < 1e-8
@@ -263,12 +263,12 @@ def test_heads_that_are_images_of_others_are_removed_without_loss(model, batches
 def test_bookkeeping_of_heads(model, batches):
     config = hc.StructuredPruningConfig(mac_ratio=0.45, allocation="uniform", ridge=1e-6)
     opt = hc.compress(model("opt"), config, data=batches(model("opt").config))
-    for block in blocks_of(opt):
+    for block in layers_of(opt):
         assert block.attention.num_heads * 8 == block.linear("self_attn.q_proj").out_features < 32
     llama = model("llama", "causal_lm")
     hc.compress(llama, config, data=batches(llama.config))
-    assert [block.num_units for block in blocks_of(llama)] == [1, 1]
-    for block in blocks_of(llama):
+    assert [block.num_units for block in layers_of(llama)] == [1, 1]
+    for block in layers_of(llama):
         assert block.attention.num_key_value_groups == 2
         assert block.linear("self_attn.q_proj").out_features == 2 * block.linear("self_attn.k_proj").out_features == 16
     for causal in (llama, hc.compress(model("opt", "causal_lm"), config, data=batches(opt.config))):

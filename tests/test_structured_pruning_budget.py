@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, BertConfig
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.methods.structured_pruning.allocation import Sublayer, allocate
 
 
@@ -25,7 +25,7 @@ BERT_BASE = {
 
 
 def sizes(model):
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     return [block.num_units for block in blocks], [block.num_neurons for block in blocks]
 
 
@@ -42,7 +42,7 @@ def bert_base():
 @pytest.mark.parametrize("task", list(BERT_BASE))
 def test_published_macs_of_bert_base(bert_base, task):
     tokens, head, neuron, total, share = BERT_BASE[task]
-    blocks = blocks_of(bert_base)
+    blocks = layers_of(bert_base)
     assert len(blocks) == 12
     for block in blocks:
         assert block.macs_per_unit(tokens) / 1e6 == pytest.approx(head, abs=5.1e-5)
@@ -56,7 +56,7 @@ def test_published_macs_of_bert_base(bert_base, task):
 def test_half_of_bert_base(bert_base):
     generator = torch.Generator().manual_seed(0)
     sublayers = []
-    for block in blocks_of(bert_base):
+    for block in layers_of(bert_base):
         for kind, number, macs in (
             ("heads", block.num_units, block.macs_per_unit(30.55)),
             ("neurons", block.num_neurons, block.macs_per_neuron(30.55)),
@@ -93,7 +93,7 @@ def test_budget_is_used_up_to_less_than_a_neuron(model, batches, architecture, s
     config = hc.StructuredPruningConfig(mac_ratio=0.55, selection=selection, seq_len=20)
     pruned = hc.compress(model(architecture), config, data=batches(dense.config))
     left = 0.55 * full - hc.count_cost(pruned, seq_len=20).macs
-    assert 0 <= left < blocks_of(dense)[0].macs_per_neuron(20)
+    assert 0 <= left < layers_of(dense)[0].macs_per_neuron(20)
     step = hc.steps_of(pruned)[0]
     assert (step["heads_per_layer"], step["neurons_per_layer"]) == sizes(pruned)
 
@@ -124,7 +124,7 @@ def test_only_heads_or_only_neurons(model, batches, other, ratio):
     config = hc.StructuredPruningConfig(mac_ratio=ratio, seq_len=18, **{other: False})
     pruned = hc.compress(model("bert"), config, data=data)
     heads, neurons = sizes(pruned)
-    block = blocks_of(dense)[0]
+    block = layers_of(dense)[0]
     if other == "prune_heads":
         assert heads == [4, 4, 4]
         price = block.macs_per_neuron(18)
@@ -162,7 +162,7 @@ def test_round_to(model, batches, allocation):
     pruned = hc.compress(model("bert"), config, data=batches(model("bert").config))
     assert all(size % 16 == 0 for size in sizes(pruned)[1])
     left = 0.6 * hc.count_cost(model("bert"), 18).macs - hc.count_cost(pruned, 18).macs
-    assert 0 <= left < 16 * blocks_of(pruned)[0].macs_per_neuron(18)
+    assert 0 <= left < 16 * layers_of(pruned)[0].macs_per_neuron(18)
 
 
 def test_uniform_keeps_the_same_fraction_everywhere(model, batches):

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.layers import LiveTokens
 from hf_compress.methods.token_pruning.importance import keep_above, keep_top, token_importance
 from hf_compress.methods.token_pruning.modeling import thresholds_of
@@ -56,13 +56,13 @@ def test_neutral_settings_are_the_dense_model(model, batches, architecture, fiel
     same = hc.compress(copy.deepcopy(dense), hc.TokenPruningConfig(**fields))
     logits, state = run(same, batch)
     torch.testing.assert_close(logits, expected, **NEAR)
-    for block in blocks_of(same)[:-1]:
+    for block in layers_of(same)[:-1]:
         assert torch.equal(state.kept[block.index], batch["attention_mask"].bool())
 
 
 def masked_logits(model, batch, decide):
     """Attention and pruning written out for one example at a time, with masks and without removing anything."""
-    layers, logits, kept = [b.layer for b in blocks_of(model)], [], []
+    layers, logits, kept = [b.layer for b in layers_of(model)], [], []
     embed = model.base_model.embeddings
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         hidden = embed(input_ids=ids[None])[0]
@@ -123,7 +123,7 @@ def test_masks_are_monotone_and_keep_the_first_token(pruned, batches, architectu
     batch = batches(model.config, count=1)[0]
     _, state = run(model, batch)
     before = batch["attention_mask"].bool()
-    for block in blocks_of(model):
+    for block in layers_of(model):
         after = state.kept[block.index]
         assert (after <= before).all()
         assert after[:, 0].all()

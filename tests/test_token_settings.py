@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.layers import LiveTokens
 from hf_compress.methods.token_pruning.modeling import thresholds_of
 from hf_compress.methods.token_pruning.training import regularizer
@@ -25,7 +25,7 @@ def kept(model, batch):
     state = LiveTokens()
     with torch.no_grad():
         model.eval()(**batch, live_tokens=state)
-    return [int(state.kept[block.index].sum()) for block in blocks_of(model)[:-1]]
+    return [int(state.kept[block.index].sum()) for block in layers_of(model)[:-1]]
 
 
 def test_an_edited_keep_rate_counts_in_the_next_forward_pass(batches):

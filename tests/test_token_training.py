@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.cost import live_macs
 from hf_compress.core.layers import STATE, LiveTokens, Packing
 from hf_compress.methods.token_pruning import attention
@@ -239,7 +239,7 @@ def test_counted_arithmetic_is_what_a_profiler_sees(model, batches):
     with torch.no_grad(), FlopCounterMode(display=False) as profiler:
         network.base_model(**batch, live_tokens=state)
     seen = profiler.get_flop_counts()["Global"][torch.ops.aten.addmm] // 2
-    blocks, width = blocks_of(network), 32
+    blocks, width = layers_of(network), 32
     attended, fed = (sum(int(of[i].sum()) for i in range(3)) for of in (state.attended, state.fed))
     quadratic = sum(2 * width * int((state.attended[i] ** 2).sum()) for i in range(3))
     assert fed < attended
@@ -252,7 +252,7 @@ def test_arithmetic_is_exact_without_double_precision(student, monkeypatch):
     def refuse(*args, **kwargs):
         raise TypeError("no float64 here")
 
-    blocks, long, short = blocks_of(student()), 2**20 + 1, 2**20 - 1
+    blocks, long, short = layers_of(student()), 2**20 + 1, 2**20 - 1
     attended = {i: torch.tensor([long, 3]) for i in range(3)}
     state = LiveTokens(attended=attended, fed={i: torch.tensor([short, 1]) for i in range(3)})
     monkeypatch.setattr(torch.Tensor, "double", refuse)

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_compress as hc
 from hf_compress.core.schedules import DECAYS, SparsitySchedule, sparsity_at
-from hf_compress.methods.weight_pruning.groups import Layer, groups_of
+from hf_compress.methods.weight_pruning.groups import PrunableWeight, groups_of
 from hf_compress.methods.weight_pruning.modeling import prune_layers
 from hf_compress.methods.weight_pruning.selection import select_units
 from hf_compress.methods.weight_pruning.timetable import schedule_of
@@ -18,7 +18,7 @@ from tests.pruned_training import units_of, zero_units
 
 
 def prune(config, scores, sparsity=None, pruned=None):
-    layers = [Layer(str(i), nn.Parameter(torch.ones(score.shape))) for i, score in enumerate(scores)]
+    layers = [PrunableWeight(str(i), nn.Parameter(torch.ones(score.shape))) for i, score in enumerate(scores)]
     kept = [config.parsed_pattern.reduce(score, config.criterion_reduce_type) for score in scores]
     sparsity = config.target_sparsity if sparsity is None else sparsity
     return prune_layers(config, layers, kept, pruned or [None] * len(layers), sparsity)

@@ -11,9 +11,9 @@ from torch import nn
 import hf_compress as hc
 from hf_compress.core.schedules import SparsitySchedule, sparsity_at
 from hf_compress.methods.structured_pruning.fisher import rearrange_mask
-from hf_compress.methods.weight_pruning.groups import Layer
+from hf_compress.methods.weight_pruning.groups import PrunableWeight
 from hf_compress.methods.weight_pruning.modeling import prune_layers
-from hf_compress.methods.weight_pruning.patterns import Blocks, parse_pattern
+from hf_compress.methods.weight_pruning.patterns import BlockPattern, parse_pattern
 from hf_compress.methods.weight_pruning.reconstruction import inverse_factor, prune_and_reconstruct
 from hf_compress.methods.weight_pruning.regularizers import group_lasso_by_gradient
 
@@ -61,7 +61,7 @@ def test_masks_of_one_call(goldens):
     """All 63 cases: patterns, scopes, reductions, bounds, partial ratios. Sparsity counts units."""
     archive, cases = np.load(goldens / "masks_single.npz"), read(goldens / "masks_single.json")
     assert len(cases) == 63
-    layers = [Layer(name, nn.Parameter(torch.zeros(archive[f"score_{name}"].shape))) for name in LAYERS]
+    layers = [PrunableWeight(name, nn.Parameter(torch.zeros(archive[f"score_{name}"].shape))) for name in LAYERS]
     for case in cases:
         config = hc.WeightPruningConfig(
             pattern=case["pattern"],
@@ -88,9 +88,9 @@ def test_heads(goldens, scope):
     archive, d = np.load(goldens / "mha.npz"), 4
     names = [(block, part) for block in (0, 1) for part in "qkvo"]
     layers = [
-        Layer(
+        PrunableWeight(
             f"l{block}.{part}", nn.Parameter(torch.zeros(16, 16)),
-            heads=Blocks(None, d) if part == "o" else Blocks(d, None), block=block,
+            heads=BlockPattern(None, d) if part == "o" else BlockPattern(d, None), block=block,
         )
         for block, part in names
     ]  # fmt: skip
@@ -240,7 +240,7 @@ def test_stages_go_on_after_the_last_update(goldens):
 
 def test_the_regularizer_of_the_original(goldens):
     archive = np.load(goldens / "group_lasso.npz")
-    pattern = Blocks(*archive["block"].tolist())
+    pattern = BlockPattern(*archive["block"].tolist())
     left = group_lasso_by_gradient(torch.tensor(archive["G"]), pattern, float(archive["alpha"]))
     assert np.abs((torch.tensor(archive["W"]) * left).numpy() - archive["W_out"]).max() <= 1e-7
 

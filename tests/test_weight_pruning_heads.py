@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 
 
 HEAD = "sequence_classification"
@@ -25,7 +25,7 @@ def parts(block):
 @pytest.mark.parametrize("scope", ["global", "local"])
 def test_the_heads_of_least_average_magnitude_go(model, architecture, scope):
     dense = model(architecture, HEAD)
-    scores = [sum(x.abs().mean(1) for x in parts(block)) / 4 for block in blocks_of(dense)]
+    scores = [sum(x.abs().mean(1) for x in parts(block)) / 4 for block in layers_of(dense)]
     config = hc.WeightPruningConfig(pattern="mha", target_sparsity=0.5, criterion="magnitude", scope=scope)
     pruned = hc.compress(copy.deepcopy(dense), config)
     if scope == "global":
@@ -33,7 +33,7 @@ def test_the_heads_of_least_average_magnitude_go(model, architecture, scope):
         expected = [score < bound for score in scores]
     else:
         expected = [score < score.sort().values[len(score) // 2] for score in scores]
-    for before, after, gone in zip(blocks_of(dense), blocks_of(pruned), expected, strict=True):
+    for before, after, gone in zip(layers_of(dense), layers_of(pruned), expected, strict=True):
         for old, new in zip(parts(before), parts(after), strict=True):
             assert torch.equal(new, torch.where(gone[:, None], 0.0, old))
     assert hc.steps_of(pruned)[-1]["achieved_sparsity"] == pytest.approx(torch.cat(expected).double().mean().item())
@@ -42,13 +42,13 @@ def test_the_heads_of_least_average_magnitude_go(model, architecture, scope):
 def test_slimmed_heads_are_gone(model, batches):
     dense = model("bert", HEAD).double()
     pruned = hc.compress(dense, hc.WeightPruningConfig(pattern="mha", target_sparsity=0.5, criterion="magnitude"))
-    heads = [block.num_units for block in blocks_of(pruned)]
+    heads = [block.num_units for block in layers_of(pruned)]
     batch = batches(pruned.config, count=1)[0]
     with torch.no_grad():
         expected = pruned(**batch).logits
         slim = hc.slim(copy.deepcopy(pruned))
         torch.testing.assert_close(slim(**batch).logits, expected, rtol=0, atol=1e-10)
-    assert sum(block.num_units for block in blocks_of(slim)) == sum(heads) // 2
+    assert sum(block.num_units for block in layers_of(slim)) == sum(heads) // 2
 
 
 def test_a_trainer_prunes_heads_and_resumes(model, sentences, tokenizer, tmp_path):
@@ -68,7 +68,7 @@ def test_a_trainer_prunes_heads_and_resumes(model, sentences, tokenizer, tmp_pat
         return trainer.model
 
     whole = train("whole")
-    gone = [torch.stack([(x == 0).all(1) for x in parts(block)]) for block in blocks_of(whole)]
+    gone = [torch.stack([(x == 0).all(1) for x in parts(block)]) for block in layers_of(whole)]
     assert all(torch.equal(x, x[:1].expand_as(x)) for x in gone), "a head must go from all four matrices"
     units = torch.cat([x[0] for x in gone])
     assert int(units.sum()) == len(units) // 2
@@ -91,7 +91,7 @@ def test_only_the_layers_asked_for_lose_heads(model):
         pattern="mha", target_sparsity=0.5, criterion="magnitude", op_names=(r"layer\.1\.attention",)
     )
     pruned = hc.compress(copy.deepcopy(dense), config)
-    for before, after in zip(blocks_of(dense), blocks_of(pruned), strict=True):
+    for before, after in zip(layers_of(dense), layers_of(pruned), strict=True):
         same = all(torch.equal(x, y) for x, y in zip(parts(before), parts(after), strict=True))
         assert same == (before.index != 1)
 
@@ -115,7 +115,7 @@ def test_caps_that_put_the_target_out_of_reach(model, sentences, tokenizer, tmp_
 
 def test_half_frozen_attention_is_refused(model, sentences, tokenizer, tmp_path):
     student = model("bert", HEAD)
-    frozen = blocks_of(student)[1].linear("attention.self.value")
+    frozen = layers_of(student)[1].linear("attention.self.value")
     frozen.weight.requires_grad_(False)
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, max_steps=4)
     rows = [{**tokenizer(text), "labels": label} for text, label in sentences]

@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 import hf_compress as hc
-from hf_compress.methods.weight_pruning.patterns import Blocks
+from hf_compress.methods.weight_pruning.patterns import BlockPattern
 from hf_compress.methods.weight_pruning.regularizers import group_lasso
 
 
@@ -17,7 +17,7 @@ from hf_compress.methods.weight_pruning.regularizers import group_lasso
 def test_a_proximal_step_minimises_what_defines_it(strength):
     """Each block alone: half the squared distance plus `strength sqrt(size)` times the norm."""
     weight = torch.randn(7, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    ours = (weight * group_lasso(weight, Blocks(3, 2), strength)).numpy()
+    ours = (weight * group_lasso(weight, BlockPattern(3, 2), strength)).numpy()
     for top in range(0, 7, 3):
         for left in range(0, 4, 2):
             start = weight[top : top + 3, left : left + 2].numpy().ravel()
@@ -35,8 +35,8 @@ def test_a_proximal_step_minimises_what_defines_it(strength):
 def test_half_precision_keeps_small_blocks():
     """Squares of 1e-4 vanish in float16, and a zero block at a rate of zero is no NaN."""
     weight = torch.tensor([[1e-4, 0.0], [1e-4, 0.0]], dtype=torch.float16)
-    assert group_lasso(weight, Blocks(2, 1), 0.0).tolist() == [[1.0, 1.0], [1.0, 1.0]]
-    assert group_lasso(weight, Blocks(2, 1), 1e-5)[0, 0].item() == pytest.approx(0.9, abs=0.01)
+    assert group_lasso(weight, BlockPattern(2, 1), 0.0).tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert group_lasso(weight, BlockPattern(2, 1), 1e-5)[0, 0].item() == pytest.approx(0.9, abs=0.01)
 
 
 @pytest.mark.parametrize("kind", ["group_lasso", "group_lasso_gradient"])

@@ -6,7 +6,7 @@ from transformers import GPT2Config, GPT2Model, ModernBertConfig, ModernBertMode
 from transformers.masking_utils import create_bidirectional_sliding_window_mask
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.positions import extend_positions_, most_tokens, position_offset
 from tests.rounding import assert_equal_to_rounding
 
@@ -14,11 +14,11 @@ from tests.rounding import assert_equal_to_rounding
 @pytest.mark.parametrize("tokens", [1, 2, 4, 5, 6, 20, 64])
 def test_pairs_in_a_window_are_counted(model, tokens):
     dense = model("modernbert")
-    block = next(b for b in blocks_of(dense) if b.attention.sliding_window is not None)
+    block = next(b for b in layers_of(dense) if b.attention.sliding_window is not None)
     # Eight tokens are four to each side.
     pairs = sum(abs(i - j) <= 4 for i in range(tokens) for j in range(tokens))
     assert block.attention_macs(tokens) == 2 * pairs * 32
-    wide = next(b for b in blocks_of(dense) if b.attention.sliding_window is None)
+    wide = next(b for b in layers_of(dense) if b.attention.sliding_window is None)
     assert wide.attention_macs(tokens) == 2 * tokens**2 * 32
     # And transformers' own mask lets as many pass.
     dense.config._attn_implementation = "eager"
@@ -28,7 +28,7 @@ def test_pairs_in_a_window_are_counted(model, tokens):
 
 
 def test_lengths_may_be_averages(model):
-    local, wide = (blocks_of(model("modernbert"))[index] for index in (1, 0))
+    local, wide = (layers_of(model("modernbert"))[index] for index in (1, 0))
     assert local.attention_macs(5.0) < local.attention_macs(5.5) < local.attention_macs(6.0)
     assert wide.attention_macs(5.5) == pytest.approx(2 * 5.5**2 * 32)
 

@@ -141,7 +141,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 @dataclass(frozen=True)
-class Block:
+class TransformerLayer:
     """One transformer layer of a live model, seen through its architecture row.
 
     A removable attention *unit* is one key-value head together with the query heads that share it, so that
@@ -251,7 +251,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     return ARCHITECTURES[kind]
 
 
-def blocks_of(model: PreTrainedModel, adapted: bool = False) -> list[Block]:
+def layers_of(model: PreTrainedModel, adapted: bool = False) -> list[TransformerLayer]:
     """The transformer layers of a model, from the first to the last.
 
     Args:
@@ -265,12 +265,12 @@ def blocks_of(model: PreTrainedModel, adapted: bool = False) -> list[Block]:
     Example:
         >>> from transformers import BertConfig, BertModel
         >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
-        >>> [block.num_neurons for block in blocks_of(BertModel(tiny))]
+        >>> [block.num_neurons for block in layers_of(BertModel(tiny))]
         [16, 16]
     """
     row = architecture_of(model)
     layers = model.base_model.get_submodule(row.layers)
-    blocks = [Block(index, layer, row) for index, layer in enumerate(layers)]
+    blocks = [TransformerLayer(index, layer, row) for index, layer in enumerate(layers)]
     for block in () if adapted else blocks:
         for path in {row.queries, row.keys, row.values, row.attention_out, *row.ffn_in, row.ffn_out}:
             module = block.linear(path)
@@ -282,7 +282,7 @@ def blocks_of(model: PreTrainedModel, adapted: bool = False) -> list[Block]:
     return blocks
 
 
-def named_projections(block: Block) -> Iterator[tuple[str, nn.Linear]]:
+def named_projections(block: TransformerLayer) -> Iterator[tuple[str, nn.Linear]]:
     """Each projection of a layer once, fused ones included."""
     row = block.architecture
     for path in dict.fromkeys((row.queries, row.keys, row.values, row.attention_out, *row.ffn_in, row.ffn_out)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.core.architectures import Block, blocks_of, named_projections
+from hf_compress.core.architectures import TransformerLayer, layers_of, named_projections
 from hf_compress.core.batches import base_inputs, live_tokens
 from hf_compress.core.calibration import readable_data
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
@@ -50,13 +50,13 @@ def count_size(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def block_macs(block: Block, seq_len: float) -> float:
+def layer_macs(block: TransformerLayer, seq_len: float) -> float:
     """Multiply-accumulates of one layer for one sequence, from the shapes of its projections."""
     projections = sum(linear.in_features * linear.out_features for _, linear in named_projections(block))
     return seq_len * projections + block.attention_macs(seq_len)
 
 
-def live_macs(blocks: list[Block], state: LiveTokens) -> tuple[Tensor, Tensor]:
+def live_macs(blocks: list[TransformerLayer], state: LiveTokens) -> tuple[Tensor, Tensor]:
     """Multiply-accumulates of a batch whose tokens were dropped on the way, and those without dropping.
 
     Args:
@@ -85,7 +85,7 @@ def live_macs(blocks: list[Block], state: LiveTokens) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _macs_on(model: PreTrainedModel, blocks: list[Block], data: Iterable[Mapping[str, Any]]) -> list[float]:
+def _macs_on(model: PreTrainedModel, blocks: list[TransformerLayer], data: Iterable[Mapping[str, Any]]) -> list[float]:
     """Mean multiply-accumulates a sequence in each layer, on real inputs."""
     total, sequences = [0.0] * len(blocks), 0
     with evaluating(model):
@@ -99,7 +99,7 @@ def _macs_on(model: PreTrainedModel, blocks: list[Block], data: Iterable[Mapping
                 model.base_model(**inputs, **{STATE: state})
                 layers = live_macs(blocks, state)[0].tolist()
             else:
-                layers = [sum(block_macs(block, length) for length in lengths.tolist()) for block in blocks]
+                layers = [sum(layer_macs(block, length) for length in lengths.tolist()) for block in blocks]
             total = [sum(pair) for pair in zip(total, layers, strict=True)]
     if not sequences:
         raise ValueError("data must hold at least one batch, got none.")
@@ -139,7 +139,7 @@ def count_cost(
         raise ValueError("Weights must be loaded to be counted, got a model on the meta device.")
     if data is not None:
         data = readable_data(model, data, 1)
-    blocks = blocks_of(model)
-    each = [float(block_macs(block, seq_len)) for block in blocks] if data is None else _macs_on(model, blocks, data)
+    blocks = layers_of(model)
+    each = [float(layer_macs(block, seq_len)) for block in blocks] if data is None else _macs_on(model, blocks, data)
     by_layer = [batch_size * macs for macs in each]
     return Cost(**count_size(model), macs=sum(by_layer), macs_by_layer=by_layer)

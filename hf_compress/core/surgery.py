@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.core.architectures import Block, architecture_of, blocks_of
+from hf_compress.core.architectures import TransformerLayer, architecture_of, layers_of
 from hf_compress.core.attention import DeferredLinear, defer_
 
 
-def _set(block: Block, path: str, linear: nn.Linear) -> None:
+def _set(block: TransformerLayer, path: str, linear: nn.Linear) -> None:
     parent, _, name = path.rpartition(".")
     holder = block.layer.get_submodule(parent)
     old = getattr(holder, name)
@@ -74,7 +74,9 @@ def unit_columns(units: Sequence[int], size: int) -> Tensor:
     return (starts + torch.arange(size)).flatten()
 
 
-def keep_heads_(block: Block, units: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+def keep_heads_(
+    block: TransformerLayer, units: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None
+) -> None:
     """Remove all attention units but the given ones from a layer, physically.
 
     Args:
@@ -103,7 +105,9 @@ def keep_heads_(block: Block, units: Sequence[int], weight: Tensor | None = None
         setattr(block.attention, name, len(units) * (d if times_head_size else 1))
 
 
-def keep_neurons_(block: Block, neurons: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+def keep_neurons_(
+    block: TransformerLayer, neurons: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> None:
     """Remove all feed-forward neurons but the given ones from a layer, physically.
 
     Args:
@@ -120,7 +124,7 @@ def keep_neurons_(block: Block, neurons: Tensor, weight: Tensor | None = None, b
     _set(block, row.ffn_out, out)
 
 
-def resize_(block: Block, num_units: int, num_neurons: int) -> None:
+def resize_(block: TransformerLayer, num_units: int, num_neurons: int) -> None:
     """Give a skeleton layer the shapes of a pruned one; which weights are kept does not matter here."""
     if num_units != block.num_units:
         keep_heads_(block, range(num_units))
@@ -139,7 +143,7 @@ def resize_layers_(model: PreTrainedModel, heads: Sequence[int], neurons: Sequen
     Raises:
         ValueError: If the sizes do not fit the model.
     """
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     if len(heads) != len(blocks) or len(neurons) != len(blocks):
         raise ValueError(
             f"heads_per_layer and neurons_per_layer must have {len(blocks)} entries, "
@@ -160,7 +164,7 @@ def plain_sizes(model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         ValueError: Names the layer that stock transformers cannot build.
     """
-    row, blocks = architecture_of(model), blocks_of(model)
+    row, blocks = architecture_of(model), layers_of(model)
     first = blocks[0]
     for block in blocks:
         if block.num_neurons != first.num_neurons:

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.core.architectures import Block, blocks_of
+from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.cost import Cost, count_cost, count_size
 from hf_compress.core.layers import carries_state
 from hf_compress.core.loaded import require_complete
@@ -159,9 +159,9 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
         )
 
 
-def _blocks(model: PreTrainedModel, name: str) -> list[Block]:
+def _blocks(model: PreTrainedModel, name: str) -> list[TransformerLayer]:
     try:
-        return blocks_of(model)
+        return layers_of(model)
     except ValueError as error:
         logger.warning("The arithmetic of %s is not counted: %s", name, error)
         return []

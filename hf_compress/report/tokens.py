@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.modes import evaluating
 
@@ -41,7 +41,7 @@ def trace_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
     with evaluating(model):
         base(input_ids=inputs["input_ids"].to(base.device), **{STATE: state})
     tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
-    return TokenTrace(tokens, [state.kept[block.index][0].tolist() for block in blocks_of(model)])
+    return TokenTrace(tokens, [state.kept[block.index][0].tolist() for block in layers_of(model)])
 
 
 def write_token_page(file: str | Path, traces: list[TokenTrace], title: str = "Which words survive") -> None:

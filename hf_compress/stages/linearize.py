@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.api import compress, steps_of
-from hf_compress.core.architectures import blocks_of
-from hf_compress.core.cost import block_macs, count_cost
+from hf_compress.core.architectures import layers_of
+from hf_compress.core.cost import count_cost, layer_macs
 from hf_compress.core.devices import chosen_device
 from hf_compress.core.positions import most_tokens
 from hf_compress.core.saving import require_own_folder
@@ -139,9 +139,9 @@ def _text_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, longest: int |
 
 
 def _macs_of_texts(model: PreTrainedModel, lengths: Sequence[int]) -> float:
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     counts = Counter(lengths)
-    return sum(count * sum(block_macs(block, length) for block in blocks) for length, count in counts.items())
+    return sum(count * sum(layer_macs(block, length) for block in blocks) for length, count in counts.items())
 
 
 def joint_distill(

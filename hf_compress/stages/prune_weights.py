@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_compress.api import compress, steps_of
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.cost import count_cost
 from hf_compress.core.saving import require_own_folder, write_json
 from hf_compress.methods.weight_pruning import WeightPruningCallback, WeightPruningConfig, slim
@@ -100,7 +100,7 @@ def prune_weights(
     task, tokenizer, model, rows = prepare(model_args, data, args.seed, trains=not at_once)
     if pruning.slim:
         # Hours of training later would be late to learn that a model cannot be cut.
-        blocks_of(model)
+        layers_of(model)
     common = trainer_arguments(task, model, tokenizer, args, rows)
     if at_once:
         return _prune_at_once(common, pruning, config)

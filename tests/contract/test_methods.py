@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from tests.conftest import ARCHITECTURES, HEADS
 from tests.contract.conftest import (
     KEEPS_DENSE_MODULES,
@@ -205,7 +205,7 @@ def test_cost_equals_a_hand_count(compressed, model, method, architecture):
         pytest.skip("counted in the tests of the method")
     for counted in (model(architecture), compressed(method, architecture)):
         cost, expected = hc.count_cost(counted, seq_len=s), []
-        for block in blocks_of(counted):
+        for block in layers_of(counted):
             neurons = block.num_neurons * s * d * (3 if architecture in ("llama", "modernbert") else 2)
             # ModernBERT's local layers see four tokens to each side.
             local = getattr(block.attention, "sliding_window", None) is not None

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 import hf_compress as hc
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from tests.contract.conftest import assert_same_outputs
 
 
@@ -67,7 +67,7 @@ def test_broken_record(folder, model, batches, case):
     dense.config.quantization_config = record
     with pytest.raises(ValueError, match=message):
         hc.compress(dense, hc.StructuredPruningConfig(), data=batches(dense.config))
-    assert [block.num_neurons for block in blocks_of(dense)] == [64, 64, 64]
+    assert [block.num_neurons for block in layers_of(dense)] == [64, 64, 64]
 
 
 @pytest.mark.parametrize("case", list(UNFIT))
@@ -102,17 +102,17 @@ def test_models_without_a_record():
 def equal_widths(model, data, **keep):
     """Every layer loses 24 neurons, and with `prune_heads` one attention unit."""
     heads = keep.get("prune_heads", True)
-    lost = sum(24 * b.macs_per_neuron(18) + heads * b.macs_per_unit(18) for b in blocks_of(model))
+    lost = sum(24 * b.macs_per_neuron(18) + heads * b.macs_per_unit(18) for b in layers_of(model))
     config = hc.StructuredPruningConfig(
         mac_ratio=1 - lost / hc.count_cost(model, 18).macs + 1e-9,
         seq_len=18,
         allocation="uniform",
-        min_heads=blocks_of(model)[0].num_units - heads,
+        min_heads=layers_of(model)[0].num_units - heads,
         min_neurons=40,
         **keep,
     )
     hc.compress(model, config, data=data)
-    assert {block.num_neurons for block in blocks_of(model)} == {40}
+    assert {block.num_neurons for block in layers_of(model)} == {40}
     return model
 
 
@@ -145,7 +145,7 @@ def test_plain_llama_with_fewer_heads(model, batches, batch, tmp_path):
 
 def test_what_has_no_plain_form_says_which_layer(model, batches, compressed):
     uneven = compressed("structured_pruning", "bert")
-    neurons = [block.num_neurons for block in blocks_of(uneven)]
+    neurons = [block.num_neurons for block in layers_of(uneven)]
     layer = next(i for i, number in enumerate(neurons) if number != neurons[0])
     message = f"Layer {layer} has {neurons[layer]} neurons, layer 0 has {neurons[0]}: no single intermediate_size"
     steps = hc.steps_of(uneven)
@@ -153,7 +153,7 @@ def test_what_has_no_plain_form_says_which_layer(model, batches, compressed):
         hc.to_plain(uneven)
     assert hc.steps_of(uneven) == steps
     fewer = equal_widths(model("bert"), batches(model("bert").config))
-    assert {block.num_units for block in blocks_of(fewer)} == {3}
+    assert {block.num_units for block in layers_of(fewer)} == {3}
     with pytest.raises(ValueError, match="Layer 0 has 3 heads of size 8; bert derives the head size"):
         hc.to_plain(fewer)
     assert fewer.config.num_attention_heads == 4

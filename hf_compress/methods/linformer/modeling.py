@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.core.architectures import Block, architecture_of, blocks_of
+from hf_compress.core.architectures import TransformerLayer, architecture_of, layers_of
 from hf_compress.core.attention import attach_core_, defer_, use_cores_
 from hf_compress.core.positions import extend_positions_, position_offset
 from hf_compress.methods.linformer.config import LinformerConfig
@@ -22,9 +22,9 @@ from hf_compress.methods.linformer.projection import LinformerCore, TimeProjecti
 _SHARED = "linformer_projection"
 
 
-def _global_blocks(model: PreTrainedModel) -> list[Block]:
+def _global_blocks(model: PreTrainedModel) -> list[TransformerLayer]:
     """The layers whose attention sees every token; attention in a window is linear already."""
-    return [block for block in blocks_of(model) if getattr(block.attention, "sliding_window", None) is None]
+    return [block for block in layers_of(model) if getattr(block.attention, "sliding_window", None) is None]
 
 
 def check(model: PreTrainedModel, config: LinformerConfig) -> None:
@@ -34,7 +34,7 @@ def check(model: PreTrainedModel, config: LinformerConfig) -> None:
         ValueError: Unsupported architecture, or causal attention.
     """
     architecture_of(model)
-    for block in blocks_of(model):
+    for block in layers_of(model):
         if getattr(block.attention, "is_causal", False) or getattr(model.config, "is_decoder", False):
             raise ValueError(
                 f"model must be a bidirectional encoder, got causal attention in layer {block.index} of "

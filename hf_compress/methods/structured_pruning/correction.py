@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.core.architectures import Block
+from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.calibration import collect_inputs
 from hf_compress.core.moments import SecondMoments
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, unit_columns
@@ -22,7 +22,7 @@ from hf_compress.methods.structured_pruning.sketch import CountSketch
 Data = Iterable[Mapping[str, Any]]
 
 
-def observed_modules(blocks: list[Block]) -> dict[Any, nn.Linear]:
+def observed_modules(blocks: list[TransformerLayer]) -> dict[Any, nn.Linear]:
     """(layer, kind) -> the output projection whose input is measured."""
     return {
         (block.index, kind): module
@@ -51,12 +51,17 @@ class _Cross:
             self.sum.addmm_(wide[:, self.keep].T, wide)
 
 
-def _columns(block: Block, kind: str, units: list[int]) -> Tensor:
+def _columns(block: TransformerLayer, kind: str, units: list[int]) -> Tensor:
     return unit_columns(units, block.unit_size) if kind == "heads" else torch.tensor(units)
 
 
 def cut_(
-    block: Block, kind: str, ranking: Ranking, size: int, config: StructuredPruningConfig, moments: SecondMoments
+    block: TransformerLayer,
+    kind: str,
+    ranking: Ranking,
+    size: int,
+    config: StructuredPruningConfig,
+    moments: SecondMoments,
 ) -> None:
     """Keep the first `size` units of a ranking and fold the rest into the output projection."""
     if size == len(ranking.order):
@@ -76,7 +81,7 @@ def cut_(
     _apply(block, kind, units, weight, bias)
 
 
-def _apply(block: Block, kind: str, units: list[int], weight: Tensor | None, bias: Tensor | None) -> None:
+def _apply(block: TransformerLayer, kind: str, units: list[int], weight: Tensor | None, bias: Tensor | None) -> None:
     if kind == "heads":
         keep_heads_(block, units, weight, bias)
     else:
@@ -85,7 +90,7 @@ def _apply(block: Block, kind: str, units: list[int], weight: Tensor | None, bia
 
 def cut_by_sketch_(
     model: PreTrainedModel,
-    blocks: list[Block],
+    blocks: list[TransformerLayer],
     rankings: Mapping[Any, Ranking],
     kept: Mapping[Any, int],
     config: StructuredPruningConfig,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.core.architectures import Block
+from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.batches import on_device
 from hf_compress.core.calibration import require_data
 from hf_compress.core.modes import evaluating
@@ -47,7 +47,7 @@ class FisherLayer:
 
 
 def collect_gradients(
-    model: PreTrainedModel, blocks: Sequence[Block], data: Data
+    model: PreTrainedModel, blocks: Sequence[TransformerLayer], data: Data
 ) -> tuple[list[Tensor], list[Tensor]]:
     """How the loss reacts when a unit is turned down, for every batch: derivatives at masks of ones.
 
@@ -201,7 +201,7 @@ def rearrange_mask(grads: Tensor, keep: Tensor) -> Tensor:
 
 def fisher_selection(
     model: PreTrainedModel,
-    blocks: Sequence[Block],
+    blocks: Sequence[TransformerLayer],
     data: Data,
     seq_len: float,
     mac_ratio: float,

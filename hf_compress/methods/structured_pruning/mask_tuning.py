@@ -16,7 +16,7 @@ from scipy.sparse.linalg import lsmr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.core.architectures import Block
+from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.batches import live_tokens, on_device
 from hf_compress.core.modes import evaluating
 from hf_compress.core.moments import SecondMoments
@@ -47,7 +47,7 @@ class Masks:
 
 
 @contextmanager
-def masked(blocks: Sequence[Block], masks: Masks) -> Iterator[None]:
+def masked(blocks: Sequence[TransformerLayer], masks: Masks) -> Iterator[None]:
     """Multiply the inputs of the output projections while the context is open."""
 
     def multiply(mask: Tensor, size: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -87,7 +87,7 @@ def adds_own_input(model: PreTrainedModel) -> bool:
 
 
 def _sublayer(
-    model: PreTrainedModel, block: Block, part: str, inputs: Mapping[str, Tensor], rows: Tensor
+    model: PreTrainedModel, block: TransformerLayer, part: str, inputs: Mapping[str, Tensor], rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Input and output of an output projection and what the model adds to it: [N, n], [N, D], [N, D] of given rows."""
     seen: dict[str, Tensor] = {}
@@ -140,7 +140,7 @@ def _fitted_rows(model: PreTrainedModel, inputs: Mapping[str, Tensor], pooled: b
 
 def normal_equations(
     model: PreTrainedModel,
-    blocks: Sequence[Block],
+    blocks: Sequence[TransformerLayer],
     data: Data,
     layer: int,
     part: Literal["attention", "ffn"],
@@ -205,7 +205,9 @@ def _solve(gram: Tensor, cross: Tensor) -> Tensor | None:
     return ones + torch.from_numpy(found[0]) if found[1] < 3 else None
 
 
-def tune_masks(model: PreTrainedModel, blocks: Sequence[Block], data: Data, teacher: Masks, student: Masks) -> Masks:
+def tune_masks(
+    model: PreTrainedModel, blocks: Sequence[TransformerLayer], data: Data, teacher: Masks, student: Masks
+) -> Masks:
     """Scale what is left so that every layer, from the first to the last, comes close to the teacher's.
 
     Memory is that of one batch and two matrices of a layer's width; the data is read twice a layer.

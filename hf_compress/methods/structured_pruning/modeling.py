@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.core.architectures import Block, blocks_of
+from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.batches import live_tokens
 from hf_compress.core.calibration import collect_inputs, require_data
 from hf_compress.core.moments import SecondMoments
@@ -57,7 +57,7 @@ def check(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
     Raises:
         ValueError: Unsupported architecture, a budget below the minima, or centring without biases to fold into.
     """
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     for block in blocks:
         if config.min_heads > block.num_units or config.min_neurons > block.num_neurons:
             raise ValueError(
@@ -88,7 +88,7 @@ def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data
         ValueError: If the budget cannot be met, there is too little data, or it cannot be read often enough. The
             model is unchanged then.
     """
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     _warn_of_filled_zeros(config, blocks)
     if config.mac_ratio == 1:
         return _completed(config, blocks, config.seq_len, 0.0)
@@ -162,7 +162,7 @@ def plain(model: PreTrainedModel, config: StructuredPruningConfig) -> dict[str, 
     return plain_sizes(model)
 
 
-def _warn_of_filled_zeros(config: StructuredPruningConfig, blocks: list[Block]) -> None:
+def _warn_of_filled_zeros(config: StructuredPruningConfig, blocks: list[TransformerLayer]) -> None:
     projections = [linear for block in blocks for linear in (block.attention_out, block.ffn_out)]
     if (
         config.correction
@@ -192,7 +192,7 @@ def _require_rows(
 
 
 def _sublayers(
-    blocks: list[Block],
+    blocks: list[TransformerLayer],
     priorities: list[tuple[list[float], list[float]]],
     config: StructuredPruningConfig,
     seq_len: float,
@@ -213,7 +213,7 @@ def _full(sublayers: list[Sublayer]) -> float:
     return sum(len(s.priorities) * s.macs for s in sublayers)
 
 
-def _remeasured(model: PreTrainedModel, block: Block, kind: str, data: Data) -> SecondMoments:
+def _remeasured(model: PreTrainedModel, block: TransformerLayer, kind: str, data: Data) -> SecondMoments:
     module = block.attention_out if kind == "heads" else block.ffn_out
     fresh = SecondMoments(module.in_features, module.weight.device)
     collect_inputs(model, {kind: module}, {kind: fresh}, data, description=f"layer {block.index} {kind}")
@@ -223,7 +223,7 @@ def _remeasured(model: PreTrainedModel, block: Block, kind: str, data: Data) -> 
 def _compress_by_fisher(
     model: PreTrainedModel, config: StructuredPruningConfig, data: Data
 ) -> StructuredPruningConfig:
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     lengths = _Lengths()
     for batch in data:
         lengths(batch)
@@ -252,7 +252,7 @@ def _compress_by_fisher(
 
 
 def _completed(
-    config: StructuredPruningConfig, blocks: list[Block], seq_len: float | None, tolerance: float | None
+    config: StructuredPruningConfig, blocks: list[TransformerLayer], seq_len: float | None, tolerance: float | None
 ) -> StructuredPruningConfig:
     done = dataclasses.replace(
         config,

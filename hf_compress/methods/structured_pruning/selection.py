@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_compress.core.architectures import Block
+from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.surgery import unit_columns
 from hf_compress.methods.structured_pruning.pivoting import (
     PivotedColumns,
@@ -41,7 +41,7 @@ class Ranking:
         return (self.residual[:-1] / total).tolist()
 
 
-def rank_heads(block: Block, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
+def rank_heads(block: TransformerLayer, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
     """Rank the attention units of a layer.
 
     Args:
@@ -61,7 +61,7 @@ def rank_heads(block: Block, gram: Tensor, selection: str, generator: torch.Gene
     return Ranking(order, residual_along(gram, [unit_columns([unit], size) for unit in order]))
 
 
-def rank_neurons(block: Block, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
+def rank_neurons(block: TransformerLayer, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
     """Rank the feed-forward neurons of a layer.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_compress.core.architectures import architecture_of, blocks_of
+from hf_compress.core.architectures import architecture_of, layers_of
 from hf_compress.core.attention import use_cores_
 from hf_compress.core.layers import share_state_, specialise_
 from hf_compress.methods.token_pruning.config import TokenPruningConfig
@@ -43,7 +43,7 @@ def check(model: PreTrainedModel, config: TokenPruningConfig) -> None:
         raise ValueError(
             f"model must be an encoder of type {', '.join(FINISH)} to drop tokens, got {model.config.model_type}."
         )
-    blocks_of(model)
+    layers_of(model)
 
 
 def compress(
@@ -59,7 +59,7 @@ def compress(
     Returns:
         The config.
     """
-    depth = len(blocks_of(model))
+    depth = len(layers_of(model))
     if (
         config.prune_mode == "topk"
         and config.token_keep_rate < min(keep_rate_ramp(config.token_keep_rate, depth)) == 1
@@ -76,7 +76,7 @@ def rebuild(model: PreTrainedModel, config: TokenPruningConfig) -> None:
     """Give a dense skeleton the layers and thresholds of a model that drops tokens."""
     for name in config.flat:
         setattr(model.config, name, getattr(config, name))
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     thresholds = None
     if config.prune_mode == "absolute_threshold":
         initial = threshold_ramp(config.final_token_threshold, len(blocks), config.threshold_ramp)

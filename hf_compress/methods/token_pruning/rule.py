@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from hf_compress.core.architectures import Block
+from hf_compress.core.architectures import TransformerLayer
 from hf_compress.methods.token_pruning.importance import keep_rate_ramp, threshold_ramp
 
 
@@ -83,7 +83,7 @@ class TokenRule:
         num_layers: int,
         reads_first: bool,
         finish: Callable[[nn.Module, Tensor, Tensor], Tensor],
-        block: Block,
+        block: TransformerLayer,
         published: bool = False,
     ) -> None:
         self.config = config

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.cost import live_macs
 from hf_compress.core.layers import LiveTokens
 from hf_compress.methods.token_pruning.config import TokenPruningConfig
@@ -86,7 +86,7 @@ def measures(model: PreTrainedModel, state: LiveTokens) -> dict[str, tuple[Tenso
     """Multiply-accumulates and kept tokens against those of the unpruned model on the same real lengths."""
     if not state.attended or state.soft:
         return {}
-    blocks = blocks_of(model, adapted=True)
+    blocks = layers_of(model, adapted=True)
     macs, dense = (by_layer.sum() for by_layer in live_macs(blocks, state))
     initial = state.attended[0].sum()
     kept = torch.stack([state.fed[block.index].sum() for block in blocks]).sum()

@@ -18,7 +18,7 @@ from hf_compress.core.calibration import call_order, collect_inputs
 from hf_compress.core.moments import SecondMoments, device_of_doubles
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import wanda
-from hf_compress.methods.weight_pruning.groups import Layer
+from hf_compress.methods.weight_pruning.groups import PrunableWeight
 from hf_compress.methods.weight_pruning.reconstruction import inverse_factor, prune_and_reconstruct
 
 
@@ -52,11 +52,11 @@ class ColumnNorms:
         return self._squares.sqrt()
 
 
-def _width(layer: Layer) -> int:
+def _width(layer: PrunableWeight) -> int:
     return layer.matrix(layer.weight).shape[1]
 
 
-def check_linear(model: nn.Module, config: WeightPruningConfig, layers: Sequence[Layer]) -> None:
+def check_linear(model: nn.Module, config: WeightPruningConfig, layers: Sequence[PrunableWeight]) -> None:
     """Refuse layers that do not multiply their input by their weight.
 
     Raises:
@@ -81,8 +81,8 @@ def _require_called(names: Iterable[str], called: set[str], criterion: str) -> N
 
 
 def wanda_scores(
-    model: PreTrainedModel, layers: Sequence[tuple[WeightPruningConfig, Layer]], data: Data
-) -> dict[Layer, Tensor]:
+    model: PreTrainedModel, layers: Sequence[tuple[WeightPruningConfig, PrunableWeight]], data: Data
+) -> dict[PrunableWeight, Tensor]:
     """Scores of the patterns' units from one pass of the data through the model as it is.
 
     Args:
@@ -131,7 +131,9 @@ def _stages(calls: Sequence[tuple[str, int]]) -> list[tuple[list[str], bool]]:
     return stages
 
 
-def reconstruct_(model: PreTrainedModel, layers: Sequence[tuple[WeightPruningConfig, Layer, int]], data: Data) -> None:
+def reconstruct_(
+    model: PreTrainedModel, layers: Sequence[tuple[WeightPruningConfig, PrunableWeight, int]], data: Data
+) -> None:
     """Prune layers in the order in which they run; each one sees the inputs that the pruned ones before it make.
 
     One Gram matrix exists at a time. Layers with the same input (query, key and value) share it; every such set costs

@@ -23,7 +23,7 @@ from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA
 from hf_compress.methods.weight_pruning.groups import (
     Group,
-    Layer,
+    PrunableWeight,
     pruned_units,
     require_pattern,
     sparsity_of,
@@ -96,12 +96,12 @@ class WeightPruningCallback(TrainerCallback):
         forget(self)
         self._runs: list[PruningRun] = []
         self._shrinking = Shrinking()
-        self._pruned: dict[Layer, Tensor] = {}
+        self._pruned: dict[PrunableWeight, Tensor] = {}
         self._zeros = Zeros()
-        self._fresh: dict[Layer, Tensor] = {}
-        self._plans: dict[Layer, Tensor] = {}
+        self._fresh: dict[PrunableWeight, Tensor] = {}
+        self._plans: dict[PrunableWeight, Tensor] = {}
         # `magnitude` looks at the weights as they were at the update, through all its stages.
-        self._update_scores: dict[Layer, Tensor] = {}
+        self._update_scores: dict[PrunableWeight, Tensor] = {}
         self._sparsity = 0.0
         self._scale, self._skipped = 1.0, False
         self._late: set[PruningRun] = set()
@@ -236,7 +236,7 @@ class WeightPruningCallback(TrainerCallback):
             self._set_mask(layer, mask)
         self._save(layers, optimizer)
 
-    def _save(self, layers: Iterable[Layer], optimizer: Any, stepped: bool = False) -> None:
+    def _save(self, layers: Iterable[PrunableWeight], optimizer: Any, stepped: bool = False) -> None:
         """Put into the optimizer's state what cannot be computed again."""
         for layer in layers:
             # Optimizers set their state up at their first step, and only where there is none at all.
@@ -283,7 +283,7 @@ class WeightPruningCallback(TrainerCallback):
         self._fresh.clear()
         self._zeros.enforce()
 
-    def _set_mask(self, layer: Layer, mask: Tensor) -> None:
+    def _set_mask(self, layer: PrunableWeight, mask: Tensor) -> None:
         self._pruned[layer] = mask
         self._zeros.hold(layer, mask)
 

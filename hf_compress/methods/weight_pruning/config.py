@@ -9,7 +9,7 @@ from typing import Any, Literal
 from hf_compress.core.method import MethodConfig
 from hf_compress.methods.weight_pruning.criteria import needs_gradients, needs_inputs
 from hf_compress.methods.weight_pruning.expressions import check_expressions
-from hf_compress.methods.weight_pruning.patterns import Blocks, Heads, NOfM, Pattern, parse_pattern
+from hf_compress.methods.weight_pruning.patterns import BlockPattern, HeadPattern, NMPattern, Pattern, parse_pattern
 
 
 NAME = "weight_pruning"
@@ -60,7 +60,7 @@ class WeightPruningConfig(MethodConfig):
         reg_coeff: How strongly `reg_type` shrinks; above 0 with a `reg_type`.
         criterion_reduce_type: How the scores of a unit become one: `mean`, `sum` or `max`.
         achieved_sparsity: Filled in when it is done: pruned units over all units (times N/M).
-        heads_per_layer, neurons_per_layer: Filled in by `slim`: what is left in each layer. Heads are counted as
+        heads_per_layer, neurons_per_layer: Filled in by `slim`: what is left in each layer. HeadPattern are counted as
             key-value heads.
 
     Source:
@@ -136,7 +136,7 @@ class WeightPruningConfig(MethodConfig):
         pattern = parse_pattern(self.pattern)
         if not 0 <= self.target_sparsity < 1:
             raise ValueError(f"target_sparsity must be in [0, 1), got {self.target_sparsity}.")
-        if isinstance(pattern, NOfM) and self.target_sparsity > pattern.ceiling + 1e-9:
+        if isinstance(pattern, NMPattern) and self.target_sparsity > pattern.ceiling + 1e-9:
             raise ValueError(
                 f"target_sparsity must be at most {pattern.ceiling:g} with pattern={self.pattern!r}, "
                 f"got {self.target_sparsity}."
@@ -158,7 +158,7 @@ class WeightPruningConfig(MethodConfig):
             return
         pattern = self.parsed_pattern
         # What is left in a row of W makes up for what goes there, one column after the other.
-        if not isinstance(pattern, NOfM) and getattr(pattern, "columns", None) != 1:
+        if not isinstance(pattern, NMPattern) and getattr(pattern, "columns", None) != 1:
             raise ValueError(f"pattern must be 'N:M' or 'Nx1' with criterion='sparsegpt', got {self.pattern!r}.")
         if self.scope != "local":
             raise ValueError(
@@ -180,7 +180,7 @@ class WeightPruningConfig(MethodConfig):
                 f"pruning_frequency must be at least 4 with progressive=True, got {self.pruning_frequency}: an update "
                 "has four stages."
             )
-        if self.progressive and isinstance(self.parsed_pattern, Heads):
+        if self.progressive and isinstance(self.parsed_pattern, HeadPattern):
             raise ValueError("pattern must be another one than 'mha' with progressive=True.")
         if self.needs_inputs and (self.progressive or self.reg_type is not None):
             raise ValueError(
@@ -192,7 +192,7 @@ class WeightPruningConfig(MethodConfig):
             raise ValueError(
                 f"reg_coeff must be positive with a reg_type and 0 without, got {self.reg_coeff} with {self.reg_type}."
             )
-        if self.reg_type is not None and not isinstance(self.parsed_pattern, Blocks):
+        if self.reg_type is not None and not isinstance(self.parsed_pattern, BlockPattern):
             raise ValueError(f"pattern must be one of blocks or channels with reg_type, got {self.pattern!r}.")
 
     def resolved(self) -> list[WeightPruningConfig]:
@@ -224,7 +224,8 @@ class WeightPruningConfig(MethodConfig):
         """Whether a pattern takes whole rows or columns or heads, of which `slim` makes smaller layers."""
         patterns = [entry.parsed_pattern for entry in self.resolved()]
         return any(
-            isinstance(pattern, Heads) or (isinstance(pattern, Blocks) and None in (pattern.rows, pattern.columns))
+            isinstance(pattern, HeadPattern)
+            or (isinstance(pattern, BlockPattern) and None in (pattern.rows, pattern.columns))
             for pattern in patterns
         )
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.core.architectures import blocks_of
+from hf_compress.core.architectures import layers_of
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.expressions import matches
-from hf_compress.methods.weight_pruning.patterns import Blocks, Heads, NOfM
+from hf_compress.methods.weight_pruning.patterns import BlockPattern, HeadPattern, NMPattern
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class PrunableWeight:
     """One weight that may be pruned, seen as a matrix with outputs as rows.
 
     Args:
@@ -32,10 +32,10 @@ class Layer:
     name: str
     weight: nn.Parameter
     transposed: bool = False
-    heads: Blocks | None = None
+    heads: BlockPattern | None = None
     block: int | None = None
 
-    def pattern(self, config: WeightPruningConfig) -> Blocks | NOfM:
+    def pattern(self, config: WeightPruningConfig) -> BlockPattern | NMPattern:
         """What is pruned together in this matrix."""
         return self.heads or config.parsed_pattern
 
@@ -58,14 +58,14 @@ class Group:
     """Layers that share one config."""
 
     config: WeightPruningConfig
-    layers: list[Layer]
+    layers: list[PrunableWeight]
 
     @property
     def num_units(self) -> int:
         return sum(unit_counts(self.config, self.layers))
 
 
-def tied(layers: Sequence[Layer]) -> list[list[int]]:
+def tied(layers: Sequence[PrunableWeight]) -> list[list[int]]:
     """Positions of layers that lose the same units: the projections of one attention block, else each alone."""
     found: dict[Any, list[int]] = {}
     for index, layer in enumerate(layers):
@@ -73,13 +73,13 @@ def tied(layers: Sequence[Layer]) -> list[list[int]]:
     return list(found.values())
 
 
-def unit_counts(config: WeightPruningConfig, layers: Sequence[Layer]) -> list[int]:
+def unit_counts(config: WeightPruningConfig, layers: Sequence[PrunableWeight]) -> list[int]:
     """How many units each set of tied layers has."""
     firsts = [layers[together[0]] for together in tied(layers)]
     return [len(layer.pattern(config).pruned_units(nothing_pruned(layer))) for layer in firsts]
 
 
-def nothing_pruned(layer: Layer) -> Tensor:
+def nothing_pruned(layer: PrunableWeight) -> Tensor:
     """All False in the shape of the layer's matrix."""
     return torch.zeros(layer.matrix(layer.weight).shape, dtype=torch.bool, device=layer.weight.device)
 
@@ -101,7 +101,7 @@ def _word_weights(model: nn.Module) -> set[nn.Parameter | None]:
     return {module._parameters.get("weight") for module in modules}
 
 
-def _select(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Parameter]) -> list[Layer]:
+def _select(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Parameter]) -> list[PrunableWeight]:
     everything = config.op_names is None and config.excluded_op_names is None
     bodies, words = _bodies(model), _word_weights(model)
     layers = []
@@ -121,15 +121,15 @@ def _select(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Paramet
         if everything and weight in words and not isinstance(module, nn.Embedding):
             continue
         taken.add(weight)
-        layers.append(Layer(name, weight, isinstance(module, Conv1D)))
+        layers.append(PrunableWeight(name, weight, isinstance(module, Conv1D)))
     return layers
 
 
-def _select_heads(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Parameter]) -> list[Layer]:
+def _select_heads(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Parameter]) -> list[PrunableWeight]:
     """The four projections of every attention block whose names are all selected."""
     names = {module: name for name, module in model.named_modules()}
     layers = []
-    for block in blocks_of(model):
+    for block in layers_of(model):
         row = block.architecture
         if row.fused_attention:
             raise ValueError(
@@ -137,8 +137,8 @@ def _select_heads(model: nn.Module, config: WeightPruningConfig, taken: set[nn.P
                 "are one matrix. StructuredPruningConfig removes its heads."
             )
         rows = {row.queries: block.unit_size, row.keys: block.head_size, row.values: block.head_size}
-        blocks = {path: Blocks(size, None) for path, size in rows.items()}
-        blocks[row.attention_out] = Blocks(None, block.unit_size)
+        blocks = {path: BlockPattern(size, None) for path, size in rows.items()}
+        blocks[row.attention_out] = BlockPattern(None, block.unit_size)
         found = {path: names[block.linear(path)] for path in blocks}
         if config.op_names is not None and not all(matches(name, config.op_names) for name in found.values()):
             continue
@@ -148,7 +148,7 @@ def _select_heads(model: nn.Module, config: WeightPruningConfig, taken: set[nn.P
         if taken.isdisjoint(weights):
             taken.update(weights)
             layers += [
-                Layer(found[path], weight, heads=blocks[path], block=block.index)
+                PrunableWeight(found[path], weight, heads=blocks[path], block=block.index)
                 for path, weight in zip(blocks, weights, strict=True)
             ]
     return layers
@@ -164,7 +164,9 @@ def selected(model: nn.Module, config: WeightPruningConfig) -> list[Group]:
         raise ValueError("model must not hold adapters, got a PEFT model. Merge them (merge_and_unload) first.")
     taken: set[nn.Parameter] = set()
     return [
-        Group(entry, (_select_heads if isinstance(entry.parsed_pattern, Heads) else _select)(model, entry, taken))
+        Group(
+            entry, (_select_heads if isinstance(entry.parsed_pattern, HeadPattern) else _select)(model, entry, taken)
+        )
         for entry in config.resolved()
     ]
 
@@ -201,7 +203,9 @@ def _selects_nothing(model: nn.Module, config: WeightPruningConfig) -> str:
     )
 
 
-def require_pattern(config: WeightPruningConfig, layer: Layer, mask: Tensor | None, scores: Tensor | None) -> None:
+def require_pattern(
+    config: WeightPruningConfig, layer: PrunableWeight, mask: Tensor | None, scores: Tensor | None
+) -> None:
     """Refuse what a checkpoint holds of a layer when it was made with another pattern.
 
     Args:

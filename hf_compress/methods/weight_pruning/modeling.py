@@ -19,7 +19,7 @@ from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA, accumulate
 from hf_compress.methods.weight_pruning.groups import (
     Group,
-    Layer,
+    PrunableWeight,
     groups_of,
     nothing_pruned,
     sparsity_of,
@@ -78,7 +78,7 @@ def check_reachable(group: Group) -> None:
         )
 
 
-def warn_of_spared(group: Group, pruned: Sequence[Layer], reason: str) -> None:
+def warn_of_spared(group: Group, pruned: Sequence[PrunableWeight], reason: str) -> None:
     """Name the layers of a group that are not pruned, and their share of its weights."""
     spared = [layer for layer in group.layers if layer not in pruned]
     if spared:
@@ -89,7 +89,7 @@ def warn_of_spared(group: Group, pruned: Sequence[Layer], reason: str) -> None:
 
 def prune_layers(
     config: WeightPruningConfig,
-    layers: Sequence[Layer],
+    layers: Sequence[PrunableWeight],
     kept: Sequence[Tensor],
     pruned: Sequence[Tensor | None],
     sparsity: float,
@@ -138,7 +138,9 @@ def prune_layers(
     return result
 
 
-def step_scores(config: WeightPruningConfig, layer: Layer, gradient: Tensor | None, stored: Tensor | None) -> Tensor:
+def step_scores(
+    config: WeightPruningConfig, layer: PrunableWeight, gradient: Tensor | None, stored: Tensor | None
+) -> Tensor:
     """Scores after one more step (or, for `magnitude`, of the weights as they are), in the weight's dtype."""
     pattern = layer.pattern(config)
     weight = layer.matrix(layer.weight.detach())
@@ -179,7 +181,7 @@ def compress(
     swept = [group for group in groups if group.config.criterion == "sparsegpt"]
     ranked = [group for group in groups if group not in swept]
     layers = [(group.config, layer) for group in ranked for layer in group.layers]
-    scores: dict[Layer, Tensor] = {}
+    scores: dict[PrunableWeight, Tensor] = {}
     calibrated = [(group.config, layer) for group in groups for layer in group.layers if group.config.needs_inputs]
     if calibrated and data is None:
         raise ValueError(
@@ -202,7 +204,7 @@ def compress(
     for entry, layer in layers:
         if layer not in scores and not entry.needs_gradients:
             scores[layer] = step_scores(entry, layer, None, None)
-    masks: dict[Layer, Tensor] = {}
+    masks: dict[PrunableWeight, Tensor] = {}
     for group in ranked:
         scored = [layer for layer in group.layers if layer in scores]
         if not scored:
@@ -224,13 +226,15 @@ def compress(
 
 
 def _scores_of_data(
-    model: PreTrainedModel, layers: Sequence[tuple[WeightPruningConfig, Layer]], data: Iterable[Mapping[str, Any]]
-) -> dict[Layer, Tensor]:
+    model: PreTrainedModel,
+    layers: Sequence[tuple[WeightPruningConfig, PrunableWeight]],
+    data: Iterable[Mapping[str, Any]],
+) -> dict[PrunableWeight, Tensor]:
     """Scores from backward passes over labelled data; layers that the loss does not reach have none."""
     weights = [layer.weight for _, layer in layers]
     trainable = [weight.requires_grad for weight in weights]
-    scores: dict[Layer, Tensor] = {}
-    sums: dict[Layer, Tensor] = {}
+    scores: dict[PrunableWeight, Tensor] = {}
+    sums: dict[PrunableWeight, Tensor] = {}
     try:
         for weight in weights:
             weight.requires_grad_(True)

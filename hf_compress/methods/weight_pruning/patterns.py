@@ -22,7 +22,7 @@ _FORMS = "'N:M', 'NxM', 'Nxchannel', 'channelxN' or 'mha' with N and M at least 
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockPattern:
     """Blocks of neighbouring rows and columns, all or nothing.
 
     Args:
@@ -78,7 +78,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class NOfM:
+class NMPattern:
     """N of every M neighbouring inputs are zero; groups do not cross rows.
 
     A unit is a group. Where M does not divide the inputs, the last group is filled up with zeros: they count towards
@@ -160,7 +160,7 @@ class NOfM:
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadPattern:
     """Whole attention heads: rows of queries, keys and values, columns of the output projection.
 
     In each of the four matrices that is a pattern of blocks, which the layer knows; they go together.
@@ -170,7 +170,7 @@ class Heads:
     ceiling = 1.0
 
 
-Pattern = Blocks | NOfM | Heads
+Pattern = BlockPattern | NMPattern | HeadPattern
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -185,16 +185,16 @@ def parse_pattern(text: str) -> Pattern:
 
     Example:
         >>> parse_pattern("1xchannel")
-        Blocks(rows=1, columns=None)
+        BlockPattern(rows=1, columns=None)
     """
     if text == "mha":
-        return Heads()
+        return HeadPattern()
     if match := _GROUP.match(text):
         zeros, group = map(int, match.groups())
         if 0 < zeros < group:
-            return NOfM(zeros, group)
+            return NMPattern(zeros, group)
     if match := _BLOCK.match(text):
         sizes = [None if size == "channel" else int(size) for size in match.groups()]
         if sizes != [None, None] and 0 not in sizes:
-            return Blocks(*sizes)
+            return BlockPattern(*sizes)
     raise ValueError(f"pattern must be {_FORMS}, got {text!r}.")

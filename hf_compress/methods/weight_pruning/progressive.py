@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
-from hf_compress.methods.weight_pruning.groups import Layer
+from hf_compress.methods.weight_pruning.groups import PrunableWeight
 from hf_compress.methods.weight_pruning.selection import smallest
 
 
@@ -34,7 +34,7 @@ def staged(before: Tensor | None, after: Tensor) -> Tensor:
 
 def zeros_at(
     config: WeightPruningConfig,
-    layers: Sequence[Layer],
+    layers: Sequence[PrunableWeight],
     plans: Sequence[Tensor],
     scores: Sequence[Tensor],
     now: Sequence[Tensor | None],
@@ -58,7 +58,7 @@ def zeros_at(
 
     Example:
         >>> import torch
-        >>> layer = Layer("w", torch.nn.Parameter(torch.tensor([[4.0, 1.0, 3.0, 2.0]])))
+        >>> layer = PrunableWeight("w", torch.nn.Parameter(torch.tensor([[4.0, 1.0, 3.0, 2.0]])))
         >>> plan = staged(None, torch.tensor([[True, True, True, True]]))
         >>> zeros_at(WeightPruningConfig(pattern="1x1"), [layer], [plan], [layer.weight.detach()], [None], 2)
         [tensor([[False,  True, False,  True]])]

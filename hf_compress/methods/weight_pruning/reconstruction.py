@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_compress.methods.weight_pruning.patterns import NOfM, Pattern
+from hf_compress.methods.weight_pruning.patterns import NMPattern, Pattern
 from hf_compress.methods.weight_pruning.selection import select_units
 
 
@@ -82,7 +82,7 @@ def prune_and_reconstruct(
         Frantar and Alistarh 2023 (arXiv 2301.00774), algorithm 1. Shares of the blocks add up to `count`; the
         original's threshold takes one unit more in each block.
     """
-    group = pattern.group if isinstance(pattern, NOfM) else 1
+    group = pattern.group if isinstance(pattern, NMPattern) else 1
     width = max(columns // group, 1) * group
     # Columns of the weight lie in rows here: the inner loop runs over contiguous memory.
     work = weight.T.to(torch.promote_types(weight.dtype, torch.float32), copy=True).contiguous()
@@ -99,11 +99,11 @@ def prune_and_reconstruct(
         seen += here
         units = _chosen(pattern, (part / scale[start:stop]).square_().T, share, reduction)
         errors = torch.zeros_like(part)
-        step = group if isinstance(pattern, NOfM) else stop - start
+        step = group if isinstance(pattern, NMPattern) else stop - start
         for left in range(0, stop - start, step):
             right = min(left + step, stop - start)
             inside = slice(start + left, start + right)
-            if isinstance(pattern, NOfM):
+            if isinstance(pattern, NMPattern):
                 # The weights have changed since the block began.
                 scores = (work[inside] / scale[inside]).square_().T
                 picked = units.view(num_rows, -1)[:, left // step]

@@ -8,16 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_compress.methods.weight_pruning.patterns import Blocks
+from hf_compress.methods.weight_pruning.patterns import BlockPattern
 
 
-def _norms(matrix: Tensor, pattern: Blocks) -> Tensor:
+def _norms(matrix: Tensor, pattern: BlockPattern) -> Tensor:
     """Of each block. Squares of small numbers vanish in half precision."""
     precise = matrix if matrix.dtype == torch.float64 else matrix.float()
     return pattern.reduce(precise.square(), "sum").sqrt()
 
 
-def group_lasso(weight: Tensor, pattern: Blocks, strength: float) -> Tensor:
+def group_lasso(weight: Tensor, pattern: BlockPattern, strength: float) -> Tensor:
     """What is left of every weight after one proximal step on the sum of the blocks' norms.
 
     Args:
@@ -33,7 +33,7 @@ def group_lasso(weight: Tensor, pattern: Blocks, strength: float) -> Tensor:
 
     Example:
         >>> import torch
-        >>> group_lasso(torch.tensor([[3.0, 0.1], [4.0, 0.1]]), Blocks(2, 1), 0.5)
+        >>> group_lasso(torch.tensor([[3.0, 0.1], [4.0, 0.1]]), BlockPattern(2, 1), 0.5)
         tensor([[0.8586, 0.0000],
                 [0.8586, 0.0000]])
     """
@@ -42,7 +42,7 @@ def group_lasso(weight: Tensor, pattern: Blocks, strength: float) -> Tensor:
     return pattern.expand(left, weight.shape)
 
 
-def group_lasso_by_gradient(gradient: Tensor, pattern: Blocks, strength: float) -> Tensor:
+def group_lasso_by_gradient(gradient: Tensor, pattern: BlockPattern, strength: float) -> Tensor:
     """What the original's regulariser leaves: blocks with small gradients shrink most.
 
     Args:
@@ -59,7 +59,7 @@ def group_lasso_by_gradient(gradient: Tensor, pattern: Blocks, strength: float) 
 
     Example:
         >>> import torch
-        >>> group_lasso_by_gradient(torch.tensor([[0.3, 0.0], [0.4, 0.0]]), Blocks(2, 1), 0.1)
+        >>> group_lasso_by_gradient(torch.tensor([[0.3, 0.0], [0.4, 0.0]]), BlockPattern(2, 1), 0.1)
         tensor([[0.8000, 1.0000],
                 [0.8000, 1.0000]])
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_compress.methods.weight_pruning.groups import Layer, pruned_units, unit_counts
+from hf_compress.methods.weight_pruning.groups import PrunableWeight, pruned_units, unit_counts
 from hf_compress.methods.weight_pruning.modeling import expected_units
 from hf_compress.methods.weight_pruning.regularizers import group_lasso, group_lasso_by_gradient
 from hf_compress.methods.weight_pruning.timetable import PruningRun
@@ -24,7 +24,7 @@ class Shrinking:
         self.runs = [run for run in runs if run.group.config.reg_type]
         self._zero_before = {run: pruned_units(run.group)[0] for run in self.runs}
         # What is left of each weight, to be multiplied after the optimizer's step.
-        self._left: dict[Layer, Tensor] = {}
+        self._left: dict[PrunableWeight, Tensor] = {}
 
     def look_at_gradients(self, step: int) -> None:
         """Before the optimizer's step: what depends on the gradients."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.core.architectures import Block, blocks_of
+from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.attention import CORE
 from hf_compress.core.layers import carries_state
 from hf_compress.core.own_config import own_config_
@@ -80,12 +80,12 @@ def _kept(gone: Tensor, round_to: int) -> list[int]:
     return (~gone).nonzero().flatten().tolist()
 
 
-def _activated(block: Block, values: Tensor) -> Tensor:
+def _activated(block: TransformerLayer, values: Tensor) -> Tensor:
     # Some activations look at the number of dimensions.
     return block.activation(values.view(1, 1, -1)).view(-1)
 
 
-def dead_neurons(block: Block) -> tuple[Tensor, Tensor]:
+def dead_neurons(block: TransformerLayer) -> tuple[Tensor, Tensor]:
     """Feed-forward neurons whose value is the same for every input, or that nobody reads.
 
     Args:
@@ -111,7 +111,7 @@ def dead_neurons(block: Block) -> tuple[Tensor, Tensor]:
     return fixed | unread, constants.where(fixed & ~unread, 0)
 
 
-def dead_units(block: Block) -> tuple[Tensor, Tensor]:
+def dead_units(block: TransformerLayer) -> tuple[Tensor, Tensor]:
     """Attention units that add the same to every token, or nothing.
 
     A position of a head counts as dead when its row of the value projection is zero (softmax weights sum to one, so
@@ -134,7 +134,7 @@ def dead_units(block: Block) -> tuple[Tensor, Tensor]:
     return (fixed | unread).flatten(1).all(1), context.flatten()
 
 
-def plan(block: Block, prune_heads: bool, round_to: int) -> tuple[Cut, Cut]:
+def plan(block: TransformerLayer, prune_heads: bool, round_to: int) -> tuple[Cut, Cut]:
     """What stays of a layer: heads, neurons. Nothing is changed."""
     gone, context = dead_units(block)
     heads = _kept(gone if prune_heads else torch.zeros_like(gone), 1)
@@ -188,7 +188,7 @@ def slim(model: PreTrainedModel, round_to: int = 1) -> PreTrainedModel:
         raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.")
     if round_to < 1:
         raise ValueError(f"round_to must be at least 1, got {round_to}.")
-    blocks = blocks_of(model)
+    blocks = layers_of(model)
     steps = record_of(model.config)["steps"]
     # Where tokens are dropped by the attention they get from all heads, a dead head still has a say.
     plans = [plan(block, not carries_state(model), round_to) for block in blocks]

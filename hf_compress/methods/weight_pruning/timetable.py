@@ -12,7 +12,7 @@ from hf_compress.core.schedules import SparsitySchedule
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.groups import Group, groups_of
 from hf_compress.methods.weight_pruning.modeling import check_reachable, warn_of_spared
-from hf_compress.methods.weight_pruning.patterns import Heads
+from hf_compress.methods.weight_pruning.patterns import HeadPattern
 from hf_compress.methods.weight_pruning.progressive import STAGES
 
 
@@ -128,7 +128,7 @@ def runs_of(
                 f"op_names must select weights that are trained, got {[layer.name for layer in group.layers]}, "
                 "which the optimizer does not have (frozen, or sharded by FSDP or DeepSpeed)."
             )
-        if len(layers) < len(group.layers) and isinstance(group.config.parsed_pattern, Heads):
+        if len(layers) < len(group.layers) and isinstance(group.config.parsed_pattern, HeadPattern):
             frozen = ", ".join(layer.name for layer in group.layers if layer not in layers)
             raise ValueError(f"pattern='mha' must find all attention projections trained, frozen: {frozen}.")
         warn_of_spared(group, layers, "not trained")

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_compress.core.architectures import base_of
 from hf_compress.core.record import record_of
 from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
-from hf_compress.methods.weight_pruning.groups import Layer, selected
+from hf_compress.methods.weight_pruning.groups import PrunableWeight, selected
 
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DECIDED: WeakKeyDictionary[Any, dict[TrainerCallback, Collection[nn.Parameter]]] = WeakKeyDictionary()
 
 
-def decide(optimizer: Any, callback: TrainerCallback, layers: Iterable[Layer]) -> None:
+def decide(optimizer: Any, callback: TrainerCallback, layers: Iterable[PrunableWeight]) -> None:
     """Tell other callbacks of a training which layers one of them prunes anew.
 
     Raises:
@@ -59,9 +59,9 @@ class Zeros:
     """Which weights of some layers are to be zero."""
 
     def __init__(self) -> None:
-        self._kept_bits: dict[Layer, Tensor] = {}
+        self._kept_bits: dict[PrunableWeight, Tensor] = {}
 
-    def hold(self, layer: Layer, mask: Tensor) -> None:
+    def hold(self, layer: PrunableWeight, mask: Tensor) -> None:
         """From now on a layer's weights are zero where the mask, of the weight's shape, is True."""
         self._kept_bits[layer] = (~mask).to(_BITS[layer.weight.element_size()]).neg_()
 
@@ -124,9 +124,9 @@ class HeldZerosCallback(TrainerCallback):
         self._zeros = Zeros()
 
 
-def _pruned_layers(model: nn.Module) -> Iterable[Layer]:
+def _pruned_layers(model: nn.Module) -> Iterable[PrunableWeight]:
     """The layers that the weight pruning steps of a model's record chose from."""
-    found: dict[str, Layer] = {}
+    found: dict[str, PrunableWeight] = {}
     for step in record_of(model.config)["steps"]:
         if step["method"] != NAME:
             continue
