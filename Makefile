@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SPREAD := -q -n auto --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup setup-demo demo test test-processors test-floor slow-test style docs clean
+.PHONY: setup setup-demo demo test test-processors test-floor slow-test style types docs clean
 
 setup: $(VENV)/.installed
 
@@ -50,6 +50,9 @@ slow-test: $(VENV)/.demo
 style: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
 
 # Every public name with its docstring, as pages to open in a browser.
 docs: $(VENV)/.installed

@@ -32,18 +32,15 @@ def test_registered_in_any_order(order):
     run(ORDERS[order] + REGISTERED)
 
 
-def test_import_is_light_and_announces_itself_once():
+def test_import_is_light_and_registers_the_loader():
     program = """
 import sys
 import hf_compress
 heavy = {"torch", "transformers", "transformers.quantizers", "numpy", "scipy"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
-assert not any(name.startswith("hf_compress.") and name != "hf_compress._registration" for name in sys.modules)
-finders = [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_compress")]
-assert len(finders) == 1
+assert not any(name.startswith("hf_compress.") for name in sys.modules)
 import transformers.quantizers.auto as auto
 assert "hf_compress.loading" in sys.modules
-assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_compress")]
 import inspect
 assert "AUTO_QUANTIZER_MAPPING" in inspect.getsource(auto)
 assert type(auto.__loader__).__module__.startswith(("importlib", "_frozen_importlib"))
@@ -58,5 +55,5 @@ def test_every_exported_name_resolves():
         assert value is getattr(hf_compress, name)
         assert name == "METHODS" or value.__name__ == name
     assert set(hf_compress.__all__) <= set(dir(hf_compress))
-    with pytest.raises(AttributeError, match="module 'hf_compress' has no attribute 'decompress'"):
+    with pytest.raises(AttributeError, match="No hf_compress attribute decompress"):
         hf_compress.decompress  # noqa: B018

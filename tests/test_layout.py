@@ -31,8 +31,8 @@ FLOORS = {
     "hf_compress.cli": 7,
     "hf_compress.__main__": 8,
 }
-# The public names and what announces the loader know the whole package by name only.
-EXEMPT = {"hf_compress", "hf_compress._registration"}
+# It names the loader, which is imported with transformers' registry.
+EXEMPT = {"hf_compress"}
 OPTIONAL = {"matplotlib", "peft", "wandb", "onnx", "onnxruntime", "openvino"}
 VAGUE = {"utils", "helpers", "common", "base", "misc", "tools"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def says_nothing(names: Sequence[str]) -> bool:
@@ -29,7 +29,7 @@ def places_by_name(ours: Sequence[str], theirs: Sequence[str]) -> list[int | Non
         >>> places_by_name(["not_entailment", "entailment"], ["Entailment", "Not entailment"])
         [1, 0]
     """
-    fold = _folded
+    fold: Callable[[str], str] = _folded
     if any(len({_folded(name) for name in names}) < len(names) for names in (ours, theirs)):
         fold = str.strip
     places = {fold(name): place for place, name in enumerate(theirs)}

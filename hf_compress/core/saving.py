@@ -81,7 +81,7 @@ def _disk_trouble(error: BaseException, directory: Path) -> str | None:
 
 
 @contextmanager
-def disk_errors_explained(directory: str | os.PathLike) -> Iterator[None]:
+def disk_errors_explained(directory: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what a full, read-only or failing disk raises into one `ValueError` that names the folder.
 
     Args:
@@ -119,7 +119,7 @@ def _locked(lock: FileLock, directory: Path, timeout: float) -> Iterator[None]:
 
 
 @contextmanager
-def sole_training(directory: str | os.PathLike) -> Iterator[None]:
+def sole_training(directory: str | os.PathLike[str]) -> Iterator[None]:
     """Keep other processes from training in a folder, or saving into it, while the block runs.
 
     The operating system frees the lock when the process ends, however it ends.
@@ -143,7 +143,7 @@ def _refuse_running(directory: Path) -> None:
 
 
 def require_own_folder(
-    output_dir: str | os.PathLike, inputs: Mapping[str, str | os.PathLike | None] | None = None
+    output_dir: str | os.PathLike[str], inputs: Mapping[str, str | os.PathLike[str] | None] | None = None
 ) -> None:
     """Check before any work that results can be written to a folder, and that doing so overwrites no input.
 
@@ -185,7 +185,7 @@ def require_own_folder(
 
 
 @contextmanager
-def complete_or_absent(directory: str | os.PathLike) -> Iterator[Path]:
+def complete_or_absent(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a model directory so that a crash never leaves one that loads but is incomplete.
 
     A model that was there is replaced: the files of its weights, whatever their format, are removed. All other files
@@ -227,7 +227,7 @@ def complete_or_absent(directory: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(staged, ignore_errors=True)
 
 
-def write_json(file: str | os.PathLike, content: Any) -> None:
+def write_json(file: str | os.PathLike[str], content: Any) -> None:
     """Write a JSON file in one step: readers see the old content or the new, never a part."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 
 def _exponential(progress: float, start: float, target: float) -> float:
-    return 1 - (1 - start) * ((1 - target) / (1 - start)) ** progress
+    # `math.pow` is a float to type checkers; `**` of a negative base would be complex.
+    return 1 - (1 - start) * math.pow((1 - target) / (1 - start), progress)
 
 
 def _cosine(progress: float, start: float, target: float) -> float:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 
-def require_fit(files: Iterable[str | os.PathLike], expected: Mapping[str, Tensor], prefix: str) -> None:
+def require_fit(files: Iterable[str | os.PathLike[str]], expected: Mapping[str, Tensor], prefix: str) -> None:
     """Refuse weight files whose layers have other sizes than a model, or hold integers.
 
     transformers would report sizes as a table that ends in the advice to ignore them, and take integers as they are.

@@ -1,0 +1,34 @@
+"""The public names. `hf_compress/__init__.py` reads this list; nothing else repeats it."""
+
+from .api import compress as compress
+from .api import rebuild as rebuild
+from .api import steps_of as steps_of
+from .api import to_plain as to_plain
+from .core.cost import Cost as Cost
+from .core.cost import count_cost as count_cost
+from .core.record import CompressionConfig as CompressionConfig
+from .methods import METHODS as METHODS
+from .methods.linformer import LinformerConfig as LinformerConfig
+from .methods.structured_pruning import StructuredPruningConfig as StructuredPruningConfig
+from .methods.token_pruning import TokenPruningConfig as TokenPruningConfig
+from .methods.token_pruning.callbacks import StageSwitchCallback as StageSwitchCallback
+from .methods.token_pruning.callbacks import ThresholdAnnealingCallback as ThresholdAnnealingCallback
+from .methods.weight_pruning import Acceleration as Acceleration
+from .methods.weight_pruning import HeldZerosCallback as HeldZerosCallback
+from .methods.weight_pruning import WeightPruningCallback as WeightPruningCallback
+from .methods.weight_pruning import WeightPruningConfig as WeightPruningConfig
+from .methods.weight_pruning import accelerate_for_inference as accelerate_for_inference
+from .methods.weight_pruning import slim as slim
+from .report.latency import Latency as Latency
+from .report.latency import measure_latency as measure_latency
+from .training.arguments import DistillationArguments as DistillationArguments
+from .training.arguments import JointTeacherArguments as JointTeacherArguments
+from .training.arguments import SnapshotTeacherArguments as SnapshotTeacherArguments
+from .training.collator import TeacherStudentCollator as TeacherStudentCollator
+from .training.distillation import DistillationTrainer as DistillationTrainer
+from .training.guided import JointTeacherTrainer as JointTeacherTrainer
+from .training.guided import SnapshotTeacherTrainer as SnapshotTeacherTrainer
+from .training.trainer import CompressionTrainer as CompressionTrainer
+
+__version__: str
+__all__: list[str]
