@@ -21,7 +21,7 @@ from transformers import (
 import hf_compress as hc
 from hf_compress.core.calibration import collect_inputs
 from hf_compress.core.examples import batches_of
-from tests.rounding import assert_compressed_alike
+from tests.rounding import assert_compressed_alike, assert_equal_to_rounding
 
 
 HEAD = "sequence_classification"
@@ -106,10 +106,10 @@ def _vit():
     }
 
 
-def _wav2vec2():
+def _wav2vec2(**changes):
     convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    config = Wav2Vec2Config(**SIZES, **convolutions, **positions)
+    config = Wav2Vec2Config(**SIZES, **convolutions, **positions, **changes)
     return Wav2Vec2ForSequenceClassification(config), {"input_values": torch.randn(4, 400)}
 
 
@@ -158,6 +158,53 @@ def test_rows_of_images():
         assert_compressed_alike(other, found[0])
 
 
+def _sounds():
+    """Six sounds of different lengths, as a feature extractor's arrays."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(length, generator=generator).numpy() for length in (400, 260, 31, 400, 123, 60)]
+
+
+def test_rows_of_sounds():
+    rows = [{"input_values": sound, "label": 1, "audio": {"path": "a.wav"}} for sound in _sounds()]
+    (found,) = batches_of(rows, Wav2Vec2Config(), "input_values")
+    assert set(found) == {"input_values", "attention_mask", "labels"}
+    for sound, values, mask in zip(_sounds(), found["input_values"], found["attention_mask"], strict=True):
+        assert torch.equal(values[: len(sound)], torch.from_numpy(sound))
+        assert not values[len(sound) :].any()
+        assert mask.tolist() == [1] * len(sound) + [0] * (400 - len(sound))
+    lists = [{"input_values": sound.tolist(), "label": 1} for sound in _sounds()]
+    (again,) = batches_of(lists, Wav2Vec2Config(), "input_values")
+    assert all(torch.equal(again[name], found[name]) for name in found)
+
+
+@pytest.mark.parametrize("stable", [False, True], ids=["post-norm", "stable"])
+def test_padding_of_sounds_does_not_count(stable):
+    """The mask is of samples, layers see frames: a padded batch gives each layer the rows of the sounds alone."""
+    torch.manual_seed(0)
+    # Group norms over time would mix padding into real frames, in the model itself.
+    dense = _wav2vec2(feat_extract_norm="layer", do_stable_layer_norm=stable)[0].double()
+    modules = {name: module for name, module in dense.named_modules() if "layers." in name}
+    modules = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    assert len(modules) == 12
+    whole, alone = ({name: Rows() for name in modules} for _ in range(2))
+    (batch,) = batches_of([{"input_values": sound} for sound in _sounds()], dense.config, "input_values")
+    collect_inputs(dense, modules, whole, [batch])
+    singles = [{"input_values": torch.from_numpy(sound)[None]} for sound in _sounds()]
+    collect_inputs(dense, modules, alone, singles)
+    # (L - 10) // 5 + 1, then (L - 3) // 2 + 1.
+    assert [len(rows) for rows in alone["wav2vec2.encoder.layers.0.attention.q_proj"].seen] == [39, 25, 2, 39, 11, 5]
+    for name in modules:
+        assert_equal_to_rounding(torch.cat(whole[name].seen), torch.cat(alone[name].seen))
+
+
+def test_sounds_and_images_take_the_models_dtype():
+    for make, main in ((_vit, "pixel_values"), (_wav2vec2, "input_values")):
+        dense, batch = make()
+        config = hc.WeightPruningConfig(pattern="1x1", target_sparsity=0.5, criterion="wanda")
+        hc.compress(dense.bfloat16(), config, data=[{main: batch[main]}])
+        assert hc.steps_of(dense)[0]["achieved_sparsity"] == 0.5
+
+
 class Rows:
     def __init__(self):
         self.seen = []
@@ -189,6 +236,24 @@ def test_missing_main_inputs_are_named():
     config = hc.WeightPruningConfig(pattern="1x1", target_sparsity=0.5, criterion="wanda")
     with pytest.raises(ValueError, match=r"data must hold dicts with pixel_values, got the keys \['labels'\]"):
         hc.compress(dense, config, data=[{"labels": batch["labels"]}])
+
+
+def test_raw_examples_are_refused_with_what_prepares_them():
+    config = hc.WeightPruningConfig(pattern="1x1", target_sparsity=0.5, criterion="wanda")
+    for make, raw, remedy in (
+        (_vit, {"image": object(), "label": 1}, "with pixel_values, .* image processor first: dataset.map"),
+        (_wav2vec2, {"audio": {"array": [0.0]}, "label": 1}, "with input_values, .* feature extractor first"),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            hc.compress(make()[0], config, data=[raw])
+
+
+def test_images_of_different_sizes_are_refused():
+    dense, _ = _vit()
+    config = hc.WeightPruningConfig(pattern="1x1", target_sparsity=0.5, criterion="wanda")
+    rows = [{"pixel_values": torch.randn(3, size, size)} for size in (16, 24)]
+    with pytest.raises(ValueError, match=r"pixel_values of different shapes, \[3, 16, 16\] and \[3, 24, 24\]"):
+        hc.compress(dense, config, data=rows)
 
 
 def test_models_without_linear_layers_say_what_they_have():

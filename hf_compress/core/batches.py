@@ -1,17 +1,28 @@
-"""What of a batch a model takes, and where.
+"""What a model reads from a batch: which entries, on which device, and which tokens its layers see.
 
-Letters: B batch, S padded length.
+Letters: B batch, S padded length in tokens, T padded length in samples of sound.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+
+# What turns the columns of a raw data set into inputs, by the model's main input.
+_PREPARED_BY = {
+    "input_ids": "Tokenize the texts first: dataset.map(lambda row: tokenizer(row['text'], truncation=True)).",
+    "pixel_values": "Run the images through the model's image processor first: "
+    "dataset.map(lambda row: {'pixel_values': processor(row['image'])['pixel_values'][0]}).",
+    "input_values": "Run the sounds through the model's feature extractor first: "
+    "dataset.map(lambda row: {'input_values': extractor(row['audio']['array'], sampling_rate=16000)"
+    "['input_values'][0]}).",
+}
 
 
 def forward_names(module: nn.Module) -> list[str]:
@@ -27,25 +38,28 @@ def accepted_arguments(module: nn.Module, batch: Mapping[str, Any]) -> dict[str,
 
 
 def live_tokens(batch: Mapping[str, Any]) -> Tensor:
-    """[B, S] bool, True where the attention mask of a batch keeps a token (everywhere when there is no mask)."""
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return torch.ones(batch["input_ids"].shape[:2], dtype=torch.bool, device=batch["input_ids"].device)
-    return mask.bool()
-
-
-def on_device(module: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a batch that a model's `forward` names, on its device."""
-    return {k: v.to(module.device) for k, v in accepted_arguments(module, batch).items() if torch.is_tensor(v)}
+    """[B, S] bool, True where the attention mask of a batch of texts keeps a token (everywhere without a mask)."""
+    mask: Tensor | None = batch.get("attention_mask")
+    ids: Tensor = batch["input_ids"]
+    return torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
 
 
 def main_input(model: PreTrainedModel) -> str:
     """The input that a model cannot do without: `input_ids`, `pixel_values`, `input_values`, ..."""
-    return getattr(model.base_model, "main_input_name", "input_ids")
+    return str(getattr(model.base_model, "main_input_name", "input_ids"))
+
+
+def on_device(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a batch that a model's `forward` names, on its device; images and sounds in its dtype, too."""
+    found = {k: v.to(model.device) for k, v in accepted_arguments(model, batch).items() if torch.is_tensor(v)}
+    main = main_input(model)
+    if main in found and found[main].is_floating_point():
+        found[main] = found[main].to(model.dtype)
+    return found
 
 
 def base_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the base model takes of a batch, on its device; choices [B, C, S] become examples [B C, S].
+    """The tensors of a batch that the base model takes, on its device; choices [B, C, S] become examples [B C, S].
 
     Raises:
         ValueError: If the batch is not a dict with the model's main input as a tensor.
@@ -54,21 +68,57 @@ def base_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, T
         raise ValueError(f"data must be an iterable of dicts of tensors, got {type(batch).__name__} in it.")
     main = main_input(model)
     if not torch.is_tensor(batch.get(main)):
-        remedy = " Tokenize the texts first: dataset.map(lambda row: tokenizer(row['text'], truncation=True))."
-        raise ValueError(
-            f"data must hold dicts with {main}, got the keys {sorted(batch)}."
-            + (remedy if any(isinstance(value, str) for value in batch.values()) else "")
-        )
-    inputs, choices = on_device(model.base_model, batch), main == "input_ids" and batch[main].ndim == 3
+        raise ValueError(f"data must hold dicts with {main}, got the keys {sorted(batch)}.{_remedy(main, batch)}")
+    inputs = on_device(cast(PreTrainedModel, model.base_model), batch)
+    choices = main == "input_ids" and batch[main].ndim == 3
     return {k: v.flatten(0, 1) if choices and v.ndim >= 3 else v for k, v in inputs.items()}
 
 
+def _remedy(main: str, batch: Mapping[str, Any]) -> str:
+    """How raw examples become inputs, where a batch holds raw examples."""
+    texts = any(isinstance(value, str) for value in batch.values())
+    raw = texts if main == "input_ids" else "image" in batch or "audio" in batch
+    return f" {_PREPARED_BY[main]}" if raw and main in _PREPARED_BY else ""
+
+
+def _frame_mask(model: PreTrainedModel, mask: Tensor) -> Tensor | None:
+    """[B, S] bool from a mask of samples [B, T], as a model for sound makes it; None for other models."""
+    base: Any = model.base_model
+    count = getattr(base, "_get_feat_extract_output_lengths", None)
+    if count is None or main_input(model) != "input_values":
+        return None
+    # An adapter shortens the sequence once more, behind the last layer.
+    before = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
+    frames = int(count(mask.new_tensor([mask.shape[-1]]), **before))
+    found: Tensor = base._get_feature_vector_attention_mask(frames, mask, **before)
+    return found.bool()
+
+
+def layer_mask(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Which of the tokens that a model's layers see are real.
+
+    Args:
+        model: Any transformers model.
+        inputs: Its batch.
+
+    Returns:
+        [B, S] bool. For sounds S counts the frames of the feature encoder, and the mask of samples [B, T] becomes the
+        one that the model itself makes of it. None where the batch says nothing about padding: all tokens are real.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return live_tokens(inputs) if "input_ids" in inputs else None
+    frames = _frame_mask(model, mask)
+    return mask.bool() if frames is None else frames
+
+
 def token_masks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """The masks of what a model's layers see, [B, S] bool each: of its tokens, and of its decoder's.
+    """The masks of the tokens that a model's layers see, [B, S] bool each: of its inputs, and of its decoder's.
 
     Images and sounds without an `attention_mask` have none.
     """
-    masks = [live_tokens(inputs)] if "attention_mask" in inputs or "input_ids" in inputs else []
+    mask = layer_mask(model, inputs)
+    masks = [] if mask is None else [mask]
     targets = inputs.get("decoder_input_ids", inputs.get("labels"))
     if getattr(model.config, "is_encoder_decoder", False) and targets is not None:
         mask = inputs.get("decoder_attention_mask")

@@ -1,4 +1,4 @@
-"""Calibration data as people have it: batches of tensors, rows of a tokenized data set, lists of ids."""
+"""Calibration data as people have it: batches of tensors, rows of a prepared data set, lists of ids or samples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig
 
 
+Data = Iterable[Mapping[str, Any]]
+
 # Rows of a data set that make one batch.
 _ROWS = 8
 # What padding holds where it is not zero: positions that no loss counts.
 _IGNORED = -100
+# Axes of one example: an image has channels, height and width, a spectrogram time and frequency, all else one.
+_AXES = {"pixel_values": 3, "input_features": 2}
+# Inputs that may have any length, with an attention_mask that says how much of them is real.
+_PADDED = ("input_ids", "input_values")
 
 
 def _tensor(value: Any) -> Tensor | None:
@@ -29,8 +35,15 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def _padded(name: str, values: list[Tensor], config: PretrainedConfig) -> Tensor:
-    if all(value.shape == values[0].shape for value in values):
+    first = values[0].shape
+    other = next((value.shape for value in values if value.shape != first), None)
+    if other is None:
         return torch.stack(values)
+    if name in _AXES:
+        raise ValueError(
+            f"data holds {name} of different shapes, {list(first)} and {list(other)}, which make no batch. Bring the "
+            "examples to one size first, as the model's own processor does."
+        )
     filling = {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": _IGNORED}.get(name, 0)
     return pad_sequence(values, batch_first=True, padding_value=filling)
 
@@ -39,8 +52,9 @@ def _collated(rows: list[Mapping[str, Any]], config: PretrainedConfig) -> dict[s
     """One batch of single examples, padded on the right."""
     columns: dict[str, list[Tensor]] = {}
     for row in rows:
-        if "input_ids" in row and "attention_mask" not in row:
-            row = {**row, "attention_mask": [1] * len(row["input_ids"])}
+        for main in _PADDED:
+            if main in row and "attention_mask" not in row:
+                row = {**row, "attention_mask": [1] * len(row[main])}
         for name, value in row.items():
             tensor = _tensor(value)
             if tensor is not None:
@@ -50,7 +64,7 @@ def _collated(rows: list[Mapping[str, Any]], config: PretrainedConfig) -> dict[s
     return {name: _padded(name, values, config) for name, values in complete.items()}
 
 
-def _rows_of(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _rows_of(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The examples of a batch of lists."""
     columns = {name: value for name, value in batch.items() if isinstance(value, list | tuple)}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -61,19 +75,23 @@ def _axes(value: Any) -> int:
     axes = 0
     while isinstance(value, list | tuple) and len(value):
         axes, value = axes + 1, value[0]
-    return axes + getattr(value, "ndim", 0)
+    return axes + int(getattr(value, "ndim", 0))
 
 
-def batches_of(
-    data: Iterable[Mapping[str, Any]], config: PretrainedConfig, main: str = "input_ids"
-) -> Iterator[Mapping[str, Any]]:
-    """Batches of tensors from batches or from single examples, which are padded on the right, eight in a batch.
+def batches_of(data: Data, config: PretrainedConfig, main: str = "input_ids") -> Iterator[Mapping[str, Any]]:
+    """Batches of tensors from batches or from single examples, eight in a batch.
+
+    Texts and sounds of different lengths are padded on the right, with an `attention_mask`; images must have one size.
 
     Args:
-        data: Dicts of tensors, as they come from a `DataLoader`; rows of a tokenized `datasets.Dataset`; dicts of
-            lists, as they come from a tokenizer. Texts and other columns that are no numbers are left out.
+        data: Dicts of tensors, as they come from a `DataLoader`; rows of a `datasets.Dataset` that holds a model's
+            inputs (`input_ids`, `pixel_values`, `input_values`); dicts of lists, as they come from a tokenizer. Texts
+            and other columns that are no numbers are left out.
         config: Names the padding token.
         main: The input that tells an example from a batch.
+
+    Raises:
+        ValueError: If images have different sizes.
 
     Example:
         >>> from transformers import BertConfig
@@ -82,16 +100,15 @@ def batches_of(
         ([[5, 6, 7], [8, 0, 0]], [[1, 1, 1], [1, 0, 0]], [1, 0])
     """
     waiting: list[Mapping[str, Any]] = []
-    # Batches of images have channels, height and width, others one axis.
-    batched = 4 if main == "pixel_values" else 2
+    single = _AXES.get(main, 1)
     for batch in data:
         value = batch.get(main) if isinstance(batch, Mapping) else None
-        if _axes(value) == batched - 1:
+        if _axes(value) == single:
             waiting.append(batch)
             if len(waiting) == _ROWS:
                 yield _collated(waiting, config)
                 waiting = []
-        elif _axes(value) == batched and isinstance(value, list | tuple):
+        elif _axes(value) == single + 1 and isinstance(value, list | tuple):
             yield _collated(_rows_of(batch), config)
         else:
             yield batch
@@ -102,7 +119,7 @@ def batches_of(
 class Batches:
     """The same for data that can be read again."""
 
-    def __init__(self, data: Iterable[Mapping[str, Any]], config: PretrainedConfig, main: str) -> None:
+    def __init__(self, data: Data, config: PretrainedConfig, main: str) -> None:
         self.data, self.config, self.main = data, config, main
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
