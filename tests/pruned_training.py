@@ -74,16 +74,17 @@ SMALL = {"pattern": "4x1", "target_sparsity": 0.9, "pruning_frequency": 3, "star
 
 
 class ZerosStay(TrainerCallback):
-    """Runs after the pruning callback and after each step compares the weights with its masks."""
+    """Runs after the pruning callback and after each update compares the weights with its masks."""
 
     def __init__(self, pruning):
         self.pruning, self.seen = pruning, []
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        for layer, mask in self.pruning._pruned.items():
-            assert not layer.weight[mask].any()
-            assert torch.equal(optimizer.state[layer.weight]["pruned"], mask)
-        self.seen.append(self.pruning._sparsity)
+        for name, mask in self.pruning.masks.items():
+            weight = model.get_submodule(name).weight
+            assert not weight[mask].any()
+            assert torch.equal(optimizer.state[weight]["pruned"], mask)
+        self.seen.append(self.pruning.logged_values()["prune/sparsity"])
 
 
 def pruning_trainer(model, folder, data, config, kind=Trainer, extra=(), **changes):

@@ -8,7 +8,7 @@ from transformers import Trainer
 
 import hf_compress as hc
 from hf_compress.methods.token_pruning.modeling import thresholds_of
-from hf_compress.methods.weight_pruning.groups import sparsity_by_layer
+from hf_compress.methods.weight_pruning.sparsity import sparsity_by_layer
 from tests.pruned_training import HEAD, StopAt, arguments, examples
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import hf_compress as hc
 from hf_compress.core.schedules import DECAYS, sparsity_at
-from hf_compress.methods.weight_pruning.groups import PrunableWeight
-from hf_compress.methods.weight_pruning.modeling import prune_layers
+from hf_compress.methods.weight_pruning.prunable import PrunableWeight
+from hf_compress.methods.weight_pruning.ranking import zero_masks
 from hf_compress.methods.weight_pruning.selection import select_units
 
 
@@ -67,10 +67,10 @@ def originals_update(scores, before, ratio, low, high, final):
 
 def our_update(config, scores, before, sparsity):
     """For each layer [U] bool, through the function that training uses."""
-    layers = [PrunableWeight(str(i), nn.Parameter(torch.zeros(len(s) // WIDTH, WIDTH))) for i, s in enumerate(scores)]
+    weights = [PrunableWeight(str(i), nn.Parameter(torch.zeros(len(s) // WIDTH, WIDTH))) for i, s in enumerate(scores)]
     kept = [torch.tensor(s, dtype=torch.float32).view(-1, WIDTH) for s in scores]
     pruned = [torch.tensor(b).view(-1, WIDTH) for b in before]
-    return [mask.numpy().ravel() for mask in prune_layers(config, layers, kept, pruned, float(sparsity))]
+    return [mask.numpy().ravel() for mask in zero_masks(config, weights, kept, pruned, float(sparsity))]
 
 
 def counts(masks):
@@ -139,10 +139,10 @@ def test_a_layer_waits_while_later_updates_can_fill_it():
     """Two layers of 32 units, 44 to go in the end and 16 of each at least; as the original has it."""
     scores = [torch.arange(32.0), torch.arange(32.0) + 100]
     config = hc.WeightPruningConfig(pattern="1x1", target_sparsity=0.7, min_sparsity_ratio_per_op=0.5)
-    layers = [PrunableWeight(name, nn.Parameter(torch.zeros(4, 8))) for name in "ab"]
+    weights = [PrunableWeight(name, nn.Parameter(torch.zeros(4, 8))) for name in "ab"]
     found = []
     for units in (21, 28, 29, 44):
-        masks = prune_layers(config, layers, [s.view(4, 8) for s in scores], [None, None], (units + 0.5) / 64)
+        masks = zero_masks(config, weights, [s.view(4, 8) for s in scores], [None, None], (units + 0.5) / 64)
         found.append([int(mask.sum()) for mask in masks])
     assert found == [[21, 0], [28, 0], [28, 1], [28, 16]]
 
@@ -152,10 +152,10 @@ def test_every_pattern_reaches_its_minima_at_the_end_and_not_before(pattern):
     torch.manual_seed(0)
     config = hc.WeightPruningConfig(pattern=pattern, target_sparsity=0.4, min_sparsity_ratio_per_op=0.3)
     scores = [torch.rand(16, 16), torch.rand(16, 16) + 10]
-    layers = [PrunableWeight(name, nn.Parameter(torch.zeros(16, 16))) for name in "ab"]
+    weights = [PrunableWeight(name, nn.Parameter(torch.zeros(16, 16))) for name in "ab"]
     kept = [config.parsed_pattern.reduce(s, "mean") for s in scores]
     for sparsity, expected in ((0.2, (0.4, 0.0)), (0.25, (0.5, 0.0)), (0.3, (0.5, 0.1)), (0.4, (0.5, 0.3))):
-        masks = prune_layers(config, layers, kept, [None, None], sparsity)
+        masks = zero_masks(config, weights, kept, [None, None], sparsity)
         assert [float(mask.float().mean()) for mask in masks] == pytest.approx(expected, abs=4 / 256)
 
 

@@ -10,18 +10,19 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_compress as hc
 from hf_compress.core.schedules import DECAYS, SparsitySchedule, sparsity_at
-from hf_compress.methods.weight_pruning.groups import PrunableWeight, groups_of
-from hf_compress.methods.weight_pruning.modeling import prune_layers
+from hf_compress.methods.weight_pruning.groups import groups_of
+from hf_compress.methods.weight_pruning.prunable import PrunableWeight
+from hf_compress.methods.weight_pruning.ranking import zero_masks
 from hf_compress.methods.weight_pruning.selection import select_units
 from hf_compress.methods.weight_pruning.timetable import schedule_of
 from tests.pruned_training import units_of, zero_units
 
 
 def prune(config, scores, sparsity=None, pruned=None):
-    layers = [PrunableWeight(str(i), nn.Parameter(torch.ones(score.shape))) for i, score in enumerate(scores)]
+    weights = [PrunableWeight(str(i), nn.Parameter(torch.ones(score.shape))) for i, score in enumerate(scores)]
     kept = [config.parsed_pattern.reduce(score, config.criterion_reduce_type) for score in scores]
     sparsity = config.target_sparsity if sparsity is None else sparsity
-    return prune_layers(config, layers, kept, pruned or [None] * len(layers), sparsity)
+    return zero_masks(config, weights, kept, pruned or [None] * len(weights), sparsity)
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (7, 10), (1, 5), (5, 1), (3, 3)])
@@ -171,10 +172,10 @@ def test_windows_follow_the_training():
     assert window(sparsity_decay_type="oneshot", criterion="magnitude") == (0, 99, 0)
     assert window(steps=4) == (1, 3, 1)
     for steps in range(60, 120):
-        # Whatever the length, the three later stages of the last update find room before training or cooldown.
+        # Whatever the length, three increments of the last pruning update find room before training or cooldown ends.
         assert window(steps=steps, progressive=True)[1] == steps - 1 - 3
     assert window(progressive=True, cooldown_epochs=1)[1] == 100 - 10 - 3
-    with pytest.raises(ValueError, match="and 3 steps for the stages of the last update"):
+    with pytest.raises(ValueError, match="and 3 steps for the increments of the last pruning update"):
         window(steps=97, end_step=96, progressive=True)
     for values in ({"end_step": 120}, {"start_step": 100}, {"warmup_epochs": 6, "cooldown_epochs": 5}):
         with pytest.raises(ValueError, match="must leave room for the schedule"):
@@ -196,8 +197,8 @@ def test_convolutions_and_transposed_linears():
         pruning_op_types=["Conv2d", "Conv1D"],
     )
     (group,) = groups_of(net, config)
-    kept = [config.parsed_pattern.reduce(layer.matrix(layer.weight.detach().abs()), "mean") for layer in group.layers]
-    convolution, linear = prune_layers(config, group.layers, kept, [None, None], 0.5)
+    kept = [config.parsed_pattern.reduce(w.matrix(w.weight.detach().abs()), "mean") for w in group.weights]
+    convolution, linear = zero_masks(config, group.weights, kept, [None, None], 0.5)
     strength = net[0].weight.detach().abs().mean((1, 2, 3))
     assert torch.equal(convolution.flatten(1).all(1), convolution.flatten(1).any(1))
     assert set(convolution.flatten(1).all(1).nonzero().flatten().tolist()) == set(strength.argsort()[:4].tolist())
@@ -205,6 +206,6 @@ def test_convolutions_and_transposed_linears():
     assert set(linear.all(0).nonzero().flatten().tolist()) == set(net[1].weight.abs().mean(0).argsort()[:4].tolist())
     two = hc.WeightPruningConfig(pattern="2:4", target_sparsity=0.5, pruning_op_types=["Conv2d"])
     (group,) = groups_of(net, two)
-    (mask,) = prune_layers(two, group.layers, [group.layers[0].matrix(net[0].weight.detach().abs())], [None], 0.5)
+    (mask,) = zero_masks(two, group.weights, [group.weights[0].matrix(net[0].weight.detach().abs())], [None], 0.5)
     by_position = mask.permute(0, 2, 3, 1).reshape(8, -1)
     assert zero_units("2:4", ~by_position) == (56, 56)

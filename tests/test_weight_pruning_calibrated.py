@@ -35,7 +35,7 @@ def config_of(criterion, pattern="1x1", target=0.5, scope="local", **values):
 
 def layers_of(model, **values):
     (group,) = groups_of(model, config_of("magnitude", **values))
-    return {layer.name: layer for layer in group.layers}
+    return {prunable.name: prunable for prunable in group.weights}
 
 
 def matrices_of(model, **values):

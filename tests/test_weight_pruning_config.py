@@ -69,9 +69,9 @@ def test_impossible_values_are_named(values, message):
 def test_which_layers_are_pruned(model):
     def names(**values):
         return [
-            layer.name
+            prunable.name
             for group in groups_of(model("bert", HEAD), hc.WeightPruningConfig(**values))
-            for layer in group.layers
+            for prunable in group.weights
         ]
 
     inner = set(linears(model("bert", HEAD)))
@@ -83,8 +83,8 @@ def test_which_layers_are_pruned(model):
     # Mixed patterns: what two dicts select belongs to the first.
     config = hc.WeightPruningConfig(local_configs=[{"op_names": ["query"], "pattern": "1x1"}, {"scope": "local"}])
     first, second = groups_of(model("bert", HEAD), config)
-    assert {layer.name for layer in first.layers} == {name for name in inner if "query" in name}
-    assert {layer.name for layer in second.layers} == {name for name in inner if "query" not in name}
+    assert {prunable.name for prunable in first.weights} == {name for name in inner if "query" in name}
+    assert {prunable.name for prunable in second.weights} == {name for name in inner if "query" not in name}
     assert (first.config.pattern, second.config.pattern) == ("1x1", "4x1")
     assert (first.config.scope, second.config.scope) == ("global", "local")
     with pytest.raises(ValueError, match="must select a layer of Linear"):
@@ -106,7 +106,7 @@ def test_a_head_beside_its_stacks_is_not_pruned(kind, tied):
 
     def names(**values):
         (group,) = groups_of(model, hc.WeightPruningConfig(**values))
-        return {layer.name for layer in group.layers}
+        return {prunable.name for prunable in group.weights}
 
     assert names() == inner
     head = "lm_head" if kind is T5ForConditionalGeneration else "qa_outputs"

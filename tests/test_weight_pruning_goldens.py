@@ -11,11 +11,12 @@ from torch import nn
 import hf_compress as hc
 from hf_compress.core.schedules import SparsitySchedule, sparsity_at
 from hf_compress.methods.structured_pruning.fisher import rearrange_mask
-from hf_compress.methods.weight_pruning.groups import PrunableWeight
-from hf_compress.methods.weight_pruning.modeling import prune_layers
 from hf_compress.methods.weight_pruning.patterns import BlockPattern, parse_pattern
+from hf_compress.methods.weight_pruning.prunable import PrunableWeight
+from hf_compress.methods.weight_pruning.ranking import zero_masks
 from hf_compress.methods.weight_pruning.reconstruction import inverse_factor, prune_and_reconstruct
 from hf_compress.methods.weight_pruning.regularizers import group_lasso_by_gradient
+from hf_compress.methods.weight_pruning.timetable import scheduled_groups
 
 
 LAYERS = ("fc1", "fc2")
@@ -61,7 +62,7 @@ def test_masks_of_one_call(goldens):
     """All 63 cases: patterns, scopes, reductions, bounds, partial ratios. Sparsity counts units."""
     archive, cases = np.load(goldens / "masks_single.npz"), read(goldens / "masks_single.json")
     assert len(cases) == 63
-    layers = [PrunableWeight(name, nn.Parameter(torch.zeros(archive[f"score_{name}"].shape))) for name in LAYERS]
+    weights = [PrunableWeight(name, nn.Parameter(torch.zeros(archive[f"score_{name}"].shape))) for name in LAYERS]
     for case in cases:
         config = hc.WeightPruningConfig(
             pattern=case["pattern"],
@@ -73,43 +74,43 @@ def test_masks_of_one_call(goldens):
         )
         scores = [torch.tensor(archive[f"score_{name}"]) for name in LAYERS]
         kept = [config.parsed_pattern.reduce(score, case["reduce"]) for score in scores]
-        masks = prune_layers(config, layers, kept, [None, None], case["ratio_this_call"])
+        masks = zero_masks(config, weights, kept, [None, None], case["ratio_this_call"])
         for name, mask in zip(LAYERS, masks, strict=True):
             assert np.array_equal(~mask.numpy(), archive[f"mask{case['id']}_{name}"]), (case, name)
 
 
 @pytest.mark.parametrize("scope", ["global", "local"])
 def test_heads(goldens, scope):
-    """Two attention blocks of four heads at 0.5: scores of heads and which of them go.
+    """Two layers of four heads at 0.5: scores of heads and which of them go.
 
-    Ranked together, the original takes all four heads of the first block. Here a layer keeps what
+    Ranked together, the original takes all four heads of the first layer. Here a layer keeps what
     `max_sparsity_ratio_per_op` says, so its best head stays and the next one in the ranking goes instead.
     """
     archive, d = np.load(goldens / "mha.npz"), 4
-    names = [(block, part) for block in (0, 1) for part in "qkvo"]
-    layers = [
+    names = [(layer, part) for layer in (0, 1) for part in "qkvo"]
+    weights = [
         PrunableWeight(
-            f"l{block}.{part}", nn.Parameter(torch.zeros(16, 16)),
-            heads=BlockPattern(None, d) if part == "o" else BlockPattern(d, None), block=block,
+            f"l{layer}.{part}", nn.Parameter(torch.zeros(16, 16)),
+            heads=BlockPattern(None, d) if part == "o" else BlockPattern(d, None), layer_index=layer,
         )
-        for block, part in names
+        for layer, part in names
     ]  # fmt: skip
     config = hc.WeightPruningConfig(pattern="mha", scope=scope, target_sparsity=0.5)
-    scores = [torch.tensor(archive[f"score_l{block}.{part}"]) for block, part in names]
-    kept = [layer.pattern(config).reduce(score, "mean") for layer, score in zip(layers, scores, strict=True)]
-    for block in (0, 1):
-        ours = torch.stack([kept[4 * block + i].flatten() for i in range(4)]).mean(0)
-        np.testing.assert_allclose(ours, archive[f"headscore_l{block}"].ravel(), rtol=0, atol=1e-6)
-    masks = prune_layers(config, layers, kept, [None] * 8, 0.5)
-    for (block, part), mask in zip(names, masks, strict=True):
-        stays = torch.tensor(archive[f"headmask_{scope}_l{block}"]).flatten()
+    scores = [torch.tensor(archive[f"score_l{layer}.{part}"]) for layer, part in names]
+    kept = [weight.pattern(config).reduce(score, "mean") for weight, score in zip(weights, scores, strict=True)]
+    for layer in (0, 1):
+        ours = torch.stack([kept[4 * layer + i].flatten() for i in range(4)]).mean(0)
+        np.testing.assert_allclose(ours, archive[f"headscore_l{layer}"].ravel(), rtol=0, atol=1e-6)
+    masks = zero_masks(config, weights, kept, [None] * 8, 0.5)
+    for (layer, part), mask in zip(names, masks, strict=True):
+        stays = torch.tensor(archive[f"headmask_{scope}_l{layer}"]).flatten()
         if scope == "global":
-            assert stays.any() == (block == 1)
-            score = archive[f"headscore_l{block}"].ravel()
-            stays[score.argmax() if block == 0 else score.argmin()] ^= True
+            assert stays.any() == (layer == 1)
+            score = archive[f"headscore_l{layer}"].ravel()
+            stays[score.argmax() if layer == 0 else score.argmin()] ^= True
         stays = stays.repeat_interleave(d)
         expected = stays.expand(16, -1) if part == "o" else stays[:, None].expand(-1, 16)
-        assert torch.equal(~mask, expected), (block, part)
+        assert torch.equal(~mask, expected), (layer, part)
 
 
 def test_retrain_free_rearrangement(goldens):
@@ -154,14 +155,14 @@ def replay(case, archive):
     state = SimpleNamespace(global_step=0, max_steps=case["steps"], num_train_epochs=1, log_history=[])
     everything = {"model": model, "optimizer": optimizer}
     callback.on_train_begin(args, state, None, **everything)
+    (scheduled,) = scheduled_groups(model, config, optimizer, case["steps"], case["steps"])
     different = []
     for step in range(case["steps"]):
         state.global_step = step
         callback.on_step_begin(args, state, None, **everything)
         for name in LAYERS:
             weight = getattr(model, name).weight
-            pruned = [mask for layer, mask in callback._pruned.items() if layer.name == name]
-            pruned = pruned[0] if pruned else torch.zeros_like(weight, dtype=torch.bool)
+            pruned = callback.masks.get(name, torch.zeros_like(weight, dtype=torch.bool))
             assert not weight[pruned].any()
             apart = int((pruned.numpy() == archive[f"mask_{name}"][step]).sum())
             if apart:
@@ -178,7 +179,7 @@ def replay(case, archive):
             weight = getattr(model, name).weight
             assert np.abs(weight.detach().numpy() - archive[f"W_after_{name}"][step]).max() <= 1e-6
             score = optimizer.state[weight].get("prune_score")
-            if score is not None and f"score_{name}" in archive and callback._runs[0].scores_at(step):
+            if score is not None and f"score_{name}" in archive and scheduled.scores_at(step):
                 assert np.abs(score.numpy() - archive[f"score_{name}"][step]).max() <= 1e-6
                 case["compared"] = case.get("compared", 0) + 1
         optimizer.zero_grad()

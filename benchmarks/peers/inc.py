@@ -29,8 +29,9 @@ from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
 from hf_compress.core.saving import write_json
-from hf_compress.methods.weight_pruning.groups import element_sparsity, groups_of
+from hf_compress.methods.weight_pruning.groups import groups_of
 from hf_compress.report.quality import evaluate_model
+from hf_compress.report.sparsity import element_ratio, matrices_of
 from hf_compress.stages.models import freeze_embeddings_, open_classifier, open_tokenizer
 from hf_compress.tasks.inputs import tokenize
 from hf_compress.tasks.sources import DataArguments, load_task
@@ -154,7 +155,7 @@ def describe(side: Side, dense: Side, schedule: dict[str, Any]) -> dict[str, Any
 
 def zeros_of(model: PreTrainedModel, config: hc.WeightPruningConfig) -> Tensor:
     """[all weights that may be pruned] bool, True where zero."""
-    layers = [layer for group in groups_of(model, config) for layer in group.layers]
+    layers = [prunable for group in groups_of(model, config) for prunable in group.weights]
     return torch.cat([(layer.weight.detach() == 0).flatten() for layer in layers])
 
 
@@ -200,7 +201,7 @@ def main() -> None:
         cost = {} if name == "dense" else describe(side, sides["dense"], schedule)
         result["sides"][name] = {
             "validation": quality, **cost, "zeros": int(zeros[name].sum()), "weights": len(zeros[name]),
-            "element_sparsity": element_sparsity(side.model),
+            "element_sparsity": element_ratio(matrices_of(side.model)),
         }  # fmt: skip
     if ":" in args.pattern:
         count, group = map(int, args.pattern.split(":"))

@@ -16,7 +16,8 @@ from hf_compress.core.architectures import layers_of
 from hf_compress.core.cost import count_cost
 from hf_compress.core.saving import require_own_folder, write_json
 from hf_compress.methods.weight_pruning import WeightPruningCallback, WeightPruningConfig, slim
-from hf_compress.methods.weight_pruning.groups import element_sparsity, sparsity_by_layer
+from hf_compress.methods.weight_pruning.sparsity import sparsity_by_layer
+from hf_compress.report.sparsity import element_ratio, matrices_of
 from hf_compress.stages.finetune import add_teacher_columns, model_folders, prepare, run, trainer_arguments
 from hf_compress.stages.models import ModelArguments, open_classifier, save_stage
 from hf_compress.tasks.inputs import calibration_batches, check_draw
@@ -137,7 +138,10 @@ def _require_effect(pruning: PruningArguments, at_once: bool, given: Collection[
 
 def _zeros(model: PreTrainedModel, config: WeightPruningConfig, with_slim: bool) -> dict[str, Any]:
     """Where the zeros are, counted before they are cut out."""
-    found = {"element_sparsity": element_sparsity(model), "sparsity_by_layer": sparsity_by_layer(model, config)}
+    found: dict[str, Any] = {
+        "element_sparsity": element_ratio(matrices_of(model)),
+        "sparsity_by_layer": sparsity_by_layer(model, config),
+    }
     if with_slim:
         found["slimmed"] = _slimmed(model)
     return found

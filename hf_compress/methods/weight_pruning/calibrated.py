@@ -18,7 +18,7 @@ from hf_compress.core.calibration import call_order, collect_inputs
 from hf_compress.core.moments import SecondMoments, device_of_doubles
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import wanda
-from hf_compress.methods.weight_pruning.groups import PrunableWeight
+from hf_compress.methods.weight_pruning.prunable import PrunableWeight
 from hf_compress.methods.weight_pruning.reconstruction import inverse_factor, prune_and_reconstruct
 
 

@@ -1,7 +1,6 @@
-"""Zeros of one update that come in four stages: the least important of the new ones first.
+"""Pruning updates whose zeros come in four increments, the least important of the new ones first.
 
-Between two updates weights that are about to go can still be missed less: the rest of the model learns without a
-quarter of them, then without half, before all are gone.
+In between, the rest of the model learns to do without a quarter of them, then without half, before all are zero.
 """
 
 from __future__ import annotations
@@ -12,67 +11,70 @@ import torch
 from torch import Tensor
 
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
-from hf_compress.methods.weight_pruning.groups import PrunableWeight
+from hf_compress.methods.weight_pruning.prunable import PrunableWeight
 from hf_compress.methods.weight_pruning.selection import smallest
 
 
-STAGES = 4
-# A plan says of a weight: 0 it stays, 1 it becomes zero, 2 it was zero and comes back at the end, 3 it stays zero.
+INCREMENTS = 4
+# A plan says of an element: 0 it stays, 1 it becomes zero, 2 it was zero and comes back at the end, 3 it stays zero.
 _GOES, _RETURNS = 1, 2
 
 
-def staged(before: Tensor | None, after: Tensor) -> Tensor:
-    """What an update does to each weight, uint8: what its stages have to know.
+def plan_of(before: Tensor | None, after: Tensor) -> Tensor:
+    """What a pruning update does to each element, as its increments need it.
 
     Args:
         before: Bool, True for zero, when the update is made; None: nothing is zero.
         after: The same when it is complete.
+
+    Returns:
+        uint8, of the same shape.
     """
     plan = after.to(torch.uint8)
     return plan if before is None else plan + 2 * before.to(torch.uint8)
 
 
-def zeros_at(
+def masks_at(
     config: WeightPruningConfig,
-    layers: Sequence[PrunableWeight],
+    weights: Sequence[PrunableWeight],
     plans: Sequence[Tensor],
     scores: Sequence[Tensor],
     now: Sequence[Tensor | None],
-    stage: int,
+    increment: int,
 ) -> list[Tensor]:
-    """Which weights are zero at a stage.
+    """Which elements are zero after an increment.
 
     Args:
-        config: Of the layers, which share one ranking whatever the scope.
-        layers: Where an update is under way.
-        plans: From `staged`.
-        scores: As `Pattern.reduce` gives them, now.
-        now: What is zero already; it stays so until the last stage.
-        stage: From 1 to `STAGES`.
+        config: Of the weights, which share one ranking whatever the scope.
+        weights: Where a pruning update is under way.
+        plans: For each weight, from `plan_of`.
+        scores: For each weight, as `reduce` of its pattern gives them, now.
+        now: For each weight, what is zero already; it stays so until the last increment.
+        increment: From 1 to `INCREMENTS`.
 
     Returns:
-        Bool tensors of the weights' shapes, True for zero.
+        For each weight a bool tensor of its shape, True for zero.
 
     Source:
-        Neural Compressor 2.6: of `n` weights that go, those no more important than the `floor(n stage / 4)`-th.
+        Neural Compressor 2.6: of `n` elements that go, those no more important than the `floor(n increment / 4)`-th.
 
     Example:
         >>> import torch
-        >>> layer = PrunableWeight("w", torch.nn.Parameter(torch.tensor([[4.0, 1.0, 3.0, 2.0]])))
-        >>> plan = staged(None, torch.tensor([[True, True, True, True]]))
-        >>> zeros_at(WeightPruningConfig(pattern="1x1"), [layer], [plan], [layer.weight.detach()], [None], 2)
+        >>> weight = PrunableWeight("w", torch.nn.Parameter(torch.tensor([[4.0, 1.0, 3.0, 2.0]])))
+        >>> plan = plan_of(None, torch.tensor([[True, True, True, True]]))
+        >>> masks_at(WeightPruningConfig(pattern="1x1"), [weight], [plan], [weight.weight.detach()], [None], 2)
         [tensor([[False,  True, False,  True]])]
     """
-    if stage >= STAGES:
+    if increment >= INCREMENTS:
         return [plan % 2 == 1 for plan in plans]
     goes = [plan == _GOES for plan in plans]
     importance = [
-        layer.like_weight(layer.pattern(config).expand(kept.float(), layer.matrix(plan).shape))
-        for layer, kept, plan in zip(layers, scores, plans, strict=True)
+        prunable.like_weight(prunable.pattern(config).expand(kept.float(), prunable.matrix(plan).shape))
+        for prunable, kept, plan in zip(weights, scores, plans, strict=True)
     ]
     device = plans[0].device
     pool = torch.cat([values[new].to(device) for values, new in zip(importance, goes, strict=True)])
-    count = len(pool) * stage // STAGES
+    count = len(pool) * increment // INCREMENTS
     bound = smallest(pool, count) if count else pool.new_tensor(-torch.inf)
     masks = []
     for plan, new, values, zero in zip(plans, goes, importance, now, strict=True):

@@ -9,12 +9,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.core.architectures import base_of
 from hf_compress.core.record import record_of
-from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
-from hf_compress.methods.weight_pruning.groups import PrunableWeight, selected
+from hf_compress.methods.weight_pruning.config import NAME
+from hf_compress.methods.weight_pruning.groups import selected
+from hf_compress.methods.weight_pruning.outcome import config_of
+from hf_compress.methods.weight_pruning.prunable import PrunableWeight
 
 
 logger = logging.getLogger(__name__)
@@ -24,26 +27,27 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # For each training, that is its optimizer: which weights each callback decides about.
-_DECIDED: WeakKeyDictionary[Any, dict[TrainerCallback, Collection[nn.Parameter]]] = WeakKeyDictionary()
+_DECIDED: WeakKeyDictionary[Optimizer, dict[TrainerCallback, Collection[nn.Parameter]]] = WeakKeyDictionary()
 
 
-def decide(optimizer: Any, callback: TrainerCallback, layers: Iterable[PrunableWeight]) -> None:
-    """Tell other callbacks of a training which layers one of them prunes anew.
+def decide(optimizer: Optimizer | None, callback: TrainerCallback, weights: Iterable[PrunableWeight]) -> None:
+    """Tell the other callbacks of a training which weights one of them prunes anew.
 
     Raises:
-        ValueError: If two of them prune one layer.
+        ValueError: If two of them prune one weight.
     """
-    elsewhere, layers = decided_elsewhere(optimizer, callback), list(layers)
-    for layer in layers:
-        if layer.weight in elsewhere:
+    elsewhere, decided = decided_elsewhere(optimizer, callback), set()
+    for prunable in weights:
+        if prunable.weight in elsewhere:
             raise ValueError(
-                f"Two WeightPruningCallbacks select {layer.name}. Give them different op_names, or one config with "
+                f"Two WeightPruningCallbacks select {prunable.name}. Give them different op_names, or one config with "
                 "local_configs."
             )
-    _DECIDED.setdefault(optimizer, {})[callback] = {layer.weight for layer in layers}
+        decided.add(prunable.weight)
+    _DECIDED.setdefault(optimizer, {})[callback] = decided
 
 
-def decided_elsewhere(optimizer: Any, callback: TrainerCallback) -> set[nn.Parameter]:
+def decided_elsewhere(optimizer: Optimizer | None, callback: TrainerCallback) -> set[nn.Parameter]:
     """The weights that other callbacks of a training prune anew."""
     by_callback = _DECIDED.get(optimizer, {})
     return {weight for other, weights in by_callback.items() if other is not callback for weight in weights}
@@ -56,38 +60,39 @@ def forget(callback: TrainerCallback) -> None:
 
 
 class Zeros:
-    """Which weights of some layers are to be zero."""
+    """Which elements of some weights are to be zero."""
 
     def __init__(self) -> None:
         self._kept_bits: dict[PrunableWeight, Tensor] = {}
 
-    def hold(self, layer: PrunableWeight, mask: Tensor) -> None:
-        """From now on a layer's weights are zero where the mask, of the weight's shape, is True."""
-        self._kept_bits[layer] = (~mask).to(_BITS[layer.weight.element_size()]).neg_()
+    def hold(self, prunable: PrunableWeight, mask: Tensor) -> None:
+        """From now on a weight is zero where the mask, of its shape, is True."""
+        self._kept_bits[prunable] = (~mask).to(_BITS[prunable.weight.element_size()]).neg_()
 
     def hold_recorded(self, model: nn.Module, decided: Container[nn.Parameter] = frozenset()) -> None:
-        """Hold what is zero now in the trained layers that recorded steps chose from, but for weights decided anew."""
-        for layer in _pruned_layers(base_of(model)):
-            mask = layer.weight.detach() == 0
-            if layer.weight.requires_grad and layer.weight not in decided and bool(mask.any()):
-                self.hold(layer, mask)
+        """Hold what is zero now in the trained weights that recorded steps chose from, but for those decided anew."""
+        for prunable in _recorded_weights(base_of(model)):
+            mask = prunable.weight.detach() == 0
+            if prunable.weight.requires_grad and prunable.weight not in decided and bool(mask.any()):
+                self.hold(prunable, mask)
 
     def release(self, weights: Container[nn.Parameter]) -> None:
         """Stop keeping zeros in these weights."""
-        self._kept_bits = {layer: bits for layer, bits in self._kept_bits.items() if layer.weight not in weights}
+        self._kept_bits = {held: bits for held, bits in self._kept_bits.items() if held.weight not in weights}
 
     def enforce(self) -> None:
+        """Make zero again what an optimizer has moved."""
         # All bits of what stays, none of what goes: ten times as fast as `masked_fill_` on the CPU, and 0 times NaN or
         # a negative number is a plain zero, too.
-        for layer, bits in self._kept_bits.items():
-            layer.weight.data.view(bits.dtype).bitwise_and_(bits)
+        for prunable, bits in self._kept_bits.items():
+            prunable.weight.data.view(bits.dtype).bitwise_and_(bits)
 
 
 class HeldZerosCallback(TrainerCallback):
     """Keeps the zeros of a model that went through weight pruning, while it is trained for something else.
 
-    Trainers of this package add it by themselves, unless a `WeightPruningCallback` is there: it holds the zeros of the
-    layers that it does not select.
+    Trainers of this package add it by themselves, unless a `WeightPruningCallback` is there, which keeps the zeros of
+    the weights that it does not select.
 
     Example:
         >>> held = HeldZerosCallback()   # Trainer(pruned_model, args, train_dataset=..., callbacks=[held]).train()
@@ -124,19 +129,19 @@ class HeldZerosCallback(TrainerCallback):
         self._zeros = Zeros()
 
 
-def _pruned_layers(model: nn.Module) -> Iterable[PrunableWeight]:
-    """The layers that the weight pruning steps of a model's record chose from."""
+def _recorded_weights(model: PreTrainedModel) -> Iterable[PrunableWeight]:
+    """The weights that the weight pruning steps of a model's record chose from."""
     found: dict[str, PrunableWeight] = {}
     for step in record_of(model.config)["steps"]:
         if step["method"] != NAME:
             continue
         try:
-            groups = selected(model, WeightPruningConfig(**{k: v for k, v in step.items() if k != "method"}))
+            groups = selected(model, config_of(step))
         except ValueError as error:
             # Adapters, or a later step that replaced what this one speaks of.
             logger.warning("Zeros of weight pruning cannot be held any more: %s", error)
             continue
-        found.update((layer.name, layer) for group in groups for layer in group.layers)
+        found.update((prunable.name, prunable) for group in groups for prunable in group.weights)
     return found.values()
 
 
@@ -144,29 +149,29 @@ def _pruned_layers(model: nn.Module) -> Iterable[PrunableWeight]:
 _LOST = 0.005
 
 
-def warn_of_lost_zeros(model: nn.Module) -> None:
+def warn_of_lost_zeros(model: PreTrainedModel) -> None:
     """Say that the weights of an opened model are denser than its record: something trained them without the zeros."""
     steps = record_of(model.config)["steps"]
     index = max(i for i, step in enumerate(steps) if step["method"] == NAME)
-    values = {name: value for name, value in steps[index].items() if name != "method"}
+    config = config_of(steps[index])
     # Where layers were made smaller, zeros went with what was cut off.
     cut = any(step.get("neurons_per_layer") is not None for step in steps[index:])
-    recorded = values.get("achieved_sparsity") or 0.0
+    recorded = config.achieved_sparsity or 0.0
     if cut or not recorded:
         return
     try:
-        layers = [layer for group in selected(model, WeightPruningConfig(**values)) for layer in group.layers]
+        prunables = [prunable for group in selected(model, config) for prunable in group.weights]
     except ValueError:
         return
-    weights = {layer.weight for layer in layers if layer.weight.device.type != "meta"}
+    weights = {prunable.weight for prunable in prunables if prunable.weight.device.type != "meta"}
     total = sum(weight.numel() for weight in weights)
     found = 1 - sum(int(weight.count_nonzero()) for weight in weights) / max(total, 1)
     if total and found < recorded - _LOST:
         logger.warning(
-            "config.json records that weight pruning made %.3f of %d layers zero, but %.3f of their weights are: the "
-            "model was trained without holding its zeros. Prune it again; train pruned models with a trainer of "
+            "config.json records that weight pruning made %.3f of %d weights zero, but %.3f of their elements are: "
+            "the model was trained without holding its zeros. Prune it again; train pruned models with a trainer of "
             "hf_compress, or with HeldZerosCallback() among the callbacks of another one.",
             recorded,
-            len(layers),
+            len(prunables),
             found,
         )

@@ -1,0 +1,40 @@
+"""The step that a finished training writes into the model's record."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_compress.core.own_config import own_config_
+from hf_compress.core.record import append_step, record_of
+from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
+
+
+def config_of(step: dict[str, Any]) -> WeightPruningConfig:
+    """The config of one step of a record."""
+    return WeightPruningConfig(**{name: value for name, value in step.items() if name != "method"})
+
+
+def record_step(model: PreTrainedModel, config: WeightPruningConfig, achieved: float) -> None:
+    """Write a finished step into a model's config; a step that stands there already is written once.
+
+    Args:
+        model: Its config is changed.
+        config: What was asked for.
+        achieved: Sparsity over all weights that the config selects.
+    """
+    own_config_(model)
+    completed = dataclasses.replace(config, achieved_sparsity=achieved)
+    steps = record_of(model.config)["steps"]
+    # A model that was opened from a checkpoint after the last pruning update carries the step already, maybe before
+    # that of another callback.
+    known = None
+    for index in range(-1, -1 - len(steps), -1):
+        if steps[index]["method"] != NAME:
+            break
+        if dataclasses.replace(config_of(steps[index]), achieved_sparsity=achieved) == completed:
+            known = index
+            break
+    append_step(model.config, NAME, completed, instead_of=known)
