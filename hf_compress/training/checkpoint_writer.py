@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _STAGING = ".incomplete"
 
 
-def replace_pickled_arguments(folder: str | os.PathLike, args: TrainingArguments) -> None:
+def replace_pickled_arguments(folder: str | os.PathLike[str], args: TrainingArguments) -> None:
     """Keep a training's arguments beside a model as JSON instead of `Trainer`'s pickle, which is code when read."""
     pickled = Path(folder, TRAINING_ARGS_NAME)
     if pickled.exists():
@@ -55,7 +55,7 @@ class CheckpointWriter(TrainerCallback):
         self.args = args
         self.wait = wait
         # Where `Trainer` shall write while a checkpoint is incomplete.
-        self.staging: str | None = None
+        self.staging: Path | None = None
         self.folder = Path(args.output_dir)
         self.run = ""
         self._begins_at: Path | None = None
@@ -64,8 +64,8 @@ class CheckpointWriter(TrainerCallback):
     @contextmanager
     def training(
         self,
-        folder: str | os.PathLike,
-        resume: str | os.PathLike | bool | None,
+        folder: str | os.PathLike[str],
+        resume: str | os.PathLike[str] | bool | None,
         model: str,
         teachers: Mapping[str, str],
     ) -> Iterator[Path | None]:
@@ -147,28 +147,38 @@ class CheckpointWriter(TrainerCallback):
         return int(strategy == SaveStrategy.BEST and begun < end)
 
     @contextmanager
-    def written_aside(self, folder: str | os.PathLike, state: TrainerState) -> Iterator[None]:
-        """While the block runs, a checkpoint is written into `self.staging`; then it is moved to `folder`.
+    def written(self, state: TrainerState, aside: bool) -> Iterator[Path]:
+        """Gives the folder into which the block writes a checkpoint; afterwards it is complete in `self.folder`.
 
         All processes of the training enter and leave together.
 
         Args:
-            folder: Where the checkpoints of this training are.
             state: The training's state. Its best checkpoint is given the name that it has in the end.
+            aside: Write into another folder first. DeepSpeed and FSDP lay out the folder themselves and write in place.
 
         Raises:
             ValueError: If the disk is full or the folder cannot be written.
         """
-        root = Path(folder)
-        staging, name = root / _STAGING, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if aside:
+            with self._written_aside(state, name) as folder:
+                yield folder
+            return
+        yield self.folder
+        if self.args.should_save:
+            self._sign(self.folder / name)
+
+    @contextmanager
+    def _written_aside(self, state: TrainerState, name: str) -> Iterator[Path]:
+        root, staging = self.folder, self.folder / _STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.wait()
         try:
             with disk_errors_explained(root):
                 root.mkdir(parents=True, exist_ok=True)
-                self.staging = str(staging)
-                yield
+                self.staging = staging
+                yield staging
                 self.staging = None
                 best = root / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
                 # `Trainer` looks for the best checkpoint beside the one it writes, and so finds no other.
@@ -176,7 +186,7 @@ class CheckpointWriter(TrainerCallback):
                     state.best_model_checkpoint = str(best)
                 self.wait()
                 if self.args.should_save:
-                    self._publish(staging / name, root, state)
+                    self._publish(staging / name, state)
                 self.wait()
                 if self.args.local_process_index == 0 and (staging / name).is_dir():
                     # The random states of a machine with a disk of its own.
@@ -187,13 +197,15 @@ class CheckpointWriter(TrainerCallback):
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
 
-    def sign(self, checkpoint: Path) -> None:
+    def _sign(self, checkpoint: Path) -> None:
         """Note in a complete checkpoint which run wrote it and which files belong to it."""
         write_json(checkpoint / RUN_FILE, {"run": self.run, "files": binary_files(checkpoint)})
 
-    def _publish(self, written: Path, root: Path, state: TrainerState) -> None:
+    def _publish(self, written: Path, state: TrainerState) -> None:
+        """Move a checkpoint to its name and remove the oldest."""
         state.save_to_json(str(written / TRAINER_STATE_NAME))
-        self.sign(written)
+        self._sign(written)
+        root = self.folder
         final = root / written.name
         if final.exists():
             _remove(final, written.parent)

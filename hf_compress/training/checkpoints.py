@@ -1,4 +1,4 @@
-"""Reading checkpoints: which are whole, which belong to the same run, what of one cannot be read."""
+"""Finding checkpoints: which of them are whole, which belong to the same run, and why one cannot be read."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ RUN_FILE = "training_run.json"
 _BINARY = {".safetensors", ".pt", ".pth", ".bin"}
 
 
-def checkpoints_of(folder: str | os.PathLike) -> list[Path]:
+def checkpoints_of(folder: str | os.PathLike[str]) -> list[Path]:
     """The folders `checkpoint-<step>` of a training, by step; other names (`checkpoint-best`) are not among them."""
     found = (path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _NAME.fullmatch(path.name))
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def run_note(folder: Path) -> dict[str, Any]:
+    """What `RUN_FILE` in a folder says; empty where there is none that can be read."""
     try:
         found = json.loads((folder / RUN_FILE).read_text())
     except (OSError, ValueError):
@@ -44,10 +45,11 @@ def run_note(folder: Path) -> dict[str, Any]:
 
 
 def binary_files(checkpoint: Path) -> list[str]:
+    """The files of weights and states in a checkpoint, relative to it."""
     return sorted(str(f.relative_to(checkpoint)) for f in checkpoint.rglob("*") if f.suffix in _BINARY and f.is_file())
 
 
-def _intact(file: Path) -> bool:
+def intact(file: Path) -> bool:
     """Whether a file has the length that its own table of contents says."""
     if file.suffix != ".safetensors":
         return zipfile.is_zipfile(file)
@@ -58,7 +60,13 @@ def _intact(file: Path) -> bool:
         return False
 
 
-def _absent(checkpoint: Path, num_processes: int) -> str | None:
+def missing_part(checkpoint: Path, num_processes: int = 1) -> str | None:
+    """What a checkpoint lacks, or None.
+
+    Args:
+        checkpoint: Its folder.
+        num_processes: Of the training that goes on; each reads a random state of its own.
+    """
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
@@ -79,11 +87,11 @@ def defect(checkpoint: Path, num_processes: int = 1) -> str | None:
         checkpoint: Its folder.
         num_processes: Of the training that goes on; each reads a random state of its own.
     """
-    damaged = (f"{name} is damaged" for name in binary_files(checkpoint) if not _intact(checkpoint / name))
-    return _absent(checkpoint, num_processes) or next(damaged, None)
+    damaged = (f"{name} is damaged" for name in binary_files(checkpoint) if not intact(checkpoint / name))
+    return missing_part(checkpoint, num_processes) or next(damaged, None)
 
 
-def last_whole_checkpoint(folder: str | os.PathLike, num_processes: int = 1) -> Path | None:
+def last_whole_checkpoint(folder: str | os.PathLike[str], num_processes: int = 1) -> Path | None:
     """The checkpoint from which the training that last ran in a folder goes on.
 
     Checkpoints of an earlier run in the same folder are not taken, nor are damaged ones.
@@ -108,26 +116,13 @@ def last_whole_checkpoint(folder: str | os.PathLike, num_processes: int = 1) -> 
     return None
 
 
-def require_complete(checkpoint: Path, num_processes: int = 1) -> None:
-    """Raise `ValueError` when a file of a checkpoint is missing; who reads a file says when it is damaged."""
-    if not (checkpoint / TRAINER_STATE_NAME).is_file():
-        raise ValueError(f"resume_from_checkpoint must be true or a checkpoint folder, got {str(checkpoint)!r}.")
-    reason = _absent(checkpoint, num_processes)
-    # So does who reads a folder inside.
-    if reason is not None and "/" not in reason:
-        raise ValueError(
-            f"resume_from_checkpoint {str(checkpoint)!r} cannot be read: {reason}. Name another checkpoint, or true "
-            "for the last one that is whole."
-        )
-
-
 @contextmanager
-def readable(checkpoint: str | os.PathLike | None, part: str) -> Iterator[None]:
-    """Say in one line what of a checkpoint could not be read in the block.
+def readable(checkpoint: str | os.PathLike[str], part: str) -> Iterator[None]:
+    """Say in one line which part of a checkpoint cannot be read, and why.
 
     Args:
         checkpoint: Its folder.
-        part: What is read from it.
+        part: What the block reads from it.
 
     Raises:
         ValueError: If a file is truncated, holds something else, or fits another model.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hf_compress.core.batches import forward_names
 from hf_compress.core.layers import STATE
 from hf_compress.training.arguments import DistillationArguments, arguments_like
 from hf_compress.training.cache import TeacherCache
+from hf_compress.training.checkpoint_parts import CheckpointPart
 from hf_compress.training.checkpoints import readable
 from hf_compress.training.collator import TEACHER_PREFIX, split_inputs
 from hf_compress.training.fitting import check_inputs, label_order, require_own_weights
@@ -91,17 +92,19 @@ class DistillationTrainer(CompressionTrainer):
         self._new_student = True
         return super().call_model_init(trial)
 
-    def _hp_search_setup(self, trial: Any) -> None:
-        super()._hp_search_setup(trial)
+    def create_accelerator_and_postprocess(self) -> None:
         self.args.check()
+        super().create_accelerator_and_postprocess()
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self._new_student and self.optimizer is None:
+    def begin_training(self, num_updates: int) -> None:
+        if self._new_student:
             # A student for every trial, with arguments of its own: what was made from them is made again.
             self.projectors, self.layer_pairs, self._teacher, self._new_student = None, [], None, False
             if self.args.uses_teacher:
                 self._set_teacher(self._untouched_teacher())
-        return super().create_optimizer(model)
+        if self._teacher is not None:
+            self._prepare_teacher(num_updates)
+        super().begin_training(num_updates)
 
     def _untouched_teacher(self) -> PreTrainedModel:
         """The teacher as it was given, for a student that begins anew."""
@@ -171,7 +174,7 @@ class DistillationTrainer(CompressionTrainer):
         """The teacher's stored outputs, or None."""
         return None if self._teacher is None else self._teacher.cache
 
-    def _teacher_sources(self) -> dict[str, str]:
+    def teacher_origins(self) -> dict[str, str]:
         return {} if self._teacher is None else {"the teacher": getattr(self._teacher.model, "name_or_path", "")}
 
     def _distills(self) -> bool:
@@ -207,13 +210,6 @@ class DistillationTrainer(CompressionTrainer):
         self._teacher.end(place)
         self._window = (index + 1, length)
         return loss
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        # The first moment at which the number of updates is known; checkpoints are read later.
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self._teacher is not None and optimizer is None:
-            self._prepare_teacher(num_training_steps)
-        return scheduler
 
     def _prepare_teacher(self, num_updates: int) -> None:
         """For teachers that depend on the length of the training."""
@@ -284,25 +280,29 @@ class DistillationTrainer(CompressionTrainer):
             return []
         return [{"params": list(self.projectors.parameters()), "weight_decay": self.args.weight_decay}]
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.projectors is not None and self.args.should_save:
-            save_file(
-                self.accelerator.unwrap_model(self.projectors).state_dict(), os.path.join(output_dir, _PROJECTORS)
-            )
-        if self._teacher is not None:
-            self._teacher.save(Path(output_dir, _TEACHER), 0 if self.args.should_save else self.args.process_index)
+    def checkpoint_parts(self) -> Sequence[CheckpointPart]:
+        return [*super().checkpoint_parts(), _Own(self)]
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._teacher is not None and checkpoint is not None:
-            self._teacher.load(Path(checkpoint, _TEACHER), self.args.process_index)
-        if self.projectors is None or checkpoint is None:
+    def save_own(self, checkpoint: Path, process: int, shared: bool) -> None:
+        if self.projectors is not None and shared:
+            save_file(self.accelerator.unwrap_model(self.projectors).state_dict(), checkpoint / _PROJECTORS)
+        if self._teacher is not None:
+            self._teacher.save(checkpoint / _TEACHER, 0 if shared else process)
+
+    def load_own(self, checkpoint: Path, process: int) -> None:
+        if self._teacher is not None:
+            self._teacher.load(checkpoint / _TEACHER, process)
+        if self.projectors is None:
             return
-        file = os.path.join(checkpoint, _PROJECTORS)
-        if not os.path.exists(file):
+        file = checkpoint / _PROJECTORS
+        if not file.exists():
             raise ValueError(
-                f"resume_from_checkpoint must hold {_PROJECTORS} for these widths, got {checkpoint!r} without it."
+                f"resume_from_checkpoint must hold {_PROJECTORS} for these widths, got {str(checkpoint)!r} without it."
             )
         with readable(checkpoint, "projectors"):
             self.accelerator.unwrap_model(self.projectors).load_state_dict(load_file(file))
+
+
+class _Own:
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.save, self.load = trainer.save_own, trainer.load_own

@@ -118,7 +118,7 @@ class JointTeacherTrainer(DistillationTrainer):
         if saves and self.model is not None:
             place = Path(self.args.output_dir, _SAVED)
             require_own_folder(place, {"the model": getattr(self._core(), "name_or_path", ""),
-                                       **self._teacher_sources()})  # fmt: skip
+                                       **self.teacher_origins()})  # fmt: skip
         outcome = super().train(*args, **kwargs)
         if saves:
             # The student first: it is what the training was for.
@@ -126,7 +126,7 @@ class JointTeacherTrainer(DistillationTrainer):
                 self.save_model(_internal_call=True)
             try:
                 # Every trial of a search has a folder of its own.
-                self._save_teacher(Path(self._get_output_dir(self._trial), _SAVED))
+                self._save_teacher(Path(self.checkpoints.folder, _SAVED))
             except ValueError as error:
                 raise ValueError(f"The student is saved, the teacher is not: {error}") from error
         return outcome
@@ -149,9 +149,9 @@ class JointTeacherTrainer(DistillationTrainer):
             uploads.append(outcome)
         return outcome
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def upload_checkpoint(self, checkpoint: str) -> None:
         with self._teacher_aside() as uploads:
-            super()._push_from_checkpoint(checkpoint_folder)
+            super().upload_checkpoint(checkpoint)
             uploads.extend(getattr(self.push_in_progress, "jobs", ()))
 
     @contextlib.contextmanager
@@ -224,7 +224,7 @@ class SnapshotTeacherTrainer(DistillationTrainer):
         # It would stay in memory beside the later ones.
         self._origin = None
 
-    def _teacher_sources(self) -> dict[str, str]:
+    def teacher_origins(self) -> dict[str, str]:
         snapshots = self.args.teacher_snapshots if self.args.uses_teacher else ()
         return {f"the teacher's state {number}": str(place) for number, place in enumerate(snapshots)}
 

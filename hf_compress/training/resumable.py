@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_compress.core.architectures import base_of
 from hf_compress.core.saving import complete_or_absent
-from hf_compress.core.weight_files import require_fit
 from hf_compress.folder_card import FILE as CARD
 from hf_compress.folder_card import add_compression, may_be_replaced, write_card
+from hf_compress.training.checkpoint_checks import (
+    require_fitting_optimizer,
+    require_fitting_weights,
+    require_readable,
+    saved_config,
+)
+from hf_compress.training.checkpoint_parts import CheckpointPart
 from hf_compress.training.checkpoint_writer import CheckpointWriter, replace_pickled_arguments
-from hf_compress.training.checkpoints import readable, require_complete
-from hf_compress.training.gaps import EpochOrder
+from hf_compress.training.epoch_order import EpochOrder
 
 
 logger = logging.getLogger(__name__)
@@ -33,22 +40,37 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._checkpoints = CheckpointWriter(self.args, lambda: self.accelerator.wait_for_everyone())
-        self.add_callback(self._checkpoints)
+        self.checkpoints = CheckpointWriter(self.args, lambda: self.accelerator.wait_for_everyone())
+        self.add_callback(self.checkpoints)
         self._epoch_order = EpochOrder()
         self.add_callback(self._epoch_order)
+        # The checkpoint from which the running training went on.
+        self._resumed: Path | None = None
 
     def _core(self) -> PreTrainedModel:
+        """The student without what wraps it: processes, adapters."""
         return base_of(self.accelerator.unwrap_model(self.model))
+
+    @property
+    def _engine(self) -> bool:
+        """Whether DeepSpeed or FSDP hold the weights, and lay out checkpoints in their own way."""
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def checkpoint_parts(self) -> Sequence[CheckpointPart]:
+        """What is saved into every checkpoint besides what `Trainer` writes."""
+        return [self._epoch_order]
+
+    def teacher_origins(self) -> dict[str, str]:
+        """Name of each teacher -> the folder or the name on the Hub that it came from."""
+        return {}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model and tokenizer; the directory is complete or does not load."""
-        folder = output_dir or self.args.output_dir
-        aside = self._checkpoints.staging or not self.args.should_save
-        if aside or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        folder = output_dir or str(self.args.output_dir)
+        if self.checkpoints.staging or not self.args.should_save or self._engine:
             super().save_model(folder, _internal_call)
             if self.args.should_save:
-                replace_pickled_arguments(folder, self.args)
+                replace_pickled_arguments(folder, self.checkpoints.args)
             return
         with complete_or_absent(folder) as staged:
             super().save_model(str(staged), _internal_call=True)
@@ -59,19 +81,15 @@ class ResumableTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.create_model_card`, with what was done to the model; a README.md of somebody else stays."""
-        file = Path(self.args.output_dir, CARD)
+        file = Path(str(self.args.output_dir), CARD)
         if not self.is_world_process_zero() or not may_be_replaced(file):
             return
         super().create_model_card(*args, **kwargs)
         add_compression(file, self._core())
 
-    def _teacher_sources(self) -> dict[str, str]:
-        """Name of each teacher -> the folder or the name on the Hub that it came from."""
-        return {}
-
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> TrainOutput:
         """Train as `Trainer.train`, as the only training in `output_dir`.
 
         Args:
@@ -86,76 +104,77 @@ class ResumableTrainer(Trainer):
                 teacher, or lies on a disk too small for the checkpoints; or if a checkpoint is damaged.
         """
         # A search makes its models.
-        source = "" if self.model is None else getattr(self._core(), "name_or_path", "")
-        teachers = self._teacher_sources()
+        origin = "" if self.model is None else getattr(self._core(), "name_or_path", "")
         folder = self._get_output_dir(trial)
-        with self._checkpoints.training(folder, resume_from_checkpoint, source, teachers) as checkpoint:
-            self._epoch_order.resumed = checkpoint
-            if checkpoint is not None:
-                logger.info("Training continues from %s.", checkpoint)
-            return self._train_from(None if checkpoint is None else str(checkpoint), trial, *args, **kwargs)
+        with self.checkpoints.training(folder, resume_from_checkpoint, origin, self.teacher_origins()) as checkpoint:
+            self._resumed = checkpoint
+            if checkpoint is None:
+                return super().train(None, trial, *args, **kwargs)
+            if self.model_init is None:
+                self.require_resumable(self._core())
+            logger.info("Training continues from %s.", checkpoint)
+            return super().train(str(checkpoint), trial, *args, **kwargs)
 
-    def _train_from(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
-        """The training itself, from the start or from a checkpoint, in a folder of its own."""
-        return super().train(checkpoint, *args, **kwargs)
+    def require_resumable(self, model: PreTrainedModel) -> None:
+        """Refuse a checkpoint that is damaged, or of another model or kind of training.
 
-    def _check_checkpoint(self, config: PretrainedConfig) -> None:
-        """Raise `ValueError` when a checkpoint with this config is of another kind of training."""
+        Args:
+            model: The one that goes on, without what wraps it.
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        # Checkpoints of adapters have no config of the model.
-        if os.path.isfile(os.path.join(resume_from_checkpoint, CONFIG_NAME)):
-            with readable(resume_from_checkpoint, CONFIG_NAME):
-                config = AutoConfig.from_pretrained(resume_from_checkpoint)
-            self._check_checkpoint(config)
-        require_complete(Path(resume_from_checkpoint), self.args.world_size)
-        with readable(resume_from_checkpoint, "weights"):
-            core = self._core()
-            whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-            files = Path(resume_from_checkpoint).glob("model*.safetensors") if whole else ()
-            require_fit(files, core.state_dict(keep_vars=True), getattr(core, "base_model_prefix", ""))
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with readable(checkpoint, "optimizer and schedule"):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with readable(checkpoint, "loss scale"):
-            super()._load_scaler(checkpoint)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self._epoch_order.save(output_dir, self.args)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with readable(checkpoint, "random numbers"):
-            super()._load_rng_state(checkpoint)
-        self._epoch_order.on_rng_restored()
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        samples = super().get_batch_samples(*args, **kwargs)
-        self._epoch_order.on_batches()
-        return samples
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._checkpoints.staging or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        root = self._get_output_dir(trial)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            # Their engines lay out the folder; in transformers' own order the state file is last.
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                self._checkpoints.sign(Path(root, name))
+        Raises:
+            ValueError: Names the part that does not fit.
+        """
+        if self._resumed is None:
             return
-        with self._checkpoints.written_aside(root, self.state):
-            super()._save_checkpoint(model, trial)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(os.path.join(root, name))
+        config = saved_config(self._resumed)
+        if config is not None:
+            self.require_same_training(model.config, config)
+        require_readable(self._resumed, self.args.process_index, self.args.world_size)
+        if not self._engine:
+            require_fitting_weights(self._resumed, model)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # `Trainer` calls this while the checkpoint is written aside.
-        if not self._checkpoints.staging:
-            super()._push_from_checkpoint(checkpoint_folder)
+    def require_same_training(self, config: PretrainedConfig, saved: PretrainedConfig) -> None:
+        """Raise `ValueError` when a checkpoint with the config `saved` is of another kind of training."""
+
+    def begin_training(self, num_updates: int) -> None:
+        """Called before the optimizer is made, when the length of the training is known."""
+        if self._resumed is not None:
+            for part in self.checkpoint_parts():
+                part.load(self._resumed, self.args.process_index)
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.set_initial_training_values`, which counts the updates; then the training begins."""
+        values = super().set_initial_training_values(*args, **kwargs)
+        self.begin_training(num_updates=values[-1])
+        return values
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As `Trainer.create_scheduler`; a checkpoint of another optimizer is refused before it is read."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self._resumed is not None and self.optimizer is not None and not self._engine:
+            require_fitting_optimizer(self._resumed, self.optimizer)
+        return scheduler
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Private: `Trainer` has no public hook around the writing of a checkpoint. `on_save` comes afterwards, when a
+        # crash would already have left half of one under its name.
+        given, name = self.args, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self.checkpoints.written(self.state, aside=not self._engine) as folder:
+            checkpoint = folder / name
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            # First: the state that `Trainer` writes last marks a checkpoint as whole.
+            for part in () if given.save_only_model else self.checkpoint_parts():
+                part.save(checkpoint, given.process_index, given.should_save)
+            try:
+                # A copy: `Trainer` writes below `output_dir`, and would upload what is not whole yet.
+                self.args = copy.copy(given)
+                self.args.output_dir, self.args.push_to_hub = str(folder), False
+                super()._save_checkpoint(model, None)
+            finally:
+                self.args = given
+        if given.push_to_hub:
+            self.upload_checkpoint(os.path.join(self.checkpoints.folder, name))
+
+    def upload_checkpoint(self, checkpoint: str) -> None:
+        """Upload a whole checkpoint, as `hub_strategy` says."""
+        self._push_from_checkpoint(checkpoint)

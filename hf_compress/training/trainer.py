@@ -21,7 +21,7 @@ from hf_compress.core.record import quantized_by_another
 from hf_compress.methods import METHODS
 from hf_compress.training.adapters import warn_of_unsaved_base
 from hf_compress.training.averages import Averages
-from hf_compress.training.gaps import ExtraGradients
+from hf_compress.training.extra_gradients import ExtraGradients
 from hf_compress.training.overrides import report_other_loss, require_our_loss
 from hf_compress.training.preflight import Preflight, check_training
 from hf_compress.training.resumable import ResumableTrainer
@@ -60,7 +60,9 @@ class CompressionTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = False
         self.averages = {mode: Averages() for mode in ("train", "eval")}
         self._evaluates = False
-        self.add_callback(ExtraGradients(self.extra_parameter_groups))
+        self.add_callback(
+            ExtraGradients(lambda: [p for group in self.extra_parameter_groups() for p in group["params"]])
+        )
         self.add_callback(Preflight(self, CompressionTrainer))
 
     def _adopt(self, model: Any) -> None:
@@ -79,6 +81,7 @@ class CompressionTrainer(ResumableTrainer):
             return model
         # A model for every trial: what was prepared when the trainer was made is to be prepared again.
         self._start_training(model)
+        self.require_resumable(base_of(model))
         for callback in self.callback_handler.callbacks:
             getattr(callback, "on_new_model", lambda model: None)(model)
         return model
@@ -95,9 +98,10 @@ class CompressionTrainer(ResumableTrainer):
         with one_line("push_to_hub is set, but the hub cannot be used", Exception):
             super().init_hf_repo(*args, **kwargs)
 
-    def _hp_search_setup(self, trial: Any) -> None:
-        super()._hp_search_setup(trial)
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `Trainer`, which calls it when a trial of a search has drawn its arguments: they are checked."""
         check_training(self.args)
+        super().create_accelerator_and_postprocess()
 
     def _start_training(self, model: Any) -> None:
         core = base_of(model)
@@ -268,18 +272,18 @@ class CompressionTrainer(ResumableTrainer):
         torch.nn.utils.clip_grad_norm_(apart, self.args.max_grad_norm)
         return norm
 
-    def _train_from(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.model_init is None:
             # Otherwise the model is still to be made; between the trials of a search there is none.
             self._start_training(self.accelerator.unwrap_model(self.model))
         # A trial that was given up leaves its averages.
         self.averages["train"].clear()
         try:
-            return super()._train_from(checkpoint, *args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             self._remove_method_callbacks()
 
-    def _check_checkpoint(self, config: PretrainedConfig) -> None:
+    def require_same_training(self, config: PretrainedConfig, saved: PretrainedConfig) -> None:
         for method in self._methods:
             if method.check_resume is not None:
-                method.check_resume(self._core().config, config)
+                method.check_resume(config, saved)
