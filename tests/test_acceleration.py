@@ -11,6 +11,7 @@ from transformers import AutoModel, BertConfig, BertModel
 
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
+from hf_compress.core.timing import time_in_turns
 from hf_compress.methods.weight_pruning import acceleration, kernels
 from hf_compress.methods.weight_pruning.kernels import Format, PackedLinear, two_of_four_obstacle
 from tests.contract.conftest import logits_of
@@ -31,11 +32,12 @@ def clock(monkeypatch):
     """`clock(dense=2.0, packed=1.0)`: every run takes this long; nothing is really timed, but all of it runs."""
 
     def make(**seconds):
-        def timed(runs, repeats, device, before=lambda name: None):
-            for name, run in runs.items():
-                before(name)
+        def timed(runs, devices, repeats, warmup, before=None):
+            for name, (run,) in runs.items():
+                if before is not None:
+                    before(name)
                 run()
-            return {name: seconds[name] for name in runs}
+            return {name: [seconds[name]] for name in runs}
 
         monkeypatch.setattr(acceleration, "time_in_turns", timed)
 
@@ -173,10 +175,10 @@ def test_real_clock_on_a_layer_that_wins(batches):
 
 def test_turns_are_fair():
     order = []
-    runs = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    taken = acceleration.time_in_turns(runs, 2, torch.device("cpu"))
-    assert "".join(order) == "baabbaab"
-    assert set(taken) == {"a", "b"}
+    runs = {"a": [lambda: order.append("a")], "b": [lambda: order.append("b")]}
+    taken = time_in_turns(runs, dict.fromkeys("ab", torch.device("cpu")), 2, 2)
+    assert "".join(order) == "abbaabba"
+    assert {name: len(seconds) for name, seconds in taken.items()} == {"a": 2, "b": 2}
 
 
 def test_refusals_on_the_cpu(model, monkeypatch):

@@ -20,7 +20,9 @@ def test_a_build_holds_every_file(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
     def files_of(folder):
-        found = (path for path in (folder / "hf_compress").rglob("*") if path.suffix in (".py", ".pyi", ".md", ".typed"))
+        found = (
+            path for path in (folder / "hf_compress").rglob("*") if path.suffix in (".py", ".pyi", ".md", ".typed")
+        )
         return sorted(str(path.relative_to(folder)) for path in found)
 
     assert files_of(built) == files_of(ROOT)

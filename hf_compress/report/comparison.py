@@ -18,7 +18,7 @@ from hf_compress.core.layers import carries_state
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.saving import write_json
 from hf_compress.report.changes import changed_answers
-from hf_compress.report.latency import batches_of, length_blocks, measure_latency
+from hf_compress.report.latency import batches_by_length, batches_of, measure_latency
 from hf_compress.report.machine import environment
 from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency, plot_sparsity
 from hf_compress.report.quality import Answers, Measured, evaluated, standard_error
@@ -93,7 +93,7 @@ def compare_models(
     first = next(iter(opened.values()))
     # Two sizes above the number of rows would be the same measurement under two names.
     batch_sizes = list(dict.fromkeys(min(size, len(first.rows)) for size in batch_sizes))
-    blocks = {size: length_blocks(first.rows, size, limit) for size in batch_sizes}
+    blocks = {size: batches_by_length(first.rows, size, limit) for size in batch_sizes}
     settings = {"repeats": repeats, "warmup": warmup, "limit": limit}
     metric, place, folder = main_metric(task_name, first.model.config.num_labels), environment(), Path(output_dir)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_compress.core.batches import accepted_arguments
 from hf_compress.core.modes import evaluating
+from hf_compress.core.timing import time_in_turns
 from hf_compress.report.memory import peak_memory
 from hf_compress.tasks.inputs import padded_batch
 
 
 @dataclass(frozen=True)
 class Latency:
-    """What timing one model over a set of batches gave.
+    """The result of timing one model on a set of batches.
 
     Args:
         name: Of the model.
@@ -78,7 +79,7 @@ def _named(models: Mapping[str, nn.Module] | Sequence[nn.Module]) -> dict[str, n
     if isinstance(models, nn.Module):
         raise ValueError(f"models must be a dict or a list of models, got one {type(models).__name__}.")
     if not isinstance(models, Mapping):
-        models = {f"{type(model).__name__}-{place}": model for place, model in enumerate(models)}
+        models = {f"{type(model).__name__}-{index}": model for index, model in enumerate(models)}
     if not models:
         raise ValueError("models must hold at least one model, got none.")
     return dict(models)
@@ -89,7 +90,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _prepared(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
-    """What the forward pass takes, without labels, where the model is: a transfer is not the model's time."""
+    """What the forward pass takes, without labels, on the model's device: a transfer is not the model's time."""
     device = _device_of(model)
     prepared = []
     for batch in batches:
@@ -101,47 +102,17 @@ def _prepared(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[di
     return prepared
 
 
-def _timed(model: nn.Module, inputs: Mapping[str, Tensor], device: torch.device) -> float:
-    # An accelerator runs behind the program: wait before the clock starts and before it stops.
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    start = time.perf_counter()
-    model(**inputs)
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
-
-
-def _run_rounds(
-    models: Mapping[str, nn.Module], inputs: Mapping[str, list[dict[str, Tensor]]], repeats: int
-) -> dict[str, list[float]]:
-    """Seconds of each model for each round over all batches."""
-    names, totals = list(models), {name: [] for name in models}
-    devices = {name: _device_of(model) for name, model in models.items()}
-    num_batches = len(inputs[names[0]])
-    for repeat in range(repeats):
-        seconds = dict.fromkeys(names, 0.0)
-        for place in range(num_batches):
-            # Whoever goes first finds other caches than whoever goes last: everyone takes every place.
-            first = (repeat * num_batches + place) % len(names)
-            for name in (*names[first:], *names[:first]):
-                seconds[name] += _timed(models[name], inputs[name][place], devices[name])
-        for name in names:
-            totals[name].append(seconds[name])
-    return totals
-
-
 def measure_latency(
     models: Mapping[str, nn.Module] | Sequence[nn.Module],
     batches: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Mapping[str, Any]]],
     repeats: int = 10,
     warmup: int = 2,
 ) -> list[Latency]:
-    """Time models on the same batches, taking turns, so that whatever else the machine does hits all of them.
+    """Time models that take turns on the same batches, so that whatever else the machine does hits all of them.
 
     Args:
         models: Name -> model, or models. Each runs where it is, in eval mode, and gets its mode back.
-        batches: Dicts of input tensors. Labels and what a forward does not name are left out. Models that read
+        batches: Dicts of input tensors. Labels, and inputs that a model does not take, are left out. Models that read
             the same texts by different tokenizers have batches of their own: model name -> batches.
         repeats: Timed rounds over all batches.
         warmup: Rounds before that are not timed.
@@ -174,9 +145,10 @@ def measure_latency(
         raise ValueError(f"warmup must not be negative, got {warmup}.")
     with evaluating(*named.values()):
         inputs = {name: _prepared(model, given[name]) for name, model in named.items()}
+        devices = {name: _device_of(model) for name, model in named.items()}
+        runs = {name: [partial(model, **batch) for batch in inputs[name]] for name, model in named.items()}
         with torch.inference_mode():
-            _run_rounds(named, inputs, warmup)
-            totals = _run_rounds(named, inputs, repeats)
+            totals = time_in_turns(runs, devices, repeats, warmup)
         return [_summary(name, model, inputs[name], totals[name]) for name, model in named.items()]
 
 
@@ -232,13 +204,16 @@ def speedups(latencies: Sequence[Latency], baseline: str) -> dict[str, Speedup]:
     return result
 
 
-def length_blocks(rows: Dataset, batch_size: int, limit: int | None = None) -> list[list[int]]:
-    """The places of rows in batches of neighbours in length.
+def batches_by_length(rows: Dataset, batch_size: int, limit: int | None = None) -> list[list[int]]:
+    """Which rows to put into a batch, so that its rows have about the same length.
 
     Args:
         rows: Tokenized examples.
         batch_size: Examples.
         limit: At most about so many examples, in whole batches spread evenly over the lengths; None: all.
+
+    Returns:
+        For each batch the indices of its rows.
 
     Raises:
         ValueError: If there are no rows, or `batch_size` or `limit` is below 1.
@@ -251,28 +226,28 @@ def length_blocks(rows: Dataset, batch_size: int, limit: int | None = None) -> l
         raise ValueError("rows must hold at least one example, got none.")
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(rows)), key=lengths.__getitem__)
-    blocks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    wanted = math.ceil(limit / batch_size) if limit is not None else len(blocks)
-    if wanted < len(blocks):
-        blocks = [blocks[int((place + 0.5) * len(blocks) / wanted)] for place in range(wanted)]
-    return blocks
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    wanted = math.ceil(limit / batch_size) if limit is not None else len(batches)
+    if wanted < len(batches):
+        batches = [batches[int((index + 0.5) * len(batches) / wanted)] for index in range(wanted)]
+    return batches
 
 
 def batches_of(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, blocks: Sequence[Sequence[int]]
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Sequence[int]]
 ) -> list[dict[str, Tensor]]:
-    """The batches of `length_blocks`, padded, without labels."""
-    batches = [padded_batch(rows, block, tokenizer) for block in blocks]
-    return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+    """The batches of `batches_by_length`, padded, without labels."""
+    padded = [padded_batch(rows, indices, tokenizer) for indices in batches]
+    return [{k: v for k, v in batch.items() if k != "labels"} for batch in padded]
 
 
 def unpadded_batches(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, limit: int | None = None
 ) -> list[dict[str, Tensor]]:
-    """Batches of neighbours in length without labels: no padding at size 1, the least possible above.
+    """Batches of rows of about the same length, without labels: no padding at size 1, the least possible above.
 
     Args:
-        rows, batch_size, limit: As for `length_blocks`.
+        rows, batch_size, limit: As for `batches_by_length`.
         tokenizer: Pads.
     """
-    return batches_of(rows, tokenizer, length_blocks(rows, batch_size, limit))
+    return batches_of(rows, tokenizer, batches_by_length(rows, batch_size, limit))

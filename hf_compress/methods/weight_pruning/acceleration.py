@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.core.batches import accepted_arguments
+from hf_compress.core.timing import time_in_turns
 from hf_compress.methods.weight_pruning.kernels import (
     Format,
     Original,
@@ -52,40 +51,16 @@ class Acceleration:
         return self.dense_seconds / self.packed_seconds if self.dense_seconds and self.packed_seconds else None
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def time_in_turns(
-    runs: Mapping[str, Callable[[], Any]],
-    repeats: int,
+def _fastest(
+    runs: Mapping[str, Callable[[], object]],
     device: torch.device,
+    repeats: int,
     before: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
-    """Seconds of several ways to do the same, taking turns: the fastest round, as other load can only add to it.
-
-    Args:
-        runs: Name -> what is timed.
-        repeats: Timed rounds; two more come first.
-        device: Waited for.
-        before: Called with the name before each run, not timed.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(repeats + 2):
-        names = list(runs) if number % 2 else list(reversed(runs))
-        for name in names:
-            if before is not None:
-                before(name)
-            seconds = _seconds(runs[name], device)
-            if number >= 2:
-                taken[name].append(seconds)
-    return {name: min(values) for name, values in taken.items()}
+    """Seconds of the fastest round of each run, as other load on the machine can only add to them."""
+    lists, devices = {name: [run] for name, run in runs.items()}, dict.fromkeys(runs, device)
+    taken = time_in_turns(lists, devices, repeats, warmup=2, before=before)
+    return {name: min(seconds) for name, seconds in taken.items()}
 
 
 def _shapes(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str, Any]) -> dict[str, torch.Size]:
@@ -116,7 +91,7 @@ def _measured_layer(layer: nn.Linear, pack: Pack, shape: torch.Size, repeats: in
         "dense": lambda: F.linear(inputs, layer.weight, layer.bias),
         "packed": lambda: pack.form.linear(inputs, pack.matrix, layer.bias),
     }
-    taken = time_in_turns(runs, repeats, inputs.device)
+    taken = _fastest(runs, inputs.device, repeats)
     return taken["dense"] / taken["packed"]
 
 
@@ -185,8 +160,8 @@ def accelerate_for_inference(
     packs, reasons = _eligible(layers, form)
     if not packs:
         name = max(layers, key=lambda name: _zeros(layers[name]))
-        place = "the CPU" if device.type == "cpu" else device.type
-        raise ValueError(f"No layer can be accelerated on {place}; of the sparsest one, {name!r}, {reasons[name]}.")
+        where = "the CPU" if device.type == "cpu" else device.type
+        raise ValueError(f"No layer can be accelerated on {where}; of the sparsest one, {name!r}, {reasons[name]}.")
     for layer in layers.values():
         unpack_(layer)
     model.eval()
@@ -234,8 +209,8 @@ def _measure(
             set_pack_(layers[layer], pack if name == "packed" else None)
 
     with torch.inference_mode():
-        runs = dict(zip(("dense", "packed"), itertools.repeat(lambda: model(**inputs))))
-        taken = time_in_turns(runs, repeats, next(iter(packs.values())).matrix.device, before=switch)
+        runs = dict.fromkeys(("dense", "packed"), lambda: model(**inputs))
+        taken = _fastest(runs, next(iter(packs.values())).matrix.device, repeats, before=switch)
     for name in faster:
         unpack_(layers[name])
     ratio = taken["dense"] / taken["packed"]
