@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_compress.core.batches import accepted_arguments
 from hf_compress.training.checkpoints import readable
+from hf_compress.training.saved_names import accept_saved_names_
 from hf_compress.training.teachers import MicroBatch, Signals, Teacher, signals_of
 
 
@@ -205,6 +206,7 @@ class LearningTeacher(Teacher):
             raise ValueError(f"resume_from_checkpoint must hold the teacher's state, got no {folder / _STATE}.")
         with readable(folder, "teacher"):
             state = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
+            accept_saved_names_(self.model)
             load_model(self.model, folder / SAFE_WEIGHTS_NAME)
             self._optimizer.load_state_dict(state["optimizer"])
             self._scheduler.load_state_dict(state["scheduler"])

@@ -25,6 +25,7 @@ from hf_compress.training.extra_gradients import ExtraGradients
 from hf_compress.training.overrides import report_other_loss, require_our_loss
 from hf_compress.training.preflight import Preflight, check_training
 from hf_compress.training.resumable import ResumableTrainer
+from hf_compress.training.saved_names import accept_saved_names_
 
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class CompressionTrainer(ResumableTrainer):
 
     def _start_training(self, model: Any) -> None:
         core = base_of(model)
+        accept_saved_names_(core)
         if hasattr(model, "peft_config"):
             warn_of_unsaved_base(model, core)
         # A trial may prune in another way than the one before it.
