@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.core.saving import write_json
 from hf_compress.report.quality import evaluate_model
 from hf_compress.stages.models import open_tokenizer
-from hf_compress.tasks.inputs import tokenize
 from hf_compress.tasks.sources import DataArguments, Task, load_task
 
 
@@ -61,7 +60,7 @@ def open_task(args: argparse.Namespace) -> tuple[DataArguments, Task, PreTrained
         max_train_samples=args.max_train_samples, max_eval_samples=args.max_eval_samples,
     )  # fmt: skip
     task, tokenizer = load_task(data), open_tokenizer(args.model)
-    return data, task, tokenizer, {x: tokenize(task.split(x), task, tokenizer, args.max_length) for x in task.splits}
+    return data, task, tokenizer, {x: task.encode(x, tokenizer, args.max_length) for x in task.splits}
 
 
 def open_results(args: argparse.Namespace, rows: dict[str, Any], **more: Any) -> Results:

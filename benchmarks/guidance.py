@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 import hf_compress as hc
 from hf_compress.stages.finetune import TeacherArguments, distill, finetune
 from hf_compress.stages.linearize import OutputArguments, joint_distill, linearize, snapshot_distill
-from hf_compress.stages.models import ModelArguments, open_classifier
+from hf_compress.stages.models import ModelArguments, open_model
 
 
 MODES = ("unguided", "target", "hybrid", "trajectory", "waypoint")
@@ -53,7 +53,7 @@ def main() -> None:
         def train_dense(seed=seed, dense=dense) -> dict:
             steps = training(args, dense, seed, learning_rate=args.teacher_learning_rate, save_strategy="epoch")
             finetune(ModelArguments(args.model, freeze_embeddings=True), data, TrainingArguments(**steps))
-            return scores(open_classifier(dense, task), rows, tokenizer)
+            return scores(open_model(dense, task), rows, tokenizer)
 
         results.cell(f"seed{seed}/dense", train_dense)
         for start in args.starts:
@@ -81,7 +81,7 @@ def main() -> None:
                         if mode == "hybrid":
                             common["max_distill_steps"] = round(args.hybrid_share * updates)
                         distill(student, TeacherArguments(dense), data, hc.DistillationArguments(**common))
-                    found = scores(open_classifier(out, task), rows, tokenizer)
+                    found = scores(open_model(out, task), rows, tokenizer)
                     shutil.rmtree(out)
                     return found
 

@@ -44,8 +44,7 @@ from hf_compress.core.saving import write_json
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
 from hf_compress.report.machine import OtherWork, idleness
 from hf_compress.report.table import verdict
-from hf_compress.stages.models import check_vocabulary, open_classifier, open_tokenizer
-from hf_compress.tasks.inputs import tokenize
+from hf_compress.stages.models import check_vocabulary, open_model, open_tokenizer
 from hf_compress.tasks.sources import DataArguments, load_task
 from hf_compress.tasks.task import Task
 
@@ -127,7 +126,7 @@ def open_models(args: argparse.Namespace, task: Task, tokenizer: Any, rows: Data
     models: dict[str, Any] = {}
     for folder in args.models:
         name = Path(folder).name if Path(folder).name not in models else folder
-        models[name] = open_classifier(folder, task)
+        models[name] = open_model(folder, task)
         check_vocabulary(models[name].config, tokenizer)
     dropping_from = list(models.items())
     baseline = next(iter(models))
@@ -162,7 +161,7 @@ def measure(args: argparse.Namespace, threads: int | None) -> dict[str, Any]:
         max_eval_samples=args.max_eval_samples,
     ))  # fmt: skip
     tokenizer = open_tokenizer(args.models[0])
-    rows = tokenize(task.split(args.split), task, tokenizer, args.max_length)
+    rows = task.encode(args.split, tokenizer, args.max_length)
     models, baseline = open_models(args, task, tokenizer, rows)
     timed_examples = unpadded_batches(rows, tokenizer, max(args.batch_sizes), args.examples)
     macs = {name: count_cost(model, data=timed_examples).macs for name, model in models.items()}

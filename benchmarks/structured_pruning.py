@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
 from hf_compress.stages.finetune import TeacherArguments, distill, finetune
-from hf_compress.stages.models import ModelArguments, open_classifier
+from hf_compress.stages.models import ModelArguments, open_model
 from hf_compress.tasks.inputs import calibration_batches
 
 
@@ -70,7 +70,7 @@ def main() -> None:
                 ModelArguments(args.model, freeze_embeddings=True), data,
                 TrainingArguments(**training(args, dense, seed, **WARMUP)),
             )  # fmt: skip
-            return scores(open_classifier(dense, task), rows, tokenizer)
+            return scores(open_model(dense, task), rows, tokenizer)
 
         results.cell(f"seed{seed}/dense", train_dense)
         batches = calibration_batches(rows["train"], tokenizer, args.samples, seed)
@@ -79,7 +79,7 @@ def main() -> None:
                 for label, options in variants(selection, args):
 
                     def prune(ratio=ratio, selection=selection, options=options, place=place, dense=dense, seed=seed):
-                        model = open_classifier(dense, task)
+                        model = open_model(dense, task)
                         before = hc.count_cost(model, 32).params
                         config = hc.StructuredPruningConfig(mac_ratio=ratio, selection=selection, seed=seed, **options)
                         start = time.perf_counter()
@@ -108,7 +108,7 @@ def main() -> None:
                         teacher_cache_dir=f"{place}-teacher",
                     ),
                 )  # fmt: skip
-                return scores(open_classifier(out, task), rows, tokenizer)
+                return scores(open_model(out, task), rows, tokenizer)
 
             if not args.no_recovery:
                 results.cell(f"seed{seed}/{ratio}/recovered", recover)

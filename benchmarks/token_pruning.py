@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 import hf_compress as hc
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
 from hf_compress.stages.finetune import finetune
-from hf_compress.stages.models import ModelArguments, open_classifier
+from hf_compress.stages.models import ModelArguments, open_model
 from hf_compress.stages.prune_tokens import TokenPruningArguments, prune_tokens
 from hf_compress.tasks.inputs import length_sorted
 
@@ -77,7 +77,7 @@ def main() -> None:
     texts = {name: list(length_sorted(split, 64, tokenizer)) for name, split in rows.items() if name != "train"}
 
     def measured(folder: str, dense: str) -> dict:
-        model, teacher = open_classifier(folder, task), open_classifier(dense, task)
+        model, teacher = open_model(folder, task), open_model(dense, task)
         found = scores(model, rows, tokenizer)
         for name, batches in texts.items():
             macs = (hc.count_cost(x, data=batches).macs for x in (model, teacher))
@@ -119,9 +119,9 @@ def main() -> None:
             folders.setdefault(name, out)
 
     def time_models(size: int) -> dict:
-        models = {name: open_classifier(folder, task) for name, folder in folders.items()}
+        models = {name: open_model(folder, task) for name, folder in folders.items()}
         models["keep-all"] = hc.compress(
-            open_classifier(folders["dense"], task), hc.TokenPruningConfig(final_token_threshold=0.0)
+            open_model(folders["dense"], task), hc.TokenPruningConfig(final_token_threshold=0.0)
         )
         timed = measure_latency(models, unpadded_batches(measured_on, tokenizer, size, 256), 10, 1)
         ratios = speedups(timed, "dense")

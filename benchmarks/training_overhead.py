@@ -29,8 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
 from hf_compress.core.saving import write_json
-from hf_compress.stages.models import freeze_embeddings_, open_classifier, open_tokenizer
-from hf_compress.tasks.inputs import calibration_batches, tokenize
+from hf_compress.stages.models import freeze_embeddings_, open_model, open_tokenizer
+from hf_compress.tasks.inputs import calibration_batches
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -193,9 +193,9 @@ def main() -> None:
     task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir, max_length=args.max_length))
     tokenizer = open_tokenizer(args.model)
     torch.manual_seed(args.seed)
-    teacher = open_classifier(args.model, task, fresh_head=True)
+    teacher = open_model(args.model, task, fresh_head=True)
     student = copy.deepcopy(teacher)
-    rows = tokenize(task.split("train"), task, tokenizer, args.max_length)
+    rows = task.encode("train", tokenizer, args.max_length)
     hc.compress(
         student,
         hc.StructuredPruningConfig(mac_ratio=args.mac_ratio),

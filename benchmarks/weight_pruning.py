@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
 from hf_compress.stages.finetune import finetune
-from hf_compress.stages.models import ModelArguments, open_classifier
+from hf_compress.stages.models import ModelArguments, open_model
 from hf_compress.stages.prune_weights import PruningArguments, prune_weights
 from hf_compress.tasks.sources import DataArguments
 
@@ -107,7 +107,7 @@ def main() -> None:
     results = open_results(args, rows, transformers=transformers.__version__)
 
     def scored(folder: str) -> dict[str, Any]:
-        return scores(open_classifier(folder, task), rows, tokenizer)
+        return scores(open_model(folder, task), rows, tokenizer)
 
     for seed in args.seeds:
         place = stem(args, seed, "weights-")

@@ -18,8 +18,8 @@ from header import arguments_of, machine
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.stages.models import open_classifier, open_tokenizer
-from hf_compress.tasks.inputs import calibration_batches, tokenize
+from hf_compress.stages.models import open_model, open_tokenizer
+from hf_compress.tasks.inputs import calibration_batches
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -59,19 +59,19 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir, max_length=args.max_length))
     tokenizer = open_tokenizer(args.models[0])
-    rows = {name: tokenize(task.split(name), task, tokenizer, args.max_length) for name in task.splits}
+    rows = {name: task.encode(name, tokenizer, args.max_length) for name in task.splits}
     results = Results(args.out, {
         "arguments": arguments_of(args), "data": Path(args.data_dir).name,
         "rows": {name: len(split) for name, split in rows.items()}, "environment": machine(),
     })  # fmt: skip
 
     for seed, folder in enumerate(args.models):
-        results.cell(f"seed{seed}/dense", lambda folder=folder: scores(open_classifier(folder, task), rows, tokenizer))
+        results.cell(f"seed{seed}/dense", lambda folder=folder: scores(open_model(folder, task), rows, tokenizer))
         batches = calibration_batches(rows["train"], tokenizer, args.samples, seed)
         for name, values in variants_of(args).items():
 
             def prune(folder=folder, batches=batches, values=values) -> dict:
-                model = open_classifier(folder, task)
+                model = open_model(folder, task)
                 start = time.perf_counter()
                 hc.compress(model, hc.WeightPruningConfig(**values), data=batches)
                 seconds = round(time.perf_counter() - start, 2)

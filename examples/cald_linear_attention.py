@@ -18,8 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 import hf_compress as hc
 from hf_compress.report.quality import evaluate_model
-from hf_compress.tasks.inputs import tokenize
-from hf_compress.tasks.labels import match_labels
+from hf_compress.tasks.label_matching import match_labels
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -59,7 +58,7 @@ def main() -> None:
     student = AutoModelForSequenceClassification.from_pretrained(origin, num_labels=task.num_labels)
     task = match_labels(task, student.config)
     splits = ("train", task.measured_split())
-    train, valid = (tokenize(task.split(name), task, tokenizer, args.max_length) for name in splits)
+    train, valid = (task.encode(name, tokenizer, args.max_length) for name in splits)
     dense = copy.deepcopy(student)
     hc.compress(student, hc.LinformerConfig(projected_length=args.slots, share=args.share))
 

@@ -34,8 +34,7 @@ from transformers import (
 import hf_compress as hc
 from hf_compress.report.quality import evaluate_model
 from hf_compress.report.sparsity import element_ratio, matrices_of
-from hf_compress.tasks.inputs import tokenize
-from hf_compress.tasks.labels import match_labels
+from hf_compress.tasks.label_matching import match_labels
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -82,7 +81,7 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
     task = match_labels(load_task(data), model.config)
     splits = ("train", task.measured_split())
-    train, valid = (tokenize(task.split(name), task, tokenizer, 64) for name in splits)
+    train, valid = (task.encode(name, tokenizer, 64) for name in splits)
     print(f"measured on the {splits[1]} split")
     print("dense ", evaluate_model(model, valid, tokenizer), f"{element_ratio(matrices_of(model)):.4f} zeros")
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 import hf_compress as hc
 from hf_compress.report.quality import evaluate_model
-from hf_compress.tasks.inputs import calibration_batches, tokenize
-from hf_compress.tasks.labels import match_labels
+from hf_compress.tasks.inputs import calibration_batches
+from hf_compress.tasks.label_matching import match_labels
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     task = match_labels(load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir)), student.config)
     length = min(128, tokenizer.model_max_length)
     splits = ("train", task.measured_split())
-    train, valid = (tokenize(task.split(name), task, tokenizer, length) for name in splits)
+    train, valid = (task.encode(name, tokenizer, length) for name in splits)
     print(f"measured on the {splits[1]} split")
     print("dense    ", evaluate_model(teacher, valid, tokenizer))
 

@@ -14,8 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 import hf_compress as hc
 from hf_compress.report.tokens import trace_tokens, write_token_page
-from hf_compress.tasks.inputs import tokenize
-from hf_compress.tasks.labels import match_labels
+from hf_compress.tasks.label_matching import match_labels
 from hf_compress.tasks.metrics import task_metrics
 from hf_compress.tasks.sources import DataArguments, load_task
 
@@ -37,7 +36,7 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
     task = match_labels(load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir)), model.config)
     splits = ("train", task.measured_split())
-    train, valid = (tokenize(task.split(name), task, tokenizer, 128) for name in splits)
+    train, valid = (task.encode(name, tokenizer, 128) for name in splits)
     print(f"measured on the {splits[1]} split")
     callbacks = []
     if args.mode == "topk":

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import hf_compress as hc
 from hf_compress.methods.weight_pruning.expressions import check_expressions
-from hf_compress.stages.models import has_head, open_classifier
+from hf_compress.stages.models import has_head, open_model
 
 
 HEAD = "sequence_classification"
@@ -85,7 +85,7 @@ def test_damaged_config(folder, case):
         AutoModelForSequenceClassification.from_pretrained(place)
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=message):
-        open_classifier(str(place))
+        open_model(str(place))
     assert time.process_time() - start < 10
 
 
@@ -93,7 +93,7 @@ def test_damaged_config(folder, case):
 def test_a_record_that_is_no_dict(folder, value):
     """transformers fails on it before this package is asked; the commands say so in one line."""
     place = str(folder("weights", lambda config: config.update(quantization_config=value)))
-    for opening in (open_classifier, has_head):
+    for opening in (open_model, has_head):
         with pytest.raises(ValueError, match="config.json at .* is broken") as caught:
             opening(place)
         assert "\n" not in str(caught.value)

@@ -19,7 +19,7 @@ from transformers import (
 
 import hf_compress as hc
 from hf_compress.core.modes import evaluating
-from hf_compress.stages.models import open_classifier
+from hf_compress.stages.models import open_model
 from hf_compress.training.averages import Averages
 from hf_compress.training.snapshots import open_snapshot
 from tests.rounding import assert_equal_to_rounding, differ_beyond_rounding
@@ -92,11 +92,11 @@ def test_fields_written_by_hand_are_honoured_everywhere(model, train, tmp_path):
     assert pruning_of(teacher) == ["token_pruning"]
     folder = tmp_path / "hand"
     by_hand(model).save_pretrained(folder)
-    assert pruning_of(open_classifier(str(folder))) == pruning_of(open_snapshot(str(folder))) == ["token_pruning"]
+    assert pruning_of(open_model(str(folder))) == pruning_of(open_snapshot(str(folder))) == ["token_pruning"]
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "prune_mode": "topkk"}))
     with pytest.raises(ValueError, match="prune_mode must be one of .*, got 'topkk'"):
-        open_classifier(str(folder))
+        open_model(str(folder))
 
 
 @ADAPTERS

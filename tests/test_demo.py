@@ -87,7 +87,7 @@ def test_a_fresh_process_opens_the_same_model(place):
 
 @pytest.mark.parametrize(("shift", "flip"), [(0.0, False), (1e-7, False), (0.1, False), (0.0, True)])
 def test_verdict_on_the_reloaded_model(place, monkeypatch, shift, flip):
-    opened = demo_stage.open_classifier("model").eval()
+    opened = demo_stage.open_model("model").eval()
     with torch.no_grad():
         logits = opened(input_ids=torch.arange(5, 21)[None]).logits + shift
     answer = {"weights": "another" if flip else weights_digest(opened), "logits": logits.tolist()}
@@ -99,12 +99,12 @@ def test_verdict_on_the_reloaded_model(place, monkeypatch, shift, flip):
 
 
 def test_digest_sees_every_bit(place):
-    opened = demo_stage.open_classifier("model")
+    opened = demo_stage.open_model("model")
     before = weights_digest(opened)
     content = load_file("model/model.safetensors")
     content["classifier.bias"][0] = torch.nextafter(content["classifier.bias"][0], torch.tensor(1.0))
     save_file(content, "model/model.safetensors", metadata={"format": "pt"})
-    assert weights_digest(demo_stage.open_classifier("model")) != before
+    assert weights_digest(demo_stage.open_model("model")) != before
 
 
 @pytest.mark.parametrize(("flag", "value"), [

@@ -6,7 +6,6 @@ import torch
 from scipy import stats
 
 from hf_compress.report.quality import evaluate_model, predict
-from hf_compress.tasks.inputs import tokenize
 from hf_compress.tasks.metrics import classification_metrics, main_metric, regression_metrics, task_metrics
 from hf_compress.tasks.sources import DataArguments, load_task
 
@@ -104,7 +103,7 @@ def task_rows(tmp_path, sentences, tokenizer):
     file = tmp_path / "validation.tsv"
     file.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in sentences))
     task = load_task(DataArguments(validation_file=str(file), max_length=32))
-    return tokenize(task.split("validation"), task, tokenizer, 32)
+    return task.encode("validation", tokenizer, 32)
 
 
 def test_predictions_come_back_in_the_order_of_the_rows(model, tokenizer, task_rows):

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassificatio
 from hf_compress.cli.main import main
 from hf_compress.core.devices import chosen_device
 from hf_compress.report import comparison
-from hf_compress.report.quality import Answers, standard_error
+from hf_compress.report.quality import standard_error
 from hf_compress.stages.evaluate import EvaluateArguments, ReportArguments, evaluate_models, report
+from hf_compress.tasks.sequence_classification import ClassAnswers
 from hf_compress.tasks.sources import DataArguments
 from tests.labelled_models import TEXTS, write_perfect_model, write_rows
 from tests.test_bad_input import WORDS, write_tokenizer
@@ -136,10 +137,10 @@ def test_the_standard_error_of_accuracy_is_the_paired_one():
     labels = generator.integers(2, size=500)
     before, after = (np.eye(2)[np.where(generator.random(500) < right, labels, 1 - labels)] for right in (0.9, 0.7))
     changes = (after.argmax(-1) == labels).astype(float) - (before.argmax(-1) == labels)
-    found = standard_error(Answers(before, labels), Answers(after, labels), "accuracy")
+    found = standard_error(ClassAnswers(before, labels), ClassAnswers(after, labels), "accuracy")
     # 200 resamples know a standard deviation to 5 %.
     assert found == pytest.approx(changes.std() / np.sqrt(500), rel=0.2)
-    assert standard_error(Answers(before, labels), Answers(before, labels), "accuracy") == 0.0
+    assert standard_error(ClassAnswers(before, labels), ClassAnswers(before, labels), "accuracy") == 0.0
 
 
 @pytest.mark.parametrize("example", ["shrink_and_recover", "token_pruning", "prune_weights"])

@@ -32,8 +32,7 @@ from hf_compress.core.saving import write_json
 from hf_compress.methods.weight_pruning.groups import groups_of
 from hf_compress.report.quality import evaluate_model
 from hf_compress.report.sparsity import element_ratio, matrices_of
-from hf_compress.stages.models import freeze_embeddings_, open_classifier, open_tokenizer
-from hf_compress.tasks.inputs import tokenize
+from hf_compress.stages.models import freeze_embeddings_, open_model, open_tokenizer
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -164,13 +163,13 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir, max_length=args.max_length))
     tokenizer = open_tokenizer(args.model)
-    rows = {name: tokenize(task.split(name), task, tokenizer, args.max_length) for name in ("train", "validation")}
+    rows = {name: task.encode(name, tokenizer, args.max_length) for name in ("train", "validation")}
     shuffled = rows["train"].shuffle(seed=args.seed)
     batches = [
         dict(tokenizer.pad(shuffled[i : i + args.batch_size], return_tensors="pt"))
         for i in range(0, len(shuffled) - args.batch_size, args.batch_size)
     ]
-    model = open_classifier(args.model, task)
+    model = open_model(args.model, task)
     if args.freeze_embeddings:
         freeze_embeddings_(model)
     schedule = {

@@ -12,7 +12,7 @@ from typing import Any
 
 _MODEL = {"Model": "hf_compress.stages.models.ModelArguments"}
 _TEACHER = {"Teacher": "hf_compress.stages.finetune.TeacherArguments"}
-_DATA = {"Data": "hf_compress.tasks.sources.DataArguments"}
+_DATA = {"Data": "hf_compress.tasks.arguments.DataArguments"}
 _DISTILLATION = {"Distillation": "hf_compress.training.arguments.DistillationArguments"}
 _PLAIN_TRAINING = {"Training": "transformers.TrainingArguments"}
 

@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from hf_compress.report.quality import Answers
+from hf_compress.tasks.answers import Answers
 
 
 _EXAMPLES, _CHARACTERS = 5, 80
 
 
-def changed_answers(
-    before: Answers, after: Answers, text_of: Callable[[int], str], names: Sequence[str]
-) -> dict[str, Any] | None:
-    """Compare the classes that two models chose for the same examples.
+def changed_answers(before: Answers, after: Answers, text_of: Callable[[int], str]) -> dict[str, Any] | None:
+    """Compare what two models answered to the same examples.
 
     Args:
         before, after: Of the baseline and of the model.
-        text_of: Gives the text of a row.
-        names: Of the classes; their numbers stand for missing ones.
+        text_of: Gives the text of an example.
 
     Returns:
-        `both_right`, `lost`, `gained`, `both_wrong` (counts) and `examples` of what was lost; None for regression.
+        `both_right`, `lost`, `gained`, `both_wrong` (counts) and `examples` of what was lost; None where answers are
+        not right or wrong.
     """
-    if before.logits.shape[-1] == 1:
+    was, is_ = before.right(), after.right()
+    if was is None or is_ is None:
         return None
-    old, new = before.logits.argmax(-1), after.logits.argmax(-1)
-    was, is_ = old == before.labels, new == after.labels
-
-    def name(label: int) -> str:
-        return names[label] if label < len(names) else str(label)
-
+    lost = [int(example) for example in (was & ~is_).nonzero()[0][:_EXAMPLES]]
     return {
         "both_right": int((was & is_).sum()),
         "lost": int((was & ~is_).sum()),
         "gained": int((~was & is_).sum()),
         "both_wrong": int((~was & ~is_).sum()),
         "examples": [
-            {"text": _cut(text_of(int(row))), "label": name(int(old[row])), "answer": name(int(new[row]))}
-            for row in (was & ~is_).nonzero()[0][:_EXAMPLES]
+            {
+                "text": _cut(text_of(example)),
+                "label": before.describe(example)[0],
+                "answer": after.describe(example)[1],
+            }
+            for example in lost
         ],
     }
 

@@ -21,11 +21,11 @@ from hf_compress.report.changes import changed_answers
 from hf_compress.report.latency import batches_by_length, batches_of, measure_latency
 from hf_compress.report.machine import environment
 from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency, plot_sparsity
-from hf_compress.report.quality import Answers, Measured, evaluated, standard_error
+from hf_compress.report.quality import Measured, evaluated, standard_error, task_of_rows
 from hf_compress.report.sparsity import Matrix, has_zeros, matrices_of
 from hf_compress.report.table import Entry, build_report, bytes_on_disk, render_markdown
+from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.inputs import length_sorted
-from hf_compress.tasks.metrics import main_metric
 
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,9 @@ def compare_models(
             weighed.setdefault(name, str(model))
             model, loaded = AutoModelForSequenceClassification.from_pretrained(model, output_loading_info=True)
             require_complete(loaded)
-        opened[name] = model if isinstance(model, Measured) else Measured(model, rows, tokenizer)
+        if not isinstance(model, Measured):
+            model = Measured(model, rows, tokenizer, task_of_rows(model.config, task_name), "")
+        opened[name] = model
     counts = {name: len(each.rows) for name, each in opened.items()}
     if not all(counts.values()):
         raise ValueError("rows must hold at least one example, got none.")
@@ -95,7 +97,7 @@ def compare_models(
     batch_sizes = list(dict.fromkeys(min(size, len(first.rows)) for size in batch_sizes))
     blocks = {size: batches_by_length(first.rows, size, limit) for size in batch_sizes}
     settings = {"repeats": repeats, "warmup": warmup, "limit": limit}
-    metric, place, folder = main_metric(task_name, first.model.config.num_labels), environment(), Path(output_dir)
+    metric, place, folder = first.task.main_metric, environment(), Path(output_dir)
 
     def write(entries: Sequence[Entry]) -> dict[str, Any]:
         report = build_report(entries, task_name, metric, len(first.rows), seq_len, settings, split)
@@ -112,7 +114,7 @@ def compare_models(
         write(entries)
     for size in batch_sizes:
         logger.info("Timing %d models at batch size %d, %d rounds.", len(opened), size, repeats)
-        batches = {name: batches_of(each.rows, each.tokenizer, blocks[size]) for name, each in opened.items()}
+        batches = {name: batches_of(each.rows, each.processor, blocks[size]) for name, each in opened.items()}
         timed = measure_latency({name: each.model for name, each in opened.items()}, batches, repeats, warmup)
         entries = [replace(e, latencies=[*e.latencies, t]) for e, t in zip(entries, timed, strict=True)]
         report = write(entries)
@@ -131,8 +133,10 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
     baseline: Answers | None = None
     first = next(iter(models.values()))
 
-    def text_of(row: int) -> str:
-        return first.tokenizer.decode(first.rows[row]["input_ids"], skip_special_tokens=True)
+    def text_of(example: int) -> str:
+        if first.split in first.task.splits:
+            return first.task.text_of(first.split, example)
+        return str(first.processor.decode(first.rows[example]["input_ids"], skip_special_tokens=True))
 
     for name, each in models.items():
         logger.info("Evaluating %s on %d examples.", name, len(each.rows))
@@ -140,7 +144,7 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
         baseline = baseline or answers
         blocks = _blocks(each.model, name)
         seq_len = _mean_length(each.rows)
-        counted = list(length_sorted(each.rows, 32, each.tokenizer)) if drops and blocks else None
+        counted = list(length_sorted(each.rows, 32, each.processor)) if drops and blocks else None
         yield Entry(
             name=name,
             metrics=answers.metrics(),
@@ -155,7 +159,7 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
             matrices=matrices_of(each.model),
             seq_len=seq_len,
             standard_error=None if answers is baseline else standard_error(baseline, answers, metric),
-            changes=None if answers is baseline else changed_answers(baseline, answers, text_of, each.names),
+            changes=None if answers is baseline else changed_answers(baseline, answers, text_of),
         )
 
 

@@ -1,29 +1,33 @@
-"""How good models are on a labelled split, and how far from each other.
-
-Letters: B examples, C classes.
-"""
+"""How good models are on a split, and how far from each other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from datasets import Dataset, DatasetDict
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.trainer_utils import EvalPrediction
 
 from hf_compress.core.batches import on_device
 from hf_compress.core.modes import evaluating
+from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.inputs import length_sorted
-from hf_compress.tasks.metrics import task_metrics
+from hf_compress.tasks.labelled import labels_of
+from hf_compress.tasks.sequence_classification import SequenceClassification
+from hf_compress.tasks.task import Array, Processor, Task
 
 
 _RESAMPLES = 200
 
 
-def _unchanged(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return logits, labels
+def task_of_rows(config: PretrainedConfig, name: str = "") -> Task:
+    """Classification or regression by rows that are encoded already, with `labels` in the order of a model."""
+    names = labels_of(config) if (config.num_labels or 0) > 1 else ()
+    return SequenceClassification(name=name, splits=DatasetDict(), label_names=names, text_columns=())
 
 
 @dataclass(frozen=True)
@@ -32,69 +36,69 @@ class Measured:
 
     Args:
         model: On the device where it is measured.
-        rows: Tokenized by its tokenizer, `labels` in its order.
-        tokenizer: Its own.
-        arrange: Brings logits and labels from the model's order of classes into one that all models share.
-        names: Of the classes in that order.
+        rows: As `task.encode` gave them with `processor`, labels in the model's order.
+        processor: Its own tokenizer, or what prepares its images.
+        task: In the model's order of labels.
+        split: Which split the rows are.
     """
 
     model: PreTrainedModel
     rows: Dataset
-    tokenizer: PreTrainedTokenizerBase
-    arrange: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] = _unchanged
-    names: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a model said.
-
-    Args:
-        logits: [B, C].
-        labels: [B] what would have been right.
-    """
-
-    logits: np.ndarray
-    labels: np.ndarray
-
-    def metrics(self) -> dict[str, float]:
-        return task_metrics(self.logits, self.labels)
+    processor: Processor
+    task: Task
+    split: str
 
 
 @torch.no_grad()
-def predict(
-    model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32
-) -> torch.Tensor:
-    """Logits [rows, classes] in the order of the rows, computed on length-sorted batches in eval mode."""
-    result: torch.Tensor | None = None
+def _outputs(measured: Measured, batch_size: int) -> list[Array]:
+    """What the task keeps of the model's outputs, for each row, computed on length-sorted batches in eval mode."""
+    model, found = measured.model, {}
     with evaluating(model):
-        for batch in length_sorted(rows, batch_size, tokenizer):
+        for batch in length_sorted(measured.rows, batch_size, measured.processor):
             index = batch.pop("index")
-            batch.pop("labels", None)
-            logits = model(**on_device(model, batch)).logits.float().cpu()
-            if result is None:
-                result = torch.empty(len(rows), logits.shape[-1])
-            result[index] = logits
-    if result is None:
+            labels = {name: batch.pop(name) for name in ("labels",) if name in batch}
+            outputs = model(**on_device(model, batch))
+            kept = measured.task.row_outputs(outputs, {**on_device(model, batch), **labels})
+            found.update({int(row): value.cpu().numpy() for row, value in zip(index, kept, strict=True)})
+    if not found:
         raise ValueError("rows must hold at least one example, got none.")
-    return result
+    return [found[row] for row in range(len(measured.rows))]
+
+
+def predict(model: PreTrainedModel, rows: Dataset, processor: Processor, batch_size: int = 32) -> torch.Tensor:
+    """Logits [rows, classes] in the order of the rows, computed on length-sorted batches in eval mode."""
+    return torch.from_numpy(
+        np.stack(_outputs(Measured(model, rows, processor, task_of_rows(model.config), ""), batch_size))
+    )
 
 
 def evaluated(measured: Measured, batch_size: int = 32) -> Answers:
-    """What a model says to its examples, in the order of classes that all models share."""
-    logits = predict(measured.model, measured.rows, measured.tokenizer, batch_size).numpy()
-    return Answers(*measured.arrange(logits, measured.rows.with_format("numpy")["labels"][:]))
-
-
-def evaluate_model(
-    model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32
-) -> dict[str, float]:
-    """The metrics of a task on tokenized rows with `labels`.
+    """What a model answers to its examples, in the order of classes that all models share.
 
     Raises:
         ValueError: If there are no rows.
     """
-    return evaluated(Measured(model, rows, tokenizer), batch_size).metrics()
+    return measured.task.answers(measured.split, measured.rows, _outputs(measured, batch_size))
+
+
+def evaluate_model(
+    model: PreTrainedModel, rows: Dataset, processor: Processor, batch_size: int = 32
+) -> dict[str, float]:
+    """The metrics of classification or regression on encoded rows with `labels`.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    return evaluated(Measured(model, rows, processor, task_of_rows(model.config), ""), batch_size).metrics()
+
+
+def training_metrics(task: Task) -> dict[str, Callable[..., Any]]:
+    """The keyword arguments by which a `Trainer` computes a task's metrics in its evaluations."""
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return task.training_metrics(prediction.predictions, prediction.label_ids)
+
+    return {"compute_metrics": compute_metrics, "preprocess_logits_for_metrics": task.training_outputs}
 
 
 def standard_error(before: Answers, after: Answers, metric: str) -> float | None:
@@ -111,8 +115,8 @@ def standard_error(before: Answers, after: Answers, metric: str) -> float | None
     generator = np.random.default_rng(0)
     changes = []
     for _ in range(_RESAMPLES):
-        drawn = generator.integers(len(before.labels), size=len(before.labels))
-        old, new = (Answers(x.logits[drawn], x.labels[drawn]).metrics() for x in (before, after))
+        drawn = generator.integers(len(before), size=len(before))
+        old, new = (answers.at(drawn).metrics() for answers in (before, after))
         if metric in old and metric in new:
             changes.append(new[metric] - old[metric])
     return float(np.std(changes)) if changes else None

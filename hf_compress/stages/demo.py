@@ -28,7 +28,7 @@ from hf_compress.core.saving import require_own_folder, write_json
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
 from hf_compress.stages.evaluate import ReportArguments, report
 from hf_compress.stages.finetune import TeacherArguments, distill, finetune
-from hf_compress.stages.models import ModelArguments, open_classifier
+from hf_compress.stages.models import ModelArguments, open_model
 from hf_compress.stages.prune_structure import CalibrationArguments, prune_structure
 from hf_compress.tasks.sources import DataArguments
 from hf_compress.training.arguments import DistillationArguments
@@ -248,7 +248,7 @@ def compare_reloaded(folder: str) -> dict[str, Any]:
     Raises:
         RuntimeError: If the fresh process cannot open the model.
     """
-    model = open_classifier(folder).eval()
+    model = open_model(folder).eval()
     tokens = [[(5 + i) % model.config.vocab_size for i in range(16)]]
     with torch.no_grad():
         here = model(input_ids=torch.tensor(tokens)).logits

@@ -10,12 +10,12 @@ from typing import Any
 
 import evaluate as hub_metrics
 
-from hf_compress.core.devices import chosen_device
 from hf_compress.core.saving import require_own_folder, write_json
 from hf_compress.report.comparison import compare_models
-from hf_compress.report.quality import Measured, evaluated
-from hf_compress.stages.models import check_vocabulary, fit_labels, open_classifier, open_tokenizer
-from hf_compress.tasks.inputs import tokenize
+from hf_compress.report.quality import evaluated
+from hf_compress.stages.models import measured
+from hf_compress.tasks.answers import Answers
+from hf_compress.tasks.sequence_classification import ClassAnswers
 from hf_compress.tasks.sources import DataArguments, load_task
 from hf_compress.tasks.task import Task
 
@@ -71,27 +71,18 @@ class ReportArguments:
     device: str = "auto"
 
 
-def _extra(names: Sequence[str], logits: Any, labels: Any) -> dict[str, float]:
-    predictions = logits[:, 0] if logits.shape[-1] == 1 else logits.argmax(-1)
+def _extra(names: Sequence[str], answers: Answers) -> dict[str, float]:
     results: dict[str, float] = {}
+    if names and not isinstance(answers, ClassAnswers):
+        raise ValueError("extra_metrics compare classes or scores; leave them out for this kind of task.")
     for name in names:
         try:
-            results.update(hub_metrics.load(name).compute(predictions=predictions, references=labels))
+            results.update(hub_metrics.load(name).compute(**answers.compared()))
         except (FileNotFoundError, ConnectionError, OSError) as error:
             raise ValueError(
                 f"extra_metrics must be on the hub or local scripts, got {name!r} ({type(error).__name__})."
             ) from error
     return results
-
-
-def _measured(name: str, task: Task, split: str, max_length: int, device: str) -> Measured:
-    """A model with its own tokenizer's reading of a split, in its own order of labels."""
-    tokenizer, model = open_tokenizer(name), open_classifier(name)
-    check_vocabulary(model.config, tokenizer)
-    matched = fit_labels(task, model, name)
-    rows = tokenize(matched.split(split), matched, tokenizer, max_length)
-    names = tuple(matched.label_names[place] for place in matched.own_order(len(matched.label_names)))
-    return Measured(model.to(chosen_device(device)), rows, tokenizer, matched.in_own_order, names)
 
 
 def _opened(data: DataArguments, wanted: str | None) -> tuple[Task, str]:
@@ -114,10 +105,9 @@ def evaluate_models(args: EvaluateArguments, data: DataArguments) -> dict[str, d
             raise ValueError(f"output_file must be a file, {args.output_file!r} is a folder.")
     results: dict[str, dict[str, Any]] = {}
     for name in args.models:
-        measured = _measured(name, task, split, data.max_length, args.device)
-        answers = evaluated(measured, args.eval_batch_size)
-        extra = _extra(args.extra_metrics or (), answers.logits, answers.labels)
-        results[name] = {**answers.metrics(), **extra, "split": split, "num_examples": len(measured.rows)}
+        answers = evaluated(measured(name, task, split, data.max_length, args.device), args.eval_batch_size)
+        extra = _extra(args.extra_metrics or (), answers)
+        results[name] = {**answers.metrics(), **extra, "split": split, "num_examples": len(answers)}
         if args.output_file:
             # What is known of the first models must not be lost with a later one.
             write_json(args.output_file, results)
@@ -132,15 +122,15 @@ def report(args: ReportArguments, data: DataArguments) -> dict[str, Any]:
     """
     require_own_folder(args.output_dir, {f"the model {name}": name for name in args.models})
     task, split = _opened(data, args.split)
-    measured, folders = {}, {}
+    models, folders = {}, {}
     for name in args.models:
         label = Path(name).name or name
-        label = label if label not in measured else name
-        if label in measured:
+        label = label if label not in models else name
+        if label in models:
             raise ValueError(f"models must be different ones, got {name!r} twice.")
-        measured[label], folders[label] = _measured(name, task, split, data.max_length, args.device), name
+        models[label], folders[label] = measured(name, task, split, data.max_length, args.device), name
     return compare_models(
-        measured,
+        models,
         None,
         None,
         task.name,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import numpy as np
 from transformers import (
     AutoConfig,
     DataCollatorWithPadding,
@@ -16,26 +14,22 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import EvalPrediction
 
 from hf_compress.core.positions import most_tokens
 from hf_compress.core.saving import require_own_folder
+from hf_compress.report.quality import training_metrics
 from hf_compress.stages.models import (
     ModelArguments,
-    adopt_names_,
     check_vocabulary,
     fit_labels,
     freeze_embeddings_,
     has_tokenizer,
     head_config,
-    open_classifier,
+    open_model,
     open_pair,
     open_tokenizer,
     save_stage,
 )
-from hf_compress.tasks.inputs import tokenize
-from hf_compress.tasks.labels import match_labels
-from hf_compress.tasks.metrics import task_metrics
 from hf_compress.tasks.sources import DataArguments, load_task
 from hf_compress.tasks.task import Task
 from hf_compress.training.arguments import DistillationArguments
@@ -67,16 +61,11 @@ def model_folders(model_args: ModelArguments, teacher: str | None = None) -> dic
     return {"model_name_or_path": model_args.model_name_or_path, "teacher_name_or_path": teacher}
 
 
-def _evaluate_metrics(prediction: EvalPrediction, task: Task) -> dict[str, float]:
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return task_metrics(*task.in_own_order(np.asarray(logits), np.asarray(prediction.label_ids)))
-
-
 def _splits(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> dict[str, Any]:
-    train = tokenize(task.split("train"), task, tokenizer, data.max_length)
+    train = task.encode("train", tokenizer, data.max_length)
     rows = {"train": train.add_column("length", [len(ids) for ids in train["input_ids"]])}
     if task.evaluation_split is not None:
-        rows["evaluation"] = tokenize(task.split(task.evaluation_split), task, tokenizer, data.max_length)
+        rows["evaluation"] = task.encode(task.evaluation_split, tokenizer, data.max_length)
     return rows
 
 
@@ -98,20 +87,17 @@ def prepare(
         ValueError: If they do not fit together.
     """
     task = load_task(data)
-    task.split("train")
-    if not task.is_regression and len(task.first_rows["train"]) < 2:
-        raise ValueError(
-            f"{task.files['train']}: label must have at least two classes, got only "
-            f"{', '.join(task.first_rows['train'])}."
-        )
-    taught = head_config(teacher) if teacher and head_config(model_args.model_name_or_path) is None else None
+    task.require_trainable()
+    taught = (
+        head_config(teacher, task) if teacher and head_config(model_args.model_name_or_path, task) is None else None
+    )
     if taught is not None:
-        task = match_labels(task, taught)
+        task = task.matched(taught)
     set_seed(seed)
     tokenizer, model = open_pair(model_args, task, fresh_head=trains)
     task = fit_labels(task, model, model_args.model_name_or_path)
     if trains:
-        adopt_names_(model, task)
+        model.config.update(task.names_for(model.config))
     if task.evaluation_split is None:
         logger.warning("The task has neither a validation nor a test split: nothing is measured.")
     else:
@@ -141,9 +127,9 @@ def trainer_arguments(
         "args": args,
         "train_dataset": rows["train"],
         "eval_dataset": rows.get("evaluation"),
-        "data_collator": DataCollatorWithPadding(tokenizer),
+        "data_collator": task.collator(tokenizer),
         "processing_class": tokenizer,
-        "compute_metrics": partial(_evaluate_metrics, task=task),
+        **training_metrics(task),
     }
 
 
@@ -208,7 +194,7 @@ def distill(
     common = trainer_arguments(task, student, tokenizer, args, rows)
     teacher = None
     if args.uses_teacher:
-        teacher = open_classifier(teacher_args.teacher_name_or_path, task)
+        teacher = open_model(teacher_args.teacher_name_or_path, task)
         add_teacher_columns(common, task, data, teacher_args.teacher_name_or_path)
     trainer = DistillationTrainer(teacher_model=teacher, **common)
     return run(trainer, student, tokenizer, args)
@@ -243,7 +229,7 @@ def add_teacher_columns(common: dict[str, Any], task: Task, data: DataArguments,
 def _with_teacher_columns(
     name: str, rows: Any, task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments
 ) -> Any:
-    encoded = tokenize(task.split(name), task, tokenizer, data.max_length).remove_columns("labels")
+    encoded = task.teacher_columns(name, tokenizer, data.max_length)
     for column in encoded.column_names:
         rows = rows.add_column(f"{TEACHER_PREFIX}{column}", encoded[column][:])
     return rows

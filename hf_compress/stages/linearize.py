@@ -32,7 +32,7 @@ from hf_compress.stages.models import (
     fit_labels,
     has_head,
     lengthen_,
-    open_classifier,
+    open_model,
     open_pair,
     require_left_out,
     save_stage,
@@ -168,7 +168,7 @@ def joint_distill(
     common = trainer_arguments(task, student, tokenizer, args, rows)
     teacher = None
     if args.uses_teacher:
-        teacher = open_classifier(teacher_args.teacher_name_or_path, task, fresh_head=True)
+        teacher = open_model(teacher_args.teacher_name_or_path, task, fresh_head=True)
         _share_new_head_(teacher, student, teacher_args.teacher_name_or_path)
         longest, limit = most_tokens(student), most_tokens(teacher)
         if longest is not None and limit is not None and limit < longest:

@@ -10,23 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.api import apply_implied, check_finite, steps_of
+from hf_compress.core.devices import chosen_device
 from hf_compress.core.errors import first_line
-from hf_compress.core.labels import says_nothing
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.positions import extend_positions_, most_tokens, position_offset
 from hf_compress.core.saving import complete_or_absent, write_json
 from hf_compress.folder_card import write_card
-from hf_compress.tasks.labels import match_labels, model_labels, require_seen
+from hf_compress.report.quality import Measured
+from hf_compress.tasks.kinds import kind_of_model
+from hf_compress.tasks.sequence_classification import SequenceClassification
 from hf_compress.tasks.task import Task
 
 
@@ -84,85 +79,78 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"No tokenizer can be opened at {name!r}: {first_line(error)}") from error
 
 
-def _classifies(config: PretrainedConfig) -> bool:
-    return any("ForSequenceClassification" in kind for kind in config.architectures or [])
-
-
 def _open_config(name: str) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name)
+        config: PretrainedConfig = AutoConfig.from_pretrained(name)
     except (OSError, ValueError):
         raise
     except Exception as error:
         # transformers reports a broken file as whatever it breaks first.
         raise ValueError(f"config.json at {name!r} is broken: {first_line(error)}") from error
+    return config
 
 
-def head_config(name: str) -> PretrainedConfig | None:
-    """The config of a classifier; None where there is none, or nothing can be opened."""
+def _kind(config: PretrainedConfig, task: Task | None) -> type[Task]:
+    """The task's kind; without a task, what the model has a head for."""
+    return type(task) if task is not None else kind_of_model(config) or SequenceClassification
+
+
+def head_config(name: str, task: Task | None = None) -> PretrainedConfig | None:
+    """The config of a model that has a head for a task; None where there is none, or nothing can be opened."""
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError):
         return None
-    return config if _classifies(config) else None
+    return config if _kind(config, task).has_head(config) else None
 
 
-def has_head(name: str) -> bool:
-    """Whether a hub name or folder holds a classifier, and not an encoder alone."""
-    return _classifies(_open_config(name))
+def has_head(name: str, task: Task | None = None) -> bool:
+    """Whether a hub name or folder holds a model with a head for a task, and not an encoder alone."""
+    config = _open_config(name)
+    return _kind(config, task).has_head(config)
 
 
 @contextmanager
-def _opening(name: str) -> Iterator[None]:
+def _opening(name: str, noun: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         nowhere = "" if Path(name).exists() else f"there is no folder {name!r} here, and "
-        raise ValueError(f"No classifier can be opened at {name!r}: {nowhere}{first_line(error)}") from error
+        raise ValueError(f"No {noun} can be opened at {name!r}: {nowhere}{first_line(error)}") from error
 
 
-def _open(name: str, task: Task | None, fresh_head: bool) -> PreTrainedModel:
-    with _opening(name):
+def open_model(name: str, task: Task | None = None, fresh_head: bool = False, match: bool = True) -> PreTrainedModel:
+    """A model for a task, compressed or not, or as its config asks for by hand.
+
+    Args:
+        name: Hub name or folder.
+        task: Its labels must be the model's, in whatever order; a new head takes its size and label names. None: any
+            model; without a head of its own it is opened as a classifier.
+        fresh_head: Whether an encoder gets a new head. Only for who trains it.
+        match: Whether labels of the task that are none of the model's are an error.
+
+    Raises:
+        ValueError: If nothing can be opened there, weights are missing or not finite, or the labels differ.
+    """
+    with _opening(name, type(task).model_noun if task is not None else SequenceClassification.model_noun):
         config = _open_config(name)
-    new = fresh_head and not _classifies(config)
+    kind = _kind(config, task)
+    new = fresh_head and not kind.has_head(config)
+    settings: dict[str, Any] = {}
     if task is not None and new:
-        require_seen(task)
-        kinds = "a score" if task.is_regression else f"{task.num_labels} classes ({', '.join(task.label_names[:10])})"
-        logger.info("%s gets a new head for %s.", name, kinds)
-    with _opening(name):
-        overrides: dict[str, Any] = {}
-        if task is not None and new:
-            overrides["num_labels"] = task.num_labels
-            overrides["problem_type"] = "regression" if task.is_regression else "single_label_classification"
-            if not task.is_regression:
-                overrides.update(_names(task.label_names))
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True, **overrides)
+        settings = task.head_settings()
+        logger.info("%s gets a new head for %s.", name, task.describe_head())
+    model: PreTrainedModel
+    with _opening(name, kind.model_noun):
+        model, loaded = kind.model_class.from_pretrained(name, output_loading_info=True, **settings)
         inside = f"{model.base_model_prefix}."
         # Checkpoints of masked language models have no pooler; it belongs to the head.
         require_complete(
             loaded, (lambda key: not key.startswith(inside) or key.startswith(f"{inside}pooler.")) if new else None
         )
     check_finite(model)
-    return apply_implied(model)
-
-
-def _names(labels: Sequence[str]) -> dict[str, Any]:
-    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-
-
-def open_classifier(name: str, task: Task | None = None, fresh_head: bool = False) -> PreTrainedModel:
-    """A sequence classifier or regressor, compressed or not, or as its config asks for by hand.
-
-    Args:
-        name: Hub name or folder.
-        task: Its labels must be the model's, in whatever order; a new head takes its size and label names.
-        fresh_head: Whether an encoder gets a new head. Only for who trains it.
-
-    Raises:
-        ValueError: If nothing can be opened there, weights are missing or not finite, or the labels differ.
-    """
-    model = _open(name, task, fresh_head)
-    if task is not None:
+    apply_implied(model)
+    if task is not None and match:
         fit_labels(task, model, name)
     return model
 
@@ -170,16 +158,30 @@ def open_classifier(name: str, task: Task | None = None, fresh_head: bool = Fals
 def fit_labels(task: Task, model: PreTrainedModel, name: str) -> Task:
     """A task with the label ids of a model, matched by name; `ValueError` names the model when they do not fit."""
     try:
-        return match_labels(task, model.config)
+        return task.matched(model.config)
     except ValueError as error:
         raise ValueError(f"{name!r} does not fit the data: {error}") from error
 
 
-def adopt_names_(model: PreTrainedModel, task: Task) -> None:
-    """Give a model that is about to learn a task the names of its labels, when it has none of its own."""
-    if not task.is_regression and says_nothing(model_labels(model.config)):
-        for name, value in _names(task.label_names).items():
-            setattr(model.config, name, value)
+def measured(name: str, task: Task, split: str, max_length: int, device: str = "cpu") -> Measured:
+    """A model with its own tokenizer's reading of a split, in its own order of labels.
+
+    Args:
+        name: Hub name or folder.
+        task: Its labels must be the model's, in whatever order.
+        split: Which examples.
+        max_length: Longest input in tokens.
+        device: As `chosen_device` takes it.
+
+    Raises:
+        ValueError: If model and tokenizer cannot be opened, or do not fit each other or the task.
+    """
+    processor, model = open_tokenizer(name), open_model(name, task, match=False)
+    check_vocabulary(model.config, processor)
+    matched = fit_labels(task, model, name)
+    rows = matched.encode(split, processor, max_length)
+    model.to(chosen_device(device))  # type: ignore[arg-type]  # transformers declares no device here
+    return Measured(model, rows, processor, matched, split)
 
 
 def open_pair(
@@ -195,7 +197,7 @@ def open_pair(
     Raises:
         ValueError: If they cannot be opened, do not belong together, or the model takes more tokens already.
     """
-    model = _open(model_args.model_name_or_path, task, fresh_head)
+    model = open_model(model_args.model_name_or_path, task, fresh_head, match=False)
     tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
     check_vocabulary(model.config, tokenizer)
     if model_args.max_positions is not None:

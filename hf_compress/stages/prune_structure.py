@@ -12,7 +12,7 @@ from hf_compress.core.devices import chosen_device
 from hf_compress.core.saving import require_own_folder
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
 from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage
-from hf_compress.tasks.inputs import calibration_batches, check_draw, tokenize
+from hf_compress.tasks.inputs import calibration_batches, check_draw
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -54,7 +54,7 @@ def prune_structure(
     tokenizer, model = open_pair(model_args, task)
     task = fit_labels(task, model, model_args.model_name_or_path)
     model.to(chosen_device(calibration.device))
-    rows = tokenize(task.split("train"), task, tokenizer, data.max_length)
+    rows = task.encode("train", tokenizer, data.max_length)
     batches = calibration_batches(rows, tokenizer, calibration.calibration_samples, calibration.calibration_seed)
     seq_len = config.seq_len or _mean_length(batches)
     before = count_cost(model, seq_len)

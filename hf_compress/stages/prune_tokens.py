@@ -14,7 +14,7 @@ from hf_compress.core.saving import require_own_folder
 from hf_compress.methods.token_pruning import TokenPruningConfig
 from hf_compress.methods.token_pruning.callbacks import StageSwitchCallback, ThresholdAnnealingCallback
 from hf_compress.stages.finetune import add_teacher_columns, model_folders, prepare, run, trainer_arguments
-from hf_compress.stages.models import ModelArguments, open_classifier
+from hf_compress.stages.models import ModelArguments, open_model
 from hf_compress.tasks.sources import DataArguments
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.distillation import DistillationTrainer
@@ -196,7 +196,7 @@ def prune_tokens(
     common = trainer_arguments(task, model, tokenizer, arguments, rows)
     teacher = None
     if uses_teacher:
-        teacher = open_classifier(pruning.teacher_name_or_path, task)
+        teacher = open_model(pruning.teacher_name_or_path, task)
         add_teacher_columns(common, task, data, pruning.teacher_name_or_path)
     callbacks = []
     if learns or pruning.target_relative_macs is not None:

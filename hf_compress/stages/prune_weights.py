@@ -19,7 +19,7 @@ from hf_compress.methods.weight_pruning import WeightPruningCallback, WeightPrun
 from hf_compress.methods.weight_pruning.sparsity import sparsity_by_layer
 from hf_compress.report.sparsity import element_ratio, matrices_of
 from hf_compress.stages.finetune import add_teacher_columns, model_folders, prepare, run, trainer_arguments
-from hf_compress.stages.models import ModelArguments, open_classifier, save_stage
+from hf_compress.stages.models import ModelArguments, open_model, save_stage
 from hf_compress.tasks.inputs import calibration_batches, check_draw
 from hf_compress.tasks.sources import DataArguments
 from hf_compress.training.arguments import DistillationArguments
@@ -108,7 +108,7 @@ def prune_weights(
     if pruning.do_prune:
         common["callbacks"] = [WeightPruningCallback(config)]
     if pruning.teacher_name_or_path and args.uses_teacher:
-        teacher = open_classifier(pruning.teacher_name_or_path, task)
+        teacher = open_model(pruning.teacher_name_or_path, task)
         add_teacher_columns(common, task, data, pruning.teacher_name_or_path)
         trainer = DistillationTrainer(teacher_model=teacher, **common)
     else:

@@ -1,4 +1,4 @@
-"""From texts to model inputs, in batches of similar length."""
+"""Batches of encoded rows, of similar length."""
 
 from __future__ import annotations
 
@@ -7,51 +7,80 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_compress.tasks.task import Task
+from hf_compress.tasks.task import Batch, Processor
 
 
-def tokenize(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Token ids, masks and `labels` of a split, unpadded; other columns are dropped.
+# What stands for "no label" in the losses of torch and transformers.
+IGNORED = -100
+# A teacher's rows may hold inputs that its student's tokenizer does not name.
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def tokenizer_for(processor: Processor, max_length: int | None = None) -> PreTrainedTokenizerBase:
+    """A processor that reads texts, of so many tokens at most.
 
     Raises:
-        ValueError: If `max_length` is longer than the tokenizer's model can take.
+        ValueError: If it reads images, or its model can take fewer tokens.
     """
-    if max_length > tokenizer.model_max_length:
-        raise ValueError(
-            f"max_length must be at most {tokenizer.model_max_length} for this tokenizer, got {max_length}."
-        )
-
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer(*(batch[c] for c in task.text_columns), truncation=True, max_length=max_length)
-        cast = float if task.is_regression else int
-        return {**encoded, "labels": [cast(label) for label in batch["label"]]}
-
-    return rows.map(encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
+    if not isinstance(processor, PreTrainedTokenizerBase):
+        raise ValueError(f"Texts need a tokenizer; {type(processor).__name__} prepares images.")
+    if max_length is not None and max_length > processor.model_max_length:
+        limit = processor.model_max_length
+        raise ValueError(f"max_length must be at most {limit} for this tokenizer, got {max_length}.")
+    return processor
 
 
-def length_sorted(rows: Dataset, batch_size: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
+def row_lengths(rows: Dataset) -> list[int]:
+    """The tokens of each encoded row; 1 where rows are images, which all have one size."""
+    if "input_ids" not in rows.column_names:
+        return [1] * len(rows)
+    return [len(ids) for ids in rows["input_ids"]]
+
+
+def length_sorted(rows: Dataset, batch_size: int, processor: Processor) -> Iterator[Batch]:
     """Padded batches of neighbours in length: the least padding a batch size allows.
 
     Yields:
         Dicts of tensors with an extra `index` [B]: the row numbers, to put results back in order.
     """
-    lengths = [len(ids) for ids in rows["input_ids"]]
+    lengths = row_lengths(rows)
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
-        yield {**padded_batch(rows, index, tokenizer), "index": torch.tensor(index)}
+        yield {**padded_batch(rows, index, processor), "index": torch.tensor(index)}
 
 
-def padded_batch(rows: Dataset, index: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The tokenized rows at the places of `index`, padded to the longest, with `labels` where there are any."""
+def padded_batch(rows: Dataset, index: Sequence[int], processor: Processor) -> Batch:
+    """The encoded rows whose numbers are in `index`, padded to the longest, with `labels` where there are any."""
     chosen = rows.select(index)
-    features = [{k: v for k, v in row.items() if k != "labels"} for row in chosen]
-    batch = dict(tokenizer.pad(features, return_tensors="pt"))
+    inputs = {*processor.model_input_names, *_TEXT_INPUTS}
+    names = [name for name in chosen.column_names if name in inputs]
+    batch: Batch
+    if isinstance(processor, PreTrainedTokenizerBase):
+        features = list(chosen.select_columns(names))
+        # What stands on padded positions is not read; a tokenizer without a padding token has none to put there.
+        padded = processor.pad(features, return_tensors="pt") if processor.pad_token else _padded_with_zeros(features)
+        batch = dict(padded)
+    else:
+        batch = {name: torch.stack(list(chosen.with_format("torch")[name][:])) for name in names}
     if "labels" in rows.column_names:
-        batch["labels"] = torch.tensor(chosen["labels"])
+        batch["labels"] = _labels(chosen["labels"][:], getattr(processor, "padding_side", "right"))
     return batch
+
+
+def _padded_with_zeros(features: Sequence[dict[str, list[int]]]) -> Batch:
+    return {name: _labels([row[name] for row in features], "right", 0) for name in features[0]}
+
+
+def _labels(values: list[Any], side: str, filler: int = IGNORED) -> Tensor:
+    """Labels, or lists of them that are padded to the longest."""
+    if not isinstance(values[0], list) or len({len(value) for value in values}) == 1:
+        return torch.tensor(values)
+    rows = [torch.tensor(value) for value in values]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler, padding_side=side)
 
 
 def check_draw(num_samples: int, seed: int) -> None:
@@ -63,8 +92,8 @@ def check_draw(num_samples: int, seed: int) -> None:
 
 
 def calibration_batches(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, num_samples: int, seed: int, batch_size: int = 32
-) -> list[dict[str, Any]]:
+    rows: Dataset, processor: Processor, num_samples: int, seed: int, batch_size: int = 32
+) -> list[Batch]:
     """A seeded sample of rows, drawn without replacement, as length-sorted batches.
 
     Raises:
@@ -73,4 +102,4 @@ def calibration_batches(
     if not 1 <= num_samples <= len(rows):
         raise ValueError(f"calibration_samples must be in 1..{len(rows)} (the training rows), got {num_samples}.")
     chosen = rows.shuffle(seed=seed).select(range(num_samples))
-    return [{k: v for k, v in batch.items() if k != "index"} for batch in length_sorted(chosen, batch_size, tokenizer)]
+    return [{k: v for k, v in batch.items() if k != "index"} for batch in length_sorted(chosen, batch_size, processor)]

@@ -1,54 +1,152 @@
-"""A classification or regression task: labelled splits and what their labels mean.
+"""What all tasks have in common: splits of examples, and how a model reads, learns and answers them.
 
-Letters: B examples, C classes.
+A kind of task is a subclass of `Task`; a task is an object of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-import numpy as np
+import numpy.typing as npt
 from datasets import Dataset, DatasetDict
+from torch import Tensor
+from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from hf_compress.tasks.answers import Answers
+from hf_compress.tasks.arguments import DataArguments
+from hf_compress.tasks.table_files import Table
 
 
 EVALUATED = ("validation", "test")
 
+Processor = PreTrainedTokenizerBase | BaseImageProcessor
+Batch = dict[str, Tensor]
+Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+Array = npt.NDArray[Any]
 
-@dataclass(frozen=True)
-class Task:
-    """Labelled splits and what their labels mean.
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """Splits of examples, and how a model reads, learns and answers them.
 
     Args:
         name: For metrics and tables; the task name or the folder's.
-        splits: `train`, `validation` and `test` as far as they exist, with a column `label`: ids, or scores for
-            regression.
-        text_columns: One, or two for pairs.
-        label_names: Class names in the order of the ids in `splits`; empty for regression.
-        numbers: For each class, the id that the files give it; None where they name classes by texts.
-        declared: Whether the files list their classes, so that a class may occur in no row.
+        splits: `train`, `validation` and `test` as far as they exist, with the columns of the kind.
         files: Split -> how messages name its source.
-        first_rows: Split -> label name -> the first row (counted from 1) that has it.
-        order: After `labels.match_labels`: for each class of the files, the model's id. Empty: the files' own order.
     """
 
     name: str
     splits: DatasetDict
-    text_columns: tuple[str, ...]
-    label_names: tuple[str, ...]
-    numbers: tuple[int, ...] | None = None
-    declared: bool = False
     files: Mapping[str, str] = field(default_factory=dict)
-    first_rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    order: tuple[int, ...] = ()
+
+    # The name in the table of kinds, one line for lists, and what an error calls a model of this kind.
+    kind: ClassVar[str]
+    summary: ClassVar[str]
+    model_noun: ClassVar[str]
+    model_class: ClassVar[type[_BaseAutoModelClass]]
+    # What the architectures of models that have this kind's head end in; empty where no head is needed.
+    heads: ClassVar[tuple[str, ...]] = ()
+    # Whether `Trainer` can compute the metrics from the outputs it gathers.
+    judged_in_training: ClassVar[bool] = True
+
+    @classmethod
+    @abstractmethod
+    def read(cls, tables: Mapping[str, Table], name: str, args: DataArguments) -> Task:
+        """Read the columns of this kind from the tables of all splits.
+
+        Raises:
+            ValueError: Names file, column and row of what is missing or wrong.
+        """
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, table: Table, args: DataArguments) -> bool:
+        """Whether the columns of a table look like this kind."""
+
+    @classmethod
+    def has_head(cls, config: PretrainedConfig) -> bool:
+        """Whether a model of that config can answer tasks of this kind."""
+        return not cls.heads or any(name.endswith(cls.heads) for name in config.architectures or [])
 
     @property
-    def num_labels(self) -> int:
-        return len(self.label_names) or 1
+    @abstractmethod
+    def main_metric(self) -> str:
+        """The metric that selects models and enters tables."""
 
-    @property
-    def is_regression(self) -> bool:
-        return not self.label_names
+    @abstractmethod
+    def encode(self, split: str, processor: Processor, max_length: int) -> Dataset:
+        """The model inputs of a split, unpadded, with labels where a loss needs them.
+
+        Raises:
+            ValueError: If `max_length` is longer than the tokenizer's model can take.
+        """
+
+    @abstractmethod
+    def collator(self, processor: Processor) -> Collator:
+        """What makes a batch of rows for a `Trainer`."""
+
+    @abstractmethod
+    def row_outputs(self, outputs: Any, batch: Batch) -> Sequence[Tensor]:
+        """What is kept of a model's outputs (a `ModelOutput`) for each row of a batch, of one size or not."""
+
+    @abstractmethod
+    def answers(self, split: str, rows: Dataset, outputs: Sequence[Array]) -> Answers:
+        """The answers to the examples of a split from what `row_outputs` kept for each of its encoded rows."""
+
+    def text_of(self, split: str, example: int) -> str:
+        """An example in words, for a list of what went wrong."""
+        return f"{split}, example {example + 1}"
+
+    def teacher_columns(self, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+        """The model inputs of a split once more, row by row, for a teacher that has another tokenizer.
+
+        Raises:
+            ValueError: If the rows of this kind differ between tokenizers.
+        """
+        raise ValueError(
+            f"The teacher's tokenizer differs from the student's, and for {self.kind} both must read the same tokens: "
+            "take a teacher with the student's tokenizer."
+        )
+
+    def head_settings(self) -> dict[str, Any]:
+        """The config fields that size and name a new head.
+
+        Raises:
+            ValueError: If such a head could not be trained and measured on these splits.
+        """
+        return {}
+
+    def describe_head(self) -> str:
+        """What a new head is for, in words."""
+        return self.kind
+
+    def matched(self, config: PretrainedConfig) -> Task:
+        """The task with the label ids of a model.
+
+        Raises:
+            ValueError: If a label of the data is none of the model's.
+        """
+        return self
+
+    def require_trainable(self) -> None:
+        """Raise `ValueError` unless the split `train` is there and something can be learned from it."""
+        self.split("train")
+
+    def names_for(self, config: PretrainedConfig) -> dict[str, Any]:
+        """The config fields that name the labels of a model that is about to learn the task and names none."""
+        return {}
+
+    def training_outputs(self, logits: Any, labels: Any) -> Any:
+        """What `Trainer` gathers of the outputs of an evaluation."""
+        return logits
+
+    def training_metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
+        """The metrics from what `Trainer` has gathered."""
+        raise NotImplementedError
 
     @property
     def evaluation_split(self) -> str | None:
@@ -72,24 +170,25 @@ class Task:
         return self.evaluation_split
 
     def split(self, name: str) -> Dataset:
+        """The examples of a split.
+
+        Raises:
+            ValueError: Lists the splits there are.
+        """
         if name not in self.splits:
             raise ValueError(
                 f"split must be one of {', '.join(self.splits)}, got {name!r}: there is no such split with labels."
             )
         return self.splits[name]
 
-    def own_order(self, classes: int) -> list[int]:
-        """The model's ids in the order of the files; classes that only the model has come last."""
-        return [*self.order, *(i for i in range(classes) if i not in self.order)]
 
-    def in_own_order(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Logits [B, C] and labels [B] of a model's order in that of the files.
+def drawn(splits: DatasetDict, args: DataArguments) -> DatasetDict:
+    """Splits of at most as many examples as the arguments allow.
 
-        What depends on the order, such as F1 of class 1, then means the same for every model.
-        """
-        if not self.order:
-            return logits, labels
-        places = self.own_order(logits.shape[-1])
-        back = np.empty(len(places), dtype=labels.dtype)
-        back[places] = np.arange(len(places))
-        return logits[:, places], back[labels]
+    They are drawn, not cut off: files sorted by label, as IMDB's are, would leave a single class.
+    """
+    limits = {"train": args.max_train_samples, **dict.fromkeys(EVALUATED, args.max_eval_samples)}
+    for split, limit in limits.items():
+        if limit and split in splits and limit < len(splits[split]):
+            splits[split] = splits[split].shuffle(seed=0).select(range(limit))
+    return splits

@@ -6,30 +6,23 @@ Names that say nothing (LABEL_0, LABEL_1, ... or plain numbers) match by id.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from datasets import Dataset, DatasetDict
 from transformers import PretrainedConfig
 
 from hf_compress.core.labels import places_by_name, says_nothing
-from hf_compress.tasks.label_column import NUMBER, read_labels
-from hf_compress.tasks.tables import Table
-from hf_compress.tasks.task import Task
+from hf_compress.tasks.label_values import NUMBER, read_labels
+from hf_compress.tasks.labelled import LabelledTask, labels_of
+from hf_compress.tasks.table_files import Table
 
 
 logger = logging.getLogger(__name__)
 
-# Below so many classes, few rows for each are a small file and no mistake.
-_MANY = 20
 
-
-def model_labels(config: PretrainedConfig) -> tuple[str, ...]:
-    """A model's label names in the order of its outputs."""
-    return tuple(str(config.id2label.get(i, f"LABEL_{i}")) for i in range(config.num_labels))
-
-
-def _disagreement(task: Task, ours: Sequence[str], theirs: Sequence[str], places: Sequence[int | None]) -> str:
+def _disagreement(task: LabelledTask, ours: Sequence[str], theirs: Sequence[str], places: Sequence[int | None]) -> str:
     strange = next(i for i, place in enumerate(places) if place is None)
     name = task.label_names[strange]
     rows = [f"{task.files.get(s, s)}, row {first[name]}" for s, first in task.first_rows.items() if name in first]
@@ -40,7 +33,7 @@ def _disagreement(task: Task, ours: Sequence[str], theirs: Sequence[str], places
     )
 
 
-def _places(task: Task, theirs: Sequence[str]) -> list[int]:
+def _places(task: LabelledTask, theirs: Sequence[str]) -> list[int]:
     """The model's id of each class of the task."""
     ours, numbers, count = task.label_names, task.numbers, len(theirs)
     digits = numbers is not None and all(NUMBER.fullmatch(name) for name in theirs)
@@ -81,7 +74,7 @@ def _places(task: Task, theirs: Sequence[str]) -> list[int]:
     return list(numbers)
 
 
-def match_labels(task: Task, config: PretrainedConfig) -> Task:
+def match_labels(task: LabelledTask, config: PretrainedConfig) -> LabelledTask:
     """A task in the order of a model's labels.
 
     Args:
@@ -96,11 +89,11 @@ def match_labels(task: Task, config: PretrainedConfig) -> Task:
     """
     if config.num_labels == 1 or task.is_regression:
         return _matched_scores(task, config)
-    ours, theirs = task.label_names, model_labels(config)
+    ours, theirs = task.label_names, labels_of(config)
     places = _places(task, theirs)
     own = places == list(range(len(places)))
     order = [places[place] for place in task.order] if task.order else places
-    splits = {s: _relabelled(rows, [places[label] for label in rows["label"]]) for s, rows in task.splits.items()}
+    splits = {s: _relabelled(rows, _mapped(rows["label"][:], places)) for s, rows in task.splits.items()}
     numbers = task.numbers
     if own and len(ours) == len(theirs) and says_nothing(theirs):
         # The names of the files say more.
@@ -115,11 +108,20 @@ def match_labels(task: Task, config: PretrainedConfig) -> Task:
     )  # fmt: skip
 
 
-def _relabelled(rows: Dataset, labels: Sequence[float]) -> Dataset:
+def _reading(scores: Sequence[float]) -> Callable[[str], list[Any]]:
+    return lambda column: list(map(int, scores))
+
+
+def _mapped(labels: Any, places: Sequence[int]) -> Any:
+    """A class id, or the ids in a list at any depth, as the model's."""
+    return [_mapped(label, places) for label in labels] if isinstance(labels, list) else places[labels]
+
+
+def _relabelled(rows: Dataset, labels: Sequence[Any]) -> Dataset:
     return rows.remove_columns("label").add_column("label", list(labels))
 
 
-def _matched_scores(task: Task, config: PretrainedConfig) -> Task:
+def _matched_scores(task: LabelledTask, config: PretrainedConfig) -> LabelledTask:
     if config.num_labels == 1 and task.is_regression:
         return task
     if config.num_labels == 1:
@@ -138,35 +140,10 @@ def _matched_scores(task: Task, config: PretrainedConfig) -> Task:
             f"its head has {config.num_labels} labels, the task {task.name!r} has scores such as "
             f"{next(iter(values.values()))[0]}."
         )
-    tables = {
-        split: Table(task.files.get(split, split), ("label",), lambda name, rows=rows: list(map(int, rows)))
-        for split, rows in values.items()
-    }
+    tables = {split: Table(task.files.get(split, split), ("label",), _reading(rows)) for split, rows in values.items()}
     labels = read_labels(tables, "label")
     splits = DatasetDict({s: _relabelled(task.splits[s], labels.values[s]) for s in values})
     classes = replace(
         task, splits=splits, label_names=labels.names, numbers=labels.numbers, first_rows=labels.first_rows or {}
     )
     return match_labels(classes, config)
-
-
-def require_seen(task: Task) -> None:
-    """Raise `ValueError` when a new head would be measured on classes that no training row has."""
-    if task.is_regression:
-        return
-    seen = task.first_rows.get("train")
-    if seen is not None and not task.declared:
-        for split, rows in task.first_rows.items():
-            for name, row in rows.items():
-                if name not in seen:
-                    raise ValueError(
-                        f"{task.files.get(split, split)}, row {row} has the label {name!r}, which no row of train has "
-                        f"({', '.join(list(seen)[:10])})."
-                    )
-    if seen is not None and task.num_labels > _MANY and len(task.splits["train"]) < 2 * task.num_labels:
-        raise ValueError(
-            f"label has {task.num_labels} classes in the {len(task.splits['train'])} rows of train, which looks like "
-            "a number for each row. Name the column that holds the classes (label_column)."
-        )
-    if task.num_labels < 2:
-        raise ValueError(f"label must have at least two classes, got only {', '.join(task.label_names)}.")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from hf_compress.tasks.tables import Table
+from hf_compress.tasks.arguments import DataArguments
+from hf_compress.tasks.table_files import Table
 
 
 # The usual names; pairs come first, and earlier ones win.
@@ -65,9 +66,9 @@ def text_columns(
             raise ValueError(f"text_column and text_pair_column must be two columns, got {text!r} for both.")
         return tuple(_given(table, flag, name) for flag, name in chosen)
     for names in ([known] if known else []) + [*_PAIRS, *((name,) for name in _STANDARD_TEXTS)]:
-        found = [_named(table, name) for name in names]
-        if None not in found:
-            return tuple(found)
+        found = tuple(column for name in names if (column := _named(table, name)) is not None)
+        if len(found) == len(names):
+            return found
     other = _only(table, _OTHER_TEXTS, "text_column")
     if other is None:
         raise ValueError(
@@ -92,6 +93,24 @@ def label_column(table: Table, given: str | None = None) -> str:
             f"it {', '.join(('label', *_OTHER_LABELS[:5]))} (missing: label)."
         )
     return found
+
+
+def finds_texts(table: Table, args: DataArguments) -> bool:
+    """Whether a table has columns of texts, named by the user or as usual."""
+    return _found(lambda: text_columns(table, args.text_column, args.text_pair_column))
+
+
+def finds_label(table: Table, args: DataArguments) -> bool:
+    """Whether a table has a column of labels, named by the user or as usual."""
+    return _found(lambda: label_column(table, args.label_column))
+
+
+def _found(choose: Callable[[], object]) -> bool:
+    try:
+        choose()
+    except ValueError:
+        return False
+    return True
 
 
 def require_columns(table: Table, columns: Sequence[str]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_compress.tasks.tables import Table
+from hf_compress.tasks.table_files import Table
 
+
+logger = logging.getLogger(__name__)
 
 NUMBER = re.compile(r"-?(0|[1-9]\d*)")
 _GENERIC = re.compile(r"LABEL_(0|[1-9]\d*)", re.IGNORECASE)
@@ -182,3 +185,14 @@ def _occurring(
     places = {value: i for i, value in enumerate(found)}
     ids = {s: [places[v] for v in rows] for s, rows in values.items()}
     return Labels(ids, names, numbers, False, _first_rows(values, dict(zip(found, names, strict=True))))
+
+
+def without_unlabelled_test(tables: Mapping[str, Table], column: str) -> dict[str, Table]:
+    """GLUE publishes test splits without labels, or with -1 in all rows: there is nothing to measure on them."""
+    test = tables.get("test")
+    if test is None or len(tables) == 1:
+        return dict(tables)
+    if column in test.columns and not all(str(label) in ("-1", "-1.0") for label in test.read(column)):
+        return dict(tables)
+    logger.warning("%s has no labels: it is left out.", test.where)
+    return {split: table for split, table in tables.items() if split != "test"}

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow
 import pyarrow.parquet
@@ -19,6 +19,8 @@ from datasets import ClassLabel, Dataset, Features
 
 from hf_compress.core.errors import first_line
 
+
+_T = TypeVar("_T")
 
 SUFFIXES = (".parquet", ".tsv", ".csv", ".json", ".jsonl")
 
@@ -85,16 +87,16 @@ def _class_names(features: Features) -> dict[str, tuple[str, ...]]:
 
 
 def _parquet(file: Path, where: str) -> Table:
-    def guarded(call: Callable[[], Any]) -> Any:
+    def guarded(call: Callable[[], _T]) -> _T:
         try:
             return call()
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{where} cannot be read as Parquet: {first_line(error)}.") from error
 
-    schema = guarded(lambda: pyarrow.parquet.read_schema(file))
+    schema: pyarrow.Schema = guarded(lambda: pyarrow.parquet.read_schema(file))
 
     def read(name: str) -> list[Any]:
-        return guarded(lambda: pyarrow.parquet.ParquetFile(file).read(columns=[name]).column(0).to_pylist())
+        return guarded(lambda: list(pyarrow.parquet.ParquetFile(file).read(columns=[name]).column(0).to_pylist()))
 
     described = b"huggingface" in (schema.metadata or {})
     names = _class_names(Features.from_arrow_schema(schema)) if described else {}

@@ -1,0 +1,31 @@
+"""What a model answered to the examples of a task, and how good that is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Answers(ABC):
+    """A model's answers, one for each example of a split, beside what would have been right."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the task over these examples."""
+
+    @abstractmethod
+    def at(self, examples: npt.NDArray[np.int64]) -> Answers:
+        """The answers to some examples; one may be named more than once, as a bootstrap draws them."""
+
+    def right(self) -> npt.NDArray[np.bool_] | None:
+        """[examples] whether each answer is right; None where an answer is more or less good."""
+        return None
+
+    def describe(self, example: int) -> tuple[str, str]:
+        """What was right and what was answered, in words; only where `right` says which is which."""
+        raise NotImplementedError

@@ -1,0 +1,196 @@
+"""Texts or pairs of texts that have a class, several classes, or a score.
+
+Letters: B examples, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from datasets import Dataset, DatasetDict, Features, Value
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from hf_compress.tasks.answers import Answers
+from hf_compress.tasks.arguments import DataArguments
+from hf_compress.tasks.column_choice import (
+    finds_label,
+    finds_texts,
+    label_column,
+    read_texts,
+    require_columns,
+    text_columns,
+)
+from hf_compress.tasks.inputs import tokenizer_for
+from hf_compress.tasks.label_matching import match_labels
+from hf_compress.tasks.label_values import read_labels, without_unlabelled_test
+from hf_compress.tasks.labelled import LabelledTask
+from hf_compress.tasks.metrics import main_metric, task_metrics
+from hf_compress.tasks.published import PUBLISHED
+from hf_compress.tasks.table_files import Table
+from hf_compress.tasks.task import Array, Batch, Collator, Processor, Task, drawn
+
+
+@dataclass(frozen=True)
+class ClassAnswers(Answers):
+    """Answers of a classifier, or of a model that gives a score.
+
+    Args:
+        logits: [B, C], or [B, 1] scores.
+        labels: [B] what would have been right.
+        names: Of the classes; their numbers stand for missing ones.
+    """
+
+    logits: Array
+    labels: Array
+    names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def metrics(self) -> dict[str, float]:
+        return task_metrics(self.logits, self.labels)
+
+    def at(self, examples: npt.NDArray[np.int64]) -> ClassAnswers:
+        return ClassAnswers(self.logits[examples], self.labels[examples], self.names)
+
+    def right(self) -> npt.NDArray[np.bool_] | None:
+        if self.logits.shape[-1] == 1:
+            return None
+        return np.asarray(self.logits.argmax(-1) == self.labels)
+
+    def describe(self, example: int) -> tuple[str, str]:
+        return self._name(int(self.labels[example])), self._name(int(self.logits[example].argmax()))
+
+    def compared(self) -> dict[str, Array]:
+        """Predicted classes or scores and the right ones, under the names that metrics of the hub take."""
+        scores = self.logits.shape[-1] == 1
+        return {"predictions": self.logits[:, 0] if scores else self.logits.argmax(-1), "references": self.labels}
+
+    def _name(self, label: int) -> str:
+        return self.names[label] if label < len(self.names) else str(label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceClassification(LabelledTask):
+    """Texts with a class or a score; without `label_names` it is regression.
+
+    Args:
+        text_columns: One, or two for pairs.
+    """
+
+    text_columns: tuple[str, ...]
+
+    kind: ClassVar[str] = "sequence-classification"
+    summary: ClassVar[str] = "a class or a score for a text or a pair of texts"
+    model_noun: ClassVar[str] = "classifier"
+    model_class: ClassVar[type[Any]] = AutoModelForSequenceClassification
+    heads: ClassVar[tuple[str, ...]] = ("ForSequenceClassification",)
+
+    @classmethod
+    def fits(cls, table: Table, args: DataArguments) -> bool:
+        """Whether there are texts and labels."""
+        return finds_texts(table, args) and finds_label(table, args)
+
+    @classmethod
+    def read(cls, tables: Mapping[str, Table], name: str, args: DataArguments) -> SequenceClassification:
+        """Read texts and labels of all splits."""
+        some = next(iter(tables.values()))
+        known = PUBLISHED.get(name)
+        texts = text_columns(some, args.text_column, args.text_pair_column, known.columns if known else None)
+        column = label_column(some, args.label_column)
+        if column in texts or "label" in texts:
+            raise ValueError(
+                f"text_column and label_column must be different columns, and texts cannot be called 'label', got "
+                f"{', '.join(texts)} and {column}."
+            )
+        tables = without_unlabelled_test(tables, column)
+        for table in tables.values():
+            require_columns(table, (*texts, column))
+        read = {split: read_texts(table, texts, lenient=known is not None) for split, table in tables.items()}
+        labels = read_labels(tables, column, known.num_labels if known else None)
+        kinds = Features(
+            {**{text: Value("string") for text in texts}, "label": Value("int64" if labels.names else "float64")}
+        )
+        splits = DatasetDict(
+            {
+                split: Dataset.from_dict({**read[split], "label": labels.values[split]}, features=kinds, split=split)
+                for split in tables
+            }
+        )
+        return cls(
+            name=name,
+            splits=drawn(splits, args),
+            files={split: table.where for split, table in tables.items()},
+            label_names=labels.names,
+            numbers=labels.numbers,
+            declared=labels.declared,
+            first_rows=labels.first_rows or {},
+            text_columns=texts,
+        )
+
+    @property
+    def main_metric(self) -> str:
+        """What GLUE judges the task by; others: accuracy, or Spearman for regression."""
+        return main_metric(self.name, self.num_labels)
+
+    def encode(self, split: str, processor: Processor, max_length: int) -> Dataset:
+        """Token ids and masks with `labels`, unpadded."""
+        rows, tokenizer = self.split(split), tokenizer_for(processor, max_length)
+        cast = float if self.is_regression else int
+
+        def encoded(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            inputs = tokenizer(*(batch[c] for c in self.text_columns), truncation=True, max_length=max_length)
+            return {**inputs, "labels": [cast(label) for label in batch["label"]]}
+
+        return rows.map(encoded, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
+
+    def teacher_columns(self, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+        """The token ids and masks of another tokenizer."""
+        return self.encode(split, tokenizer, max_length).remove_columns("labels")
+
+    def text_of(self, split: str, example: int) -> str:
+        """The text, or both texts of a pair."""
+        row = self.split(split)[example]
+        return " ".join(row[column] for column in self.text_columns)
+
+    def collator(self, processor: Processor) -> Collator:
+        """Pads to the longest row."""
+        return DataCollatorWithPadding(tokenizer_for(processor))
+
+    def row_outputs(self, outputs: Any, batch: Batch) -> Sequence[Tensor]:
+        """The logits [C] of each row."""
+        return list(outputs.logits.float())
+
+    def answers(self, split: str, rows: Dataset, outputs: Sequence[Array]) -> ClassAnswers:
+        """Logits and labels in the order of the files."""
+        labels = rows.with_format("numpy")["labels"][:]
+        return ClassAnswers(*self.in_own_order(np.stack(outputs), labels), self.own_names())
+
+    def training_metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
+        """The metrics from gathered logits and labels."""
+        logits = predictions[0] if isinstance(predictions, tuple) else predictions
+        return task_metrics(*self.in_own_order(np.asarray(logits), np.asarray(labels)))
+
+    def matched(self, config: PretrainedConfig) -> Task:
+        """The task with the label ids of a model; numbers become scores for a model that gives one."""
+        return match_labels(self, config)
+
+    def head_settings(self) -> dict[str, Any]:
+        """The config fields that size and name a new head."""
+        if self.is_regression:
+            return {"num_labels": 1, "problem_type": "regression"}
+        return {**super().head_settings(), "problem_type": "single_label_classification"}
+
+    def describe_head(self) -> str:
+        """A score, or the classes."""
+        return "a score" if self.is_regression else super().describe_head()
