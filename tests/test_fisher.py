@@ -186,7 +186,7 @@ def test_models_that_were_already_pruned():
     model = tiny()
     blocks = layers_of(model)
     # Layers of different widths, made by hand: the first layer with half of its neurons.
-    layer = blocks[0].layer
+    layer = blocks[0].module
     layer.intermediate.dense, layer.output.dense = nn.Linear(32, 24).double(), nn.Linear(24, 32).double()
     blocks = layers_of(model)
     layers = fisher_selection(model, blocks, batches(2), 8.0, 0.5, 1, 8, True, True, tune=True)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
 
 from hf_compress.core.architectures import layers_of
 from hf_compress.methods.structured_pruning.fisher import (
@@ -12,7 +11,7 @@ from hf_compress.methods.structured_pruning.fisher import (
     tune_masks,
 )
 from hf_compress.methods.structured_pruning.mask_tuning import masked, normal_equations
-from tests.fisher_models import TINY, all_true, batches, rearranged, searched, tiny
+from tests.fisher_models import all_true, batches, rearranged, searched, tiny
 
 
 STREAMS = {
@@ -43,7 +42,7 @@ def test_normal_equations_match_the_written_out_regression(name, part):
     block, attention = blocks[1], part == "attention"
     linear, size = (block.attention_out, block.unit_size) if attention else (block.ffn_out, 1)
     path = STREAMS[name][0 if attention else 1]
-    stream = blocks[2].layer if path is None else block.layer.get_submodule(path)
+    stream = blocks[2].module if path is None else block.module.get_submodule(path)
 
     def observe(batch, masks):
         seen = {}
@@ -53,7 +52,7 @@ def test_normal_equations_match_the_written_out_regression(name, part):
 
         handles = [
             stream.register_forward_pre_hook(entered, with_kwargs=True),
-            linear.register_forward_hook(lambda module, args, output: seen.update(x=args[0], y=output)),
+            linear.module.register_forward_hook(lambda module, args, output: seen.update(x=args[0], y=output)),
         ]
         with masked(blocks, masks), torch.no_grad():
             model(**batch)
@@ -107,7 +106,9 @@ def test_the_last_block_is_fitted_to_the_token_that_is_classified():
         blocks, batch = layers_of(model), batches(1)[0]
         full = all_true(blocks)
         seen = []
-        handle = blocks[-1].ffn_out.register_forward_hook(lambda module, args, output, to=seen: to.append(args[0]))
+        handle = blocks[-1].ffn_out.module.register_forward_hook(
+            lambda module, args, output, to=seen: to.append(args[0])
+        )
         with torch.no_grad():
             model(**batch)
         handle.remove()
@@ -141,7 +142,7 @@ def test_empty_layers_are_skipped_and_large_scales_abort(caplog):
     assert not tuned.units[1].any()
     # A neuron kept as such a small copy of a removed one that only a huge scale could replace it.
     with torch.no_grad():
-        layer = blocks[0].layer
+        layer = blocks[0].module
         for tensor in (layer.intermediate.dense.weight, layer.intermediate.dense.bias):
             tensor[1] = tensor[0]
         layer.output.dense.weight[:, 0] = 30 * torch.randn(32)
@@ -160,13 +161,3 @@ def test_nothing_removed_gives_scales_of_exactly_one():
         assert len(layer.neurons) == 48
         assert (layer.unit_scales == 1).all()
         assert (layer.neuron_scales == 1).all()
-
-
-def test_unknown_model_types_can_be_selected_but_not_tuned(monkeypatch):
-    model = BertForSequenceClassification(BertConfig(**{k: v for k, v in TINY.items() if k != "num_labels"}))
-    blocks = layers_of(model)
-    monkeypatch.setattr(model.config, "model_type", "novel")
-    data = [{**batch, "labels": batch["labels"] % 2} for batch in batches(1)]
-    assert len(fisher_selection(model, blocks, data, 8.0, 0.5, 1, 8, True, True, tune=False)) == 3
-    with pytest.raises(ValueError, match=r"model_type must be one of .*, got 'novel'\. Set correction=False"):
-        fisher_selection(model, blocks, data, 8.0, 0.5, 1, 8, True, True, tune=True)

@@ -104,9 +104,9 @@ def test_forward_drops_what_the_original_masks(goldens):
         if mode == "absolute_threshold":
             thresholds_of(model).values.data = torch.tensor(golden["theta"]).float()
         for block in layers_of(model):
-            block.layer.token_rule.reads_first = False
+            block.module.token_rule.reads_first = False
             if "learned" in name:
-                block.layer.token_rule.switched_off = False
+                block.module.token_rule.switched_off = False
         state = LiveTokens()
         inputs = {key: torch.tensor(golden[key]).long() for key in ("input_ids", "attention_mask")}
         with torch.no_grad():

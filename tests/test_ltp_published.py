@@ -61,7 +61,7 @@ def test_forward_passes_agree_also_where_the_first_token_goes(goldens):
             thresholds_of(model).values.data = torch.tensor(golden["theta"]).double()
         if "learned" in name:
             # Thresholds by hand, with one in the layer that starts at zero and is left alone.
-            layers_of(model)[0].layer.token_rule.switched_off = False
+            layers_of(model)[0].module.token_rule.switched_off = False
         logits, keep, macs = seen_by(model, golden)
         assert np.array_equal(keep, golden["keep"].astype(bool)), name
         np.testing.assert_allclose(logits, golden["logits64"], rtol=0, atol=1e-12, err_msg=name)

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
+from hf_compress.core.projections import NEURON_ROLES, Role
 from hf_compress.core.surgery import unit_columns
 from tests.contract.conftest import assert_same_outputs, logits_of
 
@@ -25,19 +26,17 @@ def zero_neurons_(block, neurons, where):
     if where == "out":
         block.ffn_out.weight.data[:, neurons] = 0
         return
-    for path in block.architecture.ffn_in:
-        weight = block.linear(path).weight.data
-        weight.view(-1, block.num_neurons, weight.shape[1])[:, neurons] = 0
+    for role, projection in block.projections.items():
+        if role in NEURON_ROLES:
+            projection.weight.data[neurons] = 0
 
 
 def zero_units_(block, units, where):
     """Make attention units dead: their value rows or their output columns."""
-    row, out = block.architecture, block.attention_out
     if where == "out":
-        out.weight.data[:, unit_columns(units, block.unit_size)] = 0
+        block.attention_out.weight.data[:, unit_columns(units, block.unit_size)] = 0
         return
-    start = 2 * out.in_features if row.fused_attention else 0
-    block.linear(row.values).weight.data[unit_columns(units, block.head_size) + start] = 0
+    block.projection(Role.VALUE).weight.data[unit_columns(units, block.head_size)] = 0
 
 
 def masked(model, where):
@@ -133,7 +132,7 @@ def _opt_without_biases():
 @pytest.mark.parametrize("zero", ["gate", "up"])
 def test_one_zero_factor_of_a_gated_block(model, batches, zero):
     dense = model("llama").double()
-    mlp = layers_of(dense)[0].layer.mlp
+    mlp = layers_of(dense)[0].module.mlp
     (mlp.gate_proj if zero == "gate" else mlp.up_proj).weight.data[:7] = 0
     slimmed = hc.slim(copy.deepcopy(dense))
     assert sizes(slimmed)[1] == [57, 64]
@@ -149,7 +148,7 @@ def test_biases_of_a_gated_block(batches):
     for name, parameter in dense.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_()
-    mlp = layers_of(dense)[0].layer.mlp
+    mlp = layers_of(dense)[0].module.mlp
     mlp.gate_proj.weight.data[:4] = 0  # Alone: still a multiple of the other projection.
     mlp.up_proj.weight.data[2:6] = 0  # 2 and 3 are constants.
     mlp.up_proj.bias.data[5] = 0  # 5 is nothing.
@@ -164,7 +163,7 @@ def test_a_head_of_two_halves(model, batches):
     """Some positions have no value rows, the others no output columns: the head is dead all the same."""
     dense = model("bert").double()
     block = layers_of(dense)[1]
-    block.linear("attention.self.value").weight.data[8:12] = 0
+    block.projection(Role.VALUE).weight.data[8:12] = 0
     block.attention_out.weight.data[:, 12:16] = 0
     slimmed = hc.slim(copy.deepcopy(dense))
     assert sizes(slimmed)[0] == [4, 3, 4]
@@ -174,9 +173,9 @@ def test_a_head_of_two_halves(model, batches):
 def test_parts_of_heads_stay(model, caplog):
     dense = model("bert")
     for block in layers_of(dense):
-        for path in ("attention.self.query", "attention.self.key"):
-            block.linear(path).weight.data[:24] = 0
-        block.linear("attention.self.value").weight.data[:7] = 0
+        for role in (Role.QUERY, Role.KEY):
+            block.projection(role).weight.data[:24] = 0
+        block.projection(Role.VALUE).weight.data[:7] = 0
     before = copy.deepcopy(dense.state_dict())
     with caplog.at_level(logging.WARNING):
         assert hc.slim(dense) is dense
@@ -189,7 +188,7 @@ def test_one_of_each_always_stays(model, batches):
     dense = model("distilbert").double()
     for block in layers_of(dense):
         block.ffn_out.weight.data.zero_()
-        block.linear("attention.v_lin").weight.data.zero_()
+        block.projection(Role.VALUE).weight.data.zero_()
     slimmed = hc.slim(copy.deepcopy(dense))
     assert sizes(slimmed) == ([1, 1], [1, 1])
     assert_close(slimmed, dense, batches(dense.config, count=1)[0])
@@ -324,7 +323,7 @@ def test_with_linear_attention(model, batches, where):
     dense, heads, neurons = masked(start, where)
     if where == "in":
         heads = [4, 4, 3]
-        layers_of(dense)[2].linear("attention.self.value").bias.data[8:16] = 0
+        layers_of(dense)[2].projection(Role.VALUE).bias.data[8:16] = 0
     slimmed = hc.slim(copy.deepcopy(dense))
     assert sizes(slimmed) == (heads, neurons)
     assert_close(slimmed, dense, batches(dense.config, count=1)[0])

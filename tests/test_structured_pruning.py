@@ -9,18 +9,19 @@ from torch import nn
 
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
+from hf_compress.core.projections import HEAD_ROLES, NEURON_ROLES, Role
 from hf_compress.core.surgery import unit_columns
 from tests.rounding import assert_equal_to_rounding
 
 
-def recorded(model, modules, data):
-    """Inputs of some linear layers as numpy matrices, padding left out."""
-    rows = {key: [] for key in modules}
+def recorded(model, projections, data):
+    """Inputs of some projections as numpy matrices, padding left out."""
+    rows = {key: [] for key in projections}
 
     def recorder(key):
         return lambda module, inputs: rows[key].append(inputs[0].reshape(-1, inputs[0].shape[-1])[live])
 
-    handles = [module.register_forward_pre_hook(recorder(key)) for key, module in modules.items()]
+    handles = [out.module.register_forward_pre_hook(recorder(key)) for key, out in projections.items()]
     with torch.no_grad():
         for batch in data:
             live = batch["attention_mask"].bool().flatten()
@@ -38,15 +39,12 @@ def kept_columns(dense, pruned):
     """For each output projection, which of its inputs are left: found by the rows of the layer that makes them."""
     result = {}
     for before, after in zip(layers_of(dense), layers_of(pruned), strict=True):
-        row = before.architecture
-        values = before.linear(row.values).weight.detach()[-before.num_units * before.head_size :]
-        left = after.linear(row.values).weight.detach()[-after.num_units * after.head_size :]
+        values, left = (x.projection(Role.VALUE).weight.detach() for x in (before, after))
         rows = [int((values == wanted).all(1).nonzero()) for wanted in left]
         units = sorted({r // before.head_size for r in rows})
         assert rows == unit_columns(units, before.head_size).tolist()
         result[before.index, "h"] = unit_columns(units, before.unit_size).tolist()
-        first = before.linear(row.ffn_in[0]).weight.detach()[: before.num_neurons]
-        left = after.linear(row.ffn_in[0]).weight.detach()[: after.num_neurons]
+        first, left = (x.projection(Role.FFN_IN).weight.detach() for x in (before, after))
         result[before.index, "n"] = [int((first == wanted).all(1).nonzero()) for wanted in left]
         assert result[before.index, "n"] == sorted(result[before.index, "n"])
     return result
@@ -212,11 +210,11 @@ def redundant_neurons(dense, distinct, generator):
     for block in layers_of(dense):
         width = block.num_neurons
         source = torch.cat([torch.arange(distinct), torch.randint(distinct, (width - distinct,), generator=generator)])
-        for path in block.architecture.ffn_in:
-            linear = block.linear(path)
-            rows = torch.cat([source, source + width]) if block.architecture.fused_gate else source
-            for parameter in linear.parameters():
-                parameter.data = parameter.data[rows]
+        for role, projection in block.projections.items():
+            if role in NEURON_ROLES:
+                for values in (projection.weight, projection.bias):
+                    if values is not None:
+                        values.data.copy_(values.data[source])
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -240,16 +238,18 @@ def test_heads_that_are_images_of_others_are_removed_without_loss(model, batches
     dense = model(architecture).double()
     blocks, generator = layers_of(dense), torch.Generator().manual_seed(2)
     for block in blocks:
-        row, d, source = block.architecture, block.head_size, 1 - image
-        offsets = (0, block.num_units * d, 2 * block.num_units * d) if row.fused_attention else (0, 0, 0)
+        d, source = block.head_size, 1 - image
         mixing = 0.3 * torch.randn(d, d, dtype=torch.float64, generator=generator)
-        for path, offset, size in zip(
-            (row.queries, row.keys, row.values), offsets, (block.unit_size, d, d), strict=True
-        ):
-            for parameter in block.linear(path).parameters():
-                here, there = (offset + unit_columns([unit], size) for unit in (image, source))
-                taken = parameter.data[there]
-                parameter.data[here] = mixing @ taken if offset == offsets[2] and path == row.values else taken
+        for role, projection in block.projections.items():
+            if role not in HEAD_ROLES:
+                continue
+            here, there = (
+                unit_columns([unit], d if role in (Role.KEY, Role.VALUE) else block.unit_size)
+                for unit in (image, source)
+            )
+            for values in (projection.weight, projection.bias):
+                if values is not None:
+                    values.data[here] = mixing @ values.data[there] if role is Role.VALUE else values.data[there]
     spare = sum(block.macs_per_unit(18) for block in blocks)
     ratio = 1 - spare / hc.count_cost(dense, seq_len=18).macs
     config = hc.StructuredPruningConfig(mac_ratio=ratio + 1e-6, seq_len=18, prune_neurons=False)
@@ -264,13 +264,13 @@ def test_bookkeeping_of_heads(model, batches):
     config = hc.StructuredPruningConfig(mac_ratio=0.45, allocation="uniform", ridge=1e-6)
     opt = hc.compress(model("opt"), config, data=batches(model("opt").config))
     for block in layers_of(opt):
-        assert block.attention.num_heads * 8 == block.linear("self_attn.q_proj").out_features < 32
+        assert block.attention.num_heads * 8 == block.projection(Role.QUERY).out_features < 32
     llama = model("llama", "causal_lm")
     hc.compress(llama, config, data=batches(llama.config))
     assert [block.num_units for block in layers_of(llama)] == [1, 1]
     for block in layers_of(llama):
         assert block.attention.num_key_value_groups == 2
-        assert block.linear("self_attn.q_proj").out_features == 2 * block.linear("self_attn.k_proj").out_features == 16
+        assert block.projection(Role.QUERY).out_features == 2 * block.projection(Role.KEY).out_features == 16
     for causal in (llama, hc.compress(model("opt", "causal_lm"), config, data=batches(opt.config))):
         prompt = torch.tensor([[5, 17, 40, 8]])
         options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}

@@ -62,7 +62,7 @@ def test_neutral_settings_are_the_dense_model(model, batches, architecture, fiel
 
 def masked_logits(model, batch, decide):
     """Attention and pruning written out for one example at a time, with masks and without removing anything."""
-    layers, logits, kept = [b.layer for b in layers_of(model)], [], []
+    layers, logits, kept = [b.module for b in layers_of(model)], [], []
     embed = model.base_model.embeddings
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         hidden = embed(input_ids=ids[None])[0]

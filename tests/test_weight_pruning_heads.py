@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
+from hf_compress.core.projections import Role
 
 
 HEAD = "sequence_classification"
@@ -16,8 +17,7 @@ WITH_HEADS = pytest.mark.parametrize("architecture", ["bert", "distilbert", "lla
 
 def parts(block):
     """The four matrices of a layer, each as [units, rest]: what one unit owns of it."""
-    row = block.architecture
-    found = [block.linear(path).weight.detach() for path in (row.queries, row.keys, row.values)]
+    found = [block.projection(role).weight.detach() for role in (Role.QUERY, Role.KEY, Role.VALUE)]
     return [x.reshape(block.num_units, -1) for x in (*found, block.attention_out.weight.detach().T)]
 
 
@@ -115,7 +115,7 @@ def test_caps_that_put_the_target_out_of_reach(model, sentences, tokenizer, tmp_
 
 def test_half_frozen_attention_is_refused(model, sentences, tokenizer, tmp_path):
     student = model("bert", HEAD)
-    frozen = layers_of(student)[1].linear("attention.self.value")
+    frozen = layers_of(student)[1].projection(Role.VALUE).module
     frozen.weight.requires_grad_(False)
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, max_steps=4)
     rows = [{**tokenizer(text), "labels": label} for text, label in sentences]

@@ -1,192 +1,126 @@
-"""Where each supported architecture keeps its projections: one row per `model_type`, and a view of one layer.
+"""The supported architectures, and one view of a transformer layer of any of them.
 
-Letters: H heads, G query heads per key-value head, d head size, D hidden, F feed-forward width.
+Letters: H heads, G query heads a key-value head, d head size, D hidden, F feed-forward width, s tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from hf_compress.core.attention import CORE, DeferredLinear
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Paths inside one transformer layer (dots separate attributes).
-
-    Args:
-        layers: From the base model to the `ModuleList` of layers.
-        attention: From a layer to the module that splits heads.
-        queries, keys, values: Input projections of attention; all three name one module when it is fused.
-        attention_out: The projection back to the hidden size; its input is the concatenated heads.
-        ffn_in: Projections into the feed-forward width; two for a gated block, one when the gate is fused.
-        ffn_out: The projection back; its input is the activated width.
-        activation: What stands between them; of a gated block, the function of the first projection.
-        head_size: Attribute of the attention module that holds d.
-        head_counters: Attributes of the attention module that hold H; entries ending in `*d` hold H times d.
-        ffn_size: Field of the model's config with the width, for models whose layers all have the same one.
-        gated: The feed-forward block multiplies two projections.
-    """
-
-    layers: str
-    attention: str
-    queries: str
-    keys: str
-    values: str
-    attention_out: str
-    ffn_in: tuple[str, ...]
-    ffn_out: str
-    activation: str
-    head_size: str
-    head_counters: tuple[str, ...]
-    ffn_size: str
-    gated: bool = False
-
-    @property
-    def fused_attention(self) -> bool:
-        return self.queries == self.values
-
-    @property
-    def fused_gate(self) -> bool:
-        return self.gated and len(self.ffn_in) == 1
-
-
-_BERT = Architecture(
-    layers="encoder.layer",
-    attention="attention.self",
-    queries="attention.self.query",
-    keys="attention.self.key",
-    values="attention.self.value",
-    attention_out="attention.output.dense",
-    ffn_in=("intermediate.dense",),
-    ffn_out="output.dense",
-    activation="intermediate.intermediate_act_fn",
-    head_size="attention_head_size",
-    head_counters=("num_attention_heads", "all_head_size*d"),
-    ffn_size="intermediate_size",
+from hf_compress.core.attention import CORE
+from hf_compress.core.layouts.decoders import DECODERS
+from hf_compress.core.layouts.encoders import ENCODERS
+from hf_compress.core.layouts.layout import Architecture
+from hf_compress.core.projections import (
+    NEURON_ROLES,
+    OPTIONAL_ROLES,
+    Projection,
+    Role,
+    is_cuttable,
+    module_inputs,
+    module_outputs,
 )
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
-    "electra": _BERT,
-    "distilbert": Architecture(
-        layers="transformer.layer",
-        attention="attention",
-        queries="attention.q_lin",
-        keys="attention.k_lin",
-        values="attention.v_lin",
-        attention_out="attention.out_lin",
-        ffn_in=("ffn.lin1",),
-        ffn_out="ffn.lin2",
-        activation="ffn.activation",
-        head_size="attention_head_size",
-        head_counters=("n_heads",),
-        ffn_size="hidden_dim",
-    ),
-    "modernbert": Architecture(
-        layers="layers",
-        attention="attn",
-        queries="attn.Wqkv",
-        keys="attn.Wqkv",
-        values="attn.Wqkv",
-        attention_out="attn.Wo",
-        ffn_in=("mlp.Wi",),
-        ffn_out="mlp.Wo",
-        activation="mlp.act",
-        head_size="head_dim",
-        head_counters=(),
-        ffn_size="intermediate_size",
-        gated=True,
-    ),
-    "llama": Architecture(
-        layers="layers",
-        attention="self_attn",
-        queries="self_attn.q_proj",
-        keys="self_attn.k_proj",
-        values="self_attn.v_proj",
-        attention_out="self_attn.o_proj",
-        ffn_in=("mlp.gate_proj", "mlp.up_proj"),
-        ffn_out="mlp.down_proj",
-        activation="mlp.act_fn",
-        head_size="head_dim",
-        head_counters=(),
-        ffn_size="intermediate_size",
-        gated=True,
-    ),
-    # OPT reshapes with an explicit number of heads: a stale counter gives wrong numbers without an error.
-    "opt": Architecture(
-        layers="decoder.layers",
-        attention="self_attn",
-        queries="self_attn.q_proj",
-        keys="self_attn.k_proj",
-        values="self_attn.v_proj",
-        attention_out="self_attn.out_proj",
-        ffn_in=("fc1",),
-        ffn_out="fc2",
-        activation="activation_fn",
-        head_size="head_dim",
-        head_counters=("num_heads",),
-        ffn_size="ffn_dim",
-    ),
-}
+
+ARCHITECTURES: dict[str, Architecture] = {**ENCODERS, **DECODERS}
 
 
 @dataclass(frozen=True)
 class TransformerLayer:
-    """One transformer layer of a live model, seen through its architecture row.
+    """One transformer layer of a live model, seen through its architecture's row.
 
-    A removable attention *unit* is one key-value head together with the query heads that share it, so that
+    A removable *attention unit* is one key-value head together with the query heads that share it, so that
     grouped-query attention keeps a whole number of queries per key; in ordinary attention a unit is one head.
 
     Args:
         index: Zero-based layer index.
-        layer: The live layer.
+        module: The live layer.
         architecture: Its row.
     """
 
     index: int
-    layer: nn.Module
+    module: nn.Module
     architecture: Architecture
 
-    def linear(self, path: str) -> nn.Linear:
-        return self.layer.get_submodule(path)
+    @property
+    def modules(self) -> dict[str, nn.Linear | Conv1D]:
+        """Path -> module of each projection; a fused module is there once."""
+        paths = self.architecture.projections
+        return {path: self.module.get_submodule(path) for path, roles in paths.items() if self._has(path, roles)}
+
+    def _has(self, path: str, roles: tuple[Role, ...]) -> bool:
+        if roles[0] not in OPTIONAL_ROLES:
+            return True
+        parent, _, name = path.rpartition(".")
+        return hasattr(self.module.get_submodule(parent), name)
+
+    @property
+    def projections(self) -> dict[Role, Projection]:
+        """The projections by role, in the order of the row."""
+        return {
+            role: self._within(path, module, role)
+            for path, module in self.modules.items()
+            for role in self.architecture.projections[path]
+        }
+
+    def projection(self, role: Role) -> Projection:
+        """The projection with a role; a `KeyError` where the architecture has none."""
+        path = self.architecture.paths[role]
+        return self._within(path, self.module.get_submodule(path), role)
+
+    def _within(self, path: str, module: nn.Linear | Conv1D, role: Role) -> Projection:
+        roles = self.architecture.projections[path]
+        start = sum(self._width(earlier) for earlier in roles[: roles.index(role)])
+        return Projection(role, path, module, start, start + self._width(role))
+
+    def _width(self, role: Role) -> int:
+        """Outputs of the projection with a role."""
+        if role in (Role.ATTENTION_OUT, Role.FFN_OUT):
+            return self.hidden_size
+        if role in NEURON_ROLES:
+            return self.num_neurons
+        context = self._inputs_of(Role.ATTENTION_OUT)
+        return context // self.queries_per_unit if role in (Role.KEY, Role.VALUE) else context
+
+    def _inputs_of(self, role: Role) -> int:
+        return module_inputs(self.module.get_submodule(self.architecture.paths[role]))
 
     @property
     def attention(self) -> nn.Module:
-        return self.layer.get_submodule(self.architecture.attention)
+        """The module that splits heads."""
+        return self.module.get_submodule(self.architecture.attention)
 
     @property
-    def attention_out(self) -> nn.Linear:
-        return self.linear(self.architecture.attention_out)
+    def attention_out(self) -> Projection:
+        """From the concatenated heads back to the hidden size."""
+        return self.projection(Role.ATTENTION_OUT)
 
     @property
-    def ffn_out(self) -> nn.Linear:
-        return self.linear(self.architecture.ffn_out)
+    def ffn_out(self) -> Projection:
+        """From the feed-forward width back to the hidden size."""
+        return self.projection(Role.FFN_OUT)
 
     @property
     def activation(self) -> nn.Module:
-        return self.layer.get_submodule(self.architecture.activation)
+        """What `GATE` passes through, or `FFN_IN` where there is no gate."""
+        return self.module.get_submodule(self.architecture.activation)
 
     @property
     def hidden_size(self) -> int:
-        return self.attention_out.out_features
+        return module_outputs(self.module.get_submodule(self.architecture.paths[Role.ATTENTION_OUT]))
 
     @property
     def head_size(self) -> int:
-        return getattr(self.attention, self.architecture.head_size)
+        return int(getattr(self.attention, self.architecture.head_size))
 
     @property
     def queries_per_unit(self) -> int:
-        return getattr(self.attention, "num_key_value_groups", 1)
+        return int(getattr(self.attention, "num_key_value_groups", 1))
 
     @property
     def unit_size(self) -> int:
@@ -195,11 +129,11 @@ class TransformerLayer:
 
     @property
     def num_units(self) -> int:
-        return self.attention_out.in_features // self.unit_size
+        return self._inputs_of(Role.ATTENTION_OUT) // self.unit_size
 
     @property
     def num_neurons(self) -> int:
-        return self.ffn_out.in_features
+        return self._inputs_of(Role.FFN_OUT)
 
     def macs_per_unit(self, seq_len: float) -> float:
         """Multiply-accumulates of one attention unit for a sequence of `seq_len` tokens.
@@ -209,8 +143,8 @@ class TransformerLayer:
             once a group under grouped-query attention.
         """
         in_projections = (self.queries_per_unit + 2) * seq_len * self.hidden_size * self.head_size
-        scores_and_mix = self.attention_macs(seq_len) / self.num_units
-        return in_projections + scores_and_mix + seq_len * self.unit_size * self.hidden_size
+        shared = (self.attention_macs(seq_len) + self.position_macs) / self.num_units
+        return in_projections + shared + seq_len * self.unit_size * self.hidden_size
 
     def attention_macs(self, seq_len: float) -> float:
         """Multiply-accumulates between the projections, unless attention was replaced.
@@ -218,17 +152,30 @@ class TransformerLayer:
         Two for each pair of tokens that see each other and each column of the context: `2 s^2` a column, or in a
         window that reaches `r` tokens to both sides `2 (s (2 r + 1) - r (r + 1))`, with `r` at most `s - 1`. Masked
         pairs are not counted there, although kernels without windows compute them; causal attention counts all pairs.
+        Products with embeddings of relative positions are counted, one for each token, embedding and column.
         """
-        width, core = self.attention_out.in_features, getattr(self.attention, CORE, None)
+        width, core = self._inputs_of(Role.ATTENTION_OUT), getattr(self.attention, CORE, None)
         if core is not None:
-            return core.macs(seq_len, width, self.hidden_size)
+            return float(core.macs(seq_len, width, self.hidden_size))
         # transformers stores the first distance that is out of reach.
         window = getattr(self.attention, "sliding_window", None)
         reach = seq_len - 1 if window is None else min(window - 1, seq_len - 1)
-        return 2 * (seq_len * (2 * reach + 1) - reach * (reach + 1)) * width
+        positions = 0.0
+        if self.architecture.position_work is not None:
+            rows, _, products = self.architecture.position_work(self.attention)
+            positions = products * seq_len * rows * width
+        return 2 * (seq_len * (2 * reach + 1) - reach * (reach + 1)) * width + positions
+
+    @property
+    def position_macs(self) -> float:
+        """Multiply-accumulates that project embeddings of relative positions: once for a whole batch."""
+        if self.architecture.position_work is None:
+            return 0.0
+        rows, projections, _ = self.architecture.position_work(self.attention)
+        return float(projections * rows * self.hidden_size * self._inputs_of(Role.ATTENTION_OUT))
 
     def macs_per_neuron(self, seq_len: float) -> float:
-        """Multiply-accumulates of one feed-forward neuron: `2 s D`, or `3 s D` in a gated block."""
+        """Multiply-accumulates of one feed-forward neuron: `2 s D`, or `3 s D` with a gate."""
         return (3 if self.architecture.gated else 2) * seq_len * self.hidden_size
 
 
@@ -259,31 +206,23 @@ def layers_of(model: PreTrainedModel, adapted: bool = False) -> list[Transformer
         adapted: Whether adapters around the projections do no harm, because only shapes are read.
 
     Raises:
-        ValueError: If the architecture is not supported, or if a projection is not an ordinary `nn.Linear` (an
+        ValueError: If the architecture is not supported, or if a projection is not an ordinary linear layer (an
             adapter or a quantised layer cannot be sliced without losing what it adds).
 
     Example:
         >>> from transformers import BertConfig, BertModel
         >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
-        >>> [block.num_neurons for block in layers_of(BertModel(tiny))]
+        >>> [layer.num_neurons for layer in layers_of(BertModel(tiny))]
         [16, 16]
     """
     row = architecture_of(model)
-    layers = model.base_model.get_submodule(row.layers)
-    blocks = [TransformerLayer(index, layer, row) for index, layer in enumerate(layers)]
-    for block in () if adapted else blocks:
-        for path in {row.queries, row.keys, row.values, row.attention_out, *row.ffn_in, row.ffn_out}:
-            module = block.linear(path)
-            if type(module) not in (nn.Linear, DeferredLinear) or torch.nn.utils.parametrize.is_parametrized(module):
+    modules = model.base_model.get_submodule(row.layers)
+    layers = [TransformerLayer(index, module, row) for index, module in enumerate(modules)]
+    for layer in () if adapted else layers:
+        for path, module in layer.modules.items():
+            if not is_cuttable(module):
                 raise ValueError(
-                    f"Layer {block.index} {path} must be a plain torch.nn.Linear, got {type(module).__name__}. "
+                    f"Layer {layer.index} {path} must be a plain torch.nn.Linear, got {type(module).__name__}. "
                     "Merge adapters (merge_and_unload) or load the model unquantised first."
                 )
-    return blocks
-
-
-def named_projections(block: TransformerLayer) -> Iterator[tuple[str, nn.Linear]]:
-    """Each projection of a layer once, fused ones included."""
-    row = block.architecture
-    for path in dict.fromkeys((row.queries, row.keys, row.values, row.attention_out, *row.ffn_in, row.ffn_out)):
-        yield path, block.linear(path)
+    return layers

@@ -18,6 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
 
+from hf_compress.core.projections import CuttableLinear
+
 
 ATTENTION = "hf_compress"
 CORE = "attention_core"
@@ -72,7 +74,7 @@ class AttentionCore(nn.Module):
         return False
 
 
-class DeferredLinear(nn.Linear):
+class DeferredLinear(CuttableLinear):
     """A key or value projection that lets its core apply it later, where that is cheaper.
 
     An instance is an ordinary `nn.Linear` whose class was changed by `defer_`; `owner` is the attention module. When

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.core.architectures import TransformerLayer, layers_of, named_projections
+from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.batches import base_inputs, live_tokens
 from hf_compress.core.calibration import readable_data
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.modes import evaluating
+from hf_compress.core.projections import NEURON_ROLES, OPTIONAL_ROLES, Role
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,29 @@ def count_size(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def layer_macs(block: TransformerLayer, seq_len: float) -> float:
-    """Multiply-accumulates of one layer for one sequence, from the shapes of its projections."""
-    projections = sum(linear.in_features * linear.out_features for _, linear in named_projections(block))
-    return seq_len * projections + block.attention_macs(seq_len)
+def _projection_macs(layer: TransformerLayer) -> tuple[int, int]:
+    """Multiply-accumulates of one token in the projections of attention and of the feed-forward sublayer."""
+    attention = feed_forward = 0
+    for role, projection in layer.projections.items():
+        macs = projection.in_features * projection.out_features
+        if role in (*NEURON_ROLES, Role.FFN_OUT):
+            feed_forward += macs
+        elif role not in OPTIONAL_ROLES:
+            attention += macs
+    return attention, feed_forward
 
 
-def live_macs(blocks: list[TransformerLayer], state: LiveTokens) -> tuple[Tensor, Tensor]:
+def layer_macs(layer: TransformerLayer, seq_len: float, batch_size: int = 1) -> float:
+    """Multiply-accumulates of one layer for a batch of equally long sequences, from the shapes of its projections."""
+    each = seq_len * sum(_projection_macs(layer)) + layer.attention_macs(seq_len)
+    return batch_size * each + layer.position_macs
+
+
+def live_macs(layers: list[TransformerLayer], state: LiveTokens) -> tuple[Tensor, Tensor]:
     """Multiply-accumulates of a batch whose tokens were dropped on the way, and those without dropping.
 
     Args:
-        blocks: Of the model.
+        layers: Of the model.
         state: Of its forward pass.
 
     Returns:
@@ -68,26 +81,24 @@ def live_macs(blocks: list[TransformerLayer], state: LiveTokens) -> tuple[Tensor
 
     Source:
         LTP specification 7.3: `4 D^2 a + 2 D a^2 + 8 D^2 f` a layer and example, with a tokens in attention and f in
-        the feed-forward block, here with the real module shapes.
+        the feed-forward sublayer, here with the real module shapes.
     """
     # Whole numbers stay exact, also where there is no double precision.
     initial = state.attended[0]
     macs, dense = [], []
-    for block in blocks:
-        attended, fed = state.attended[block.index], state.fed[block.index]
-        row, width = block.architecture, block.attention_out.in_features
-        outside = (row.ffn_out, *row.ffn_in)
-        feeding = sum(x.in_features * x.out_features for path, x in named_projections(block) if path in outside)
-        attending = sum(x.in_features * x.out_features for path, x in named_projections(block) if path not in outside)
+    for layer in layers:
+        attended, fed = state.attended[layer.index], state.fed[layer.index]
+        width = layer.attention_out.in_features
+        attending, feeding = _projection_macs(layer)
         macs.append((attending * attended + 2 * width * attended * attended + feeding * fed).sum())
         dense.append(((attending + feeding) * initial + 2 * width * initial * initial).sum())
     return torch.stack(macs), torch.stack(dense)
 
 
 @torch.no_grad()
-def _macs_on(model: PreTrainedModel, blocks: list[TransformerLayer], data: Iterable[Mapping[str, Any]]) -> list[float]:
+def _macs_on(model: PreTrainedModel, layers: list[TransformerLayer], data: Iterable[Mapping[str, Any]]) -> list[float]:
     """Mean multiply-accumulates a sequence in each layer, on real inputs."""
-    total, sequences = [0.0] * len(blocks), 0
+    total, sequences = [0.0] * len(layers), 0
     with evaluating(model):
         for batch in data:
             inputs = base_inputs(model, batch)
@@ -97,10 +108,10 @@ def _macs_on(model: PreTrainedModel, blocks: list[TransformerLayer], data: Itera
                 # All of the last layer: what a head does not read is not the method's merit.
                 state = LiveTokens(whole=True)
                 model.base_model(**inputs, **{STATE: state})
-                layers = live_macs(blocks, state)[0].tolist()
+                found = live_macs(layers, state)[0].tolist()
             else:
-                layers = [sum(layer_macs(block, length) for length in lengths.tolist()) for block in blocks]
-            total = [sum(pair) for pair in zip(total, layers, strict=True)]
+                found = [sum(layer_macs(layer, length) for length in lengths.tolist()) for layer in layers]
+            total = [sum(pair) for pair in zip(total, found, strict=True)]
     if not sequences:
         raise ValueError("data must hold at least one batch, got none.")
     return [macs / sequences for macs in total]
@@ -139,7 +150,9 @@ def count_cost(
         raise ValueError("Weights must be loaded to be counted, got a model on the meta device.")
     if data is not None:
         data = readable_data(model, data, 1)
-    blocks = layers_of(model)
-    each = [float(layer_macs(block, seq_len)) for block in blocks] if data is None else _macs_on(model, blocks, data)
-    by_layer = [batch_size * macs for macs in each]
+    layers = layers_of(model)
+    if data is None:
+        by_layer = [float(layer_macs(layer, seq_len, batch_size)) for layer in layers]
+    else:
+        by_layer = [batch_size * macs for macs in _macs_on(model, layers, data)]
     return Cost(**count_size(model), macs=sum(by_layer), macs_by_layer=by_layer)

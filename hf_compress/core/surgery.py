@@ -5,62 +5,66 @@ Every function works on live weights and on meta-device skeletons alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.architectures import TransformerLayer, architecture_of, layers_of
-from hf_compress.core.attention import DeferredLinear, defer_
+from hf_compress.core.projections import HEAD_ROLES, NEURON_ROLES, Projection, Role, matrix_of
 
 
-def _set(block: TransformerLayer, path: str, linear: nn.Linear) -> None:
-    parent, _, name = path.rpartition(".")
-    holder = block.layer.get_submodule(parent)
-    old = getattr(holder, name)
-    setattr(holder, name, linear)
-    if isinstance(old, DeferredLinear):
-        defer_(linear, old.owner)
+# Buffer of an attention module that lost heads: which of the dense model's heads it still has.
+KEPT_HEADS = "kept_heads"
 
 
-def _like(old: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer with the given values and the old one's dtype, mode and `requires_grad`."""
-    with torch.device("meta"):
-        new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    new.weight = nn.Parameter(weight.detach().to(old.weight.dtype).clone(), requires_grad=old.weight.requires_grad)
+def _replace_(module: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a linear layer another weight [outputs, inputs] and bias; dtype and `requires_grad` stay."""
+
+    def renewed(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+        # An own copy: views would keep the dense weight in memory.
+        copy = values.detach().to(old.dtype).clone(memory_format=torch.contiguous_format)
+        return nn.Parameter(copy, requires_grad=old.requires_grad)
+
+    module.weight = renewed(module.weight, weight.T if isinstance(module, Conv1D) else weight)
     if bias is not None:
-        new.bias = nn.Parameter(bias.detach().to(old.bias.dtype).clone(), requires_grad=old.bias.requires_grad)
-    return new.train(old.training)
+        module.bias = renewed(module.bias, bias)
+    if isinstance(module, Conv1D):
+        module.nf, module.nx = weight.shape
+    else:
+        module.out_features, module.in_features = weight.shape
 
 
-def keep_outputs(linear: nn.Linear, rows: Tensor) -> nn.Linear:
-    """A linear layer that computes only the given outputs.
+def keep_outputs_(module: nn.Linear | Conv1D, rows: Tensor) -> None:
+    """Let a linear layer compute only the given outputs.
 
     Args:
-        linear: Any linear layer; not changed.
+        module: Changed in place; it gets new parameters.
         rows: [k] int64, indices of the outputs that stay, in their new order.
     """
-    rows = rows.to(linear.weight.device)
-    return _like(linear, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+    rows = rows.to(module.weight.device)
+    _replace_(module, matrix_of(module)[rows], None if module.bias is None else module.bias[rows])
 
 
-def keep_inputs(
-    linear: nn.Linear, columns: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-) -> nn.Linear:
-    """A linear layer that reads only the given inputs.
+def keep_inputs_(
+    module: nn.Linear | Conv1D, columns: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> None:
+    """Let a linear layer read only the given inputs.
 
     Args:
-        linear: Any linear layer; not changed.
+        module: Changed in place; it gets new parameters.
         columns: [k] int64, indices of the inputs that stay, in their new order.
-        weight: [out, k] replacement for the kept columns, when they were corrected; cast to the layer's dtype.
-        bias: [out] replacement for the bias.
+        weight: [outputs, k] replacement for the kept columns, when they were corrected; cast to the layer's dtype.
+        bias: [outputs] replacement for the bias.
     """
-    columns = columns.to(linear.weight.device)
-    weight = linear.weight[:, columns] if weight is None else weight.to(linear.weight.device)
-    bias = linear.bias if bias is None else bias.to(linear.weight.device)
-    return _like(linear, weight, bias)
+    columns = columns.to(module.weight.device)
+    weight = matrix_of(module)[:, columns] if weight is None else weight.to(module.weight.device)
+    bias = module.bias if bias is None else bias.to(module.weight.device)
+    _replace_(module, weight, bias)
 
 
 def unit_columns(units: Sequence[int], size: int) -> Tensor:
@@ -74,62 +78,100 @@ def unit_columns(units: Sequence[int], size: int) -> Tensor:
     return (starts + torch.arange(size)).flatten()
 
 
+def _keep_role_outputs_(layer: TransformerLayer, kept: Mapping[Role, Tensor]) -> None:
+    """Cut the outputs of several projections; those that share a module are cut together.
+
+    Args:
+        layer: The layer to change.
+        kept: Role -> [k] indices within the projection's own outputs; roles that the layer lacks are ignored.
+    """
+    modules: dict[str, list[Projection]] = {}
+    for projection in layer.projections.values():
+        if projection.role in kept:
+            modules.setdefault(projection.path, []).append(projection)
+    for projections in modules.values():
+        rows = torch.cat([kept[projection.role] + projection.start for projection in projections])
+        keep_outputs_(projections[0].module, rows)
+
+
 def keep_heads_(
-    block: TransformerLayer, units: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None
+    layer: TransformerLayer, units: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None
 ) -> None:
     """Remove all attention units but the given ones from a layer, physically.
 
     Args:
-        block: The layer to change.
+        layer: The layer to change.
         units: Ascending indices of the units that stay; at least one.
         weight: [D, kept columns] corrected output projection.
         bias: [D] corrected output bias.
     """
-    row, d = block.architecture, block.head_size
-    context = unit_columns(units, block.unit_size)
-    queries, keys = context, unit_columns(units, d)
-    out = keep_inputs(block.attention_out, context, weight, bias)
-    if row.fused_attention:
-        width = block.attention_out.in_features
-        _set(
-            block,
-            row.queries,
-            keep_outputs(block.linear(row.queries), torch.cat([queries + i * width for i in range(3)])),
-        )
-    else:
-        for path, rows in ((row.queries, queries), (row.keys, keys), (row.values, keys)):
-            _set(block, path, keep_outputs(block.linear(path), rows))
-    _set(block, row.attention_out, out)
+    row, d, attention = layer.architecture, layer.head_size, layer.attention
+    context, grouped = unit_columns(units, layer.unit_size), unit_columns(units, d)
+    if row.head_bias is not None:
+        _keep_head_bias_(attention, row.head_bias, units, layer.num_units)
+    kept = {role: grouped if role in (Role.KEY, Role.VALUE) else context for role in HEAD_ROLES}
+    _keep_role_outputs_(layer, kept)
+    keep_inputs_(layer.attention_out.module, context, weight, bias)
     for counter in row.head_counters:
         name, _, times_head_size = counter.partition("*")
-        setattr(block.attention, name, len(units) * (d if times_head_size else 1))
+        setattr(attention, name, len(units) * (d if times_head_size else 1))
+
+
+def _keep_head_bias_(attention: nn.Module, argument: str, units: Sequence[int], before: int) -> None:
+    """Let an attention module pick its own heads' share of a bias that comes for all heads of the dense model.
+
+    Which heads those are is a buffer, saved with the weights: a skeleton gets it by its size and reads the values
+    with all others, whatever step of the record removed the heads.
+    """
+    device = next(attention.parameters()).device
+    kept = torch.tensor(list(units), dtype=torch.int64, device=device)
+    earlier = getattr(attention, KEPT_HEADS, None)
+    if earlier is None:
+        position = list(inspect.signature(attention.forward).parameters).index(argument)
+        attention.register_forward_pre_hook(_HeadBias(argument, position), with_kwargs=True)
+    attention.register_buffer(KEPT_HEADS, kept if earlier is None else earlier[kept])
+
+
+class _HeadBias:
+    """A hook that narrows one argument, [B, H, S, S] and equal for all examples, to the heads that its module kept."""
+
+    def __init__(self, argument: str, position: int) -> None:
+        self.argument = argument
+        self.position = position
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kept = getattr(module, KEPT_HEADS)
+        if self.position < len(args) and args[self.position] is not None:
+            narrowed = args[self.position][:1].index_select(1, kept)
+            args = (*args[: self.position], narrowed, *args[self.position + 1 :])
+        elif kwargs.get(self.argument) is not None:
+            kwargs = {**kwargs, self.argument: kwargs[self.argument][:1].index_select(1, kept)}
+        return args, kwargs
 
 
 def keep_neurons_(
-    block: TransformerLayer, neurons: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    layer: TransformerLayer, neurons: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> None:
     """Remove all feed-forward neurons but the given ones from a layer, physically.
 
     Args:
-        block: The layer to change.
+        layer: The layer to change.
         neurons: [k] int64, ascending indices of the neurons that stay; at least one.
         weight: [D, k] corrected output projection.
         bias: [D] corrected output bias.
     """
-    row = block.architecture
-    rows = torch.cat([neurons, neurons + block.num_neurons]) if row.fused_gate else neurons
-    out = keep_inputs(block.ffn_out, neurons, weight, bias)
-    for path in row.ffn_in:
-        _set(block, path, keep_outputs(block.linear(path), rows))
-    _set(block, row.ffn_out, out)
+    _keep_role_outputs_(layer, dict.fromkeys(NEURON_ROLES, neurons))
+    keep_inputs_(layer.ffn_out.module, neurons, weight, bias)
 
 
-def resize_(block: TransformerLayer, num_units: int, num_neurons: int) -> None:
+def resize_(layer: TransformerLayer, num_units: int, num_neurons: int) -> None:
     """Give a skeleton layer the shapes of a pruned one; which weights are kept does not matter here."""
-    if num_units != block.num_units:
-        keep_heads_(block, range(num_units))
-    if num_neurons != block.num_neurons:
-        keep_neurons_(block, torch.arange(num_neurons))
+    if num_units != layer.num_units:
+        keep_heads_(layer, range(num_units))
+    if num_neurons != layer.num_neurons:
+        keep_neurons_(layer, torch.arange(num_neurons))
 
 
 def resize_layers_(model: PreTrainedModel, heads: Sequence[int], neurons: Sequence[int]) -> None:
@@ -143,19 +185,19 @@ def resize_layers_(model: PreTrainedModel, heads: Sequence[int], neurons: Sequen
     Raises:
         ValueError: If the sizes do not fit the model.
     """
-    blocks = layers_of(model)
-    if len(heads) != len(blocks) or len(neurons) != len(blocks):
+    layers = layers_of(model)
+    if len(heads) != len(layers) or len(neurons) != len(layers):
         raise ValueError(
-            f"heads_per_layer and neurons_per_layer must have {len(blocks)} entries, "
+            f"heads_per_layer and neurons_per_layer must have {len(layers)} entries, "
             f"got {len(heads)} and {len(neurons)}."
         )
-    for block, num_units, num_neurons in zip(blocks, heads, neurons, strict=True):
-        if num_units > block.num_units or num_neurons > block.num_neurons:
+    for layer, num_units, num_neurons in zip(layers, heads, neurons, strict=True):
+        if num_units > layer.num_units or num_neurons > layer.num_neurons:
             raise ValueError(
-                f"Layer {block.index} must have at most {block.num_units} heads and {block.num_neurons} neurons, "
+                f"Layer {layer.index} must have at most {layer.num_units} heads and {layer.num_neurons} neurons, "
                 f"got {num_units} and {num_neurons}."
             )
-        resize_(block, num_units, num_neurons)
+        resize_(layer, num_units, num_neurons)
 
 
 def plain_sizes(model: PreTrainedModel) -> dict[str, Any]:
@@ -164,26 +206,29 @@ def plain_sizes(model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         ValueError: Names the layer that stock transformers cannot build.
     """
-    row, blocks = architecture_of(model), layers_of(model)
-    first = blocks[0]
-    for block in blocks:
-        if block.num_neurons != first.num_neurons:
+    row, layers = architecture_of(model), layers_of(model)
+    first = layers[0]
+    for layer in layers:
+        if layer.num_neurons != first.num_neurons:
             raise ValueError(
-                f"Layer {block.index} has {block.num_neurons} neurons, layer 0 has {first.num_neurons}: "
+                f"Layer {layer.index} has {layer.num_neurons} neurons, layer 0 has {first.num_neurons}: "
                 f"no single {row.ffn_size}."
             )
-        if block.num_units != first.num_units:
+        if layer.num_units != first.num_units:
             raise ValueError(
-                f"Layer {block.index} has {block.num_units} heads, layer 0 has {first.num_units}: no single number."
+                f"Layer {layer.index} has {layer.num_units} heads, layer 0 has {first.num_units}: no single number."
             )
     fields: dict[str, Any] = {row.ffn_size: first.num_neurons}
-    if first.attention_out.in_features != first.hidden_size:
-        if getattr(model.config, "head_dim", None) is None or not hasattr(model.config, "num_key_value_heads"):
+    heads = first.num_units * first.queries_per_unit
+    if heads != model.config.num_attention_heads:
+        if not row.free_heads:
             raise ValueError(
                 f"Layer 0 has {first.num_units} heads of size {first.head_size}; {model.config.model_type} derives "
                 "the head size from the number of heads and cannot have fewer. Structured pruning keeps them with "
                 "prune_heads=False."
             )
-        fields["num_key_value_heads"] = first.num_units
-        fields["num_attention_heads"] = first.num_units * first.queries_per_unit
+        fields["head_dim"] = first.head_size
+        fields["num_attention_heads"] = heads
+        if hasattr(model.config, "num_key_value_heads"):
+            fields["num_key_value_heads"] = first.num_units
     return fields

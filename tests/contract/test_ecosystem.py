@@ -58,7 +58,7 @@ def test_gradient_checkpointing(compressed, batch, method, architecture):
     plain = gradients(model, batch(model))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     calls = []
-    layers_of(model)[0].attention_out.register_forward_hook(lambda *_: calls.append(1))
+    layers_of(model)[0].attention_out.module.register_forward_hook(lambda *_: calls.append(1))
     again = gradients(model, batch(model))
     assert len(calls) == 2  # Once forward, once again for the backward pass.
     assert plain.keys() == again.keys()
@@ -83,7 +83,7 @@ def test_pipeline_after_reload(compressed, tokenizer, sentences, method, tmp_pat
 def test_lora_on_a_compressed_model(compressed, batches, batch, labelled, method, architecture, tmp_path):
     model = compressed(method, architecture, HEAD)
     model.save_pretrained(tmp_path / "base")
-    targets = [name.rpartition(".")[2] for name, module in layers_of(model)[0].layer.named_modules()
+    targets = [name.rpartition(".")[2] for name, module in layers_of(model)[0].module.named_modules()
                if isinstance(module, nn.Linear)]  # fmt: skip
     settings = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=sorted(set(targets)))
     student = peft.get_peft_model(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), settings)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_compress.core.architectures import TransformerLayer, architecture_of, layers_of
 from hf_compress.core.attention import attach_core_, defer_, use_cores_
 from hf_compress.core.positions import extend_positions_, position_offset
+from hf_compress.core.projections import Role
 from hf_compress.methods.linformer.config import LinformerConfig
 from hf_compress.methods.linformer.projection import LinformerCore, TimeProjection
 
@@ -85,7 +86,7 @@ def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
     generator = torch.Generator().manual_seed(config.seed)
     shared = None
     for block in _global_blocks(model):
-        row, attention = block.architecture, block.attention
+        attention = block.attention
         projection = shared
         if shared is None:
             weight = block.attention_out.weight
@@ -96,7 +97,7 @@ def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
         if config.share == "layer" and shared is None:
             shared = projection
             model.base_model.add_module(_SHARED, projection)
-        deferrable = None if row.fused_attention else (_name(row.keys), _name(row.values))
+        deferrable = _deferrable(block)
         core = LinformerCore(
             projection,
             owned=config.share != "layer",
@@ -113,8 +114,12 @@ def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
     use_cores_(model)
 
 
-def _name(path: str) -> str:
-    return path.rpartition(".")[2]
+def _deferrable(layer: TransformerLayer) -> tuple[str, str] | None:
+    """The names of the key and value projections, when nothing stands between them and attention."""
+    keys, values = layer.projection(Role.KEY), layer.projection(Role.VALUE)
+    if keys.fused or values.fused or layer.architecture.rotary:
+        return None
+    return keys.path.rpartition(".")[2], values.path.rpartition(".")[2]
 
 
 def _initialize(projection: TimeProjection, config: LinformerConfig, generator: torch.Generator) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.calibration import collect_inputs
 from hf_compress.core.moments import SecondMoments
+from hf_compress.core.projections import Projection
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, unit_columns
 from hf_compress.methods.structured_pruning.config import StructuredPruningConfig
 from hf_compress.methods.structured_pruning.decomposition import check_conditioning, gram_of, interpolation_matrix
@@ -22,12 +23,12 @@ from hf_compress.methods.structured_pruning.sketch import CountSketch
 Data = Iterable[Mapping[str, Any]]
 
 
-def observed_modules(blocks: list[TransformerLayer]) -> dict[Any, nn.Linear]:
+def observed_projections(layers: list[TransformerLayer]) -> dict[tuple[int, str], Projection]:
     """(layer, kind) -> the output projection whose input is measured."""
     return {
-        (block.index, kind): module
-        for block in blocks
-        for kind, module in (("heads", block.attention_out), ("neurons", block.ffn_out))
+        (layer.index, kind): projection
+        for layer in layers
+        for kind, projection in (("heads", layer.attention_out), ("neurons", layer.ffn_out))
     }
 
 
@@ -51,12 +52,12 @@ class _Cross:
             self.sum.addmm_(wide[:, self.keep].T, wide)
 
 
-def _columns(block: TransformerLayer, kind: str, units: list[int]) -> Tensor:
-    return unit_columns(units, block.unit_size) if kind == "heads" else torch.tensor(units)
+def _columns(layer: TransformerLayer, kind: str, units: list[int]) -> Tensor:
+    return unit_columns(units, layer.unit_size) if kind == "heads" else torch.tensor(units)
 
 
 def cut_(
-    block: TransformerLayer,
+    layer: TransformerLayer,
     kind: str,
     ranking: Ranking,
     size: int,
@@ -66,9 +67,9 @@ def cut_(
     """Keep the first `size` units of a ranking and fold the rest into the output projection."""
     if size == len(ranking.order):
         return
-    out = block.attention_out if kind == "heads" else block.ffn_out
+    out = layer.attention_out if kind == "heads" else layer.ffn_out
     units = sorted(ranking.order[:size])
-    columns = _columns(block, kind, units).to(moments.total.device)
+    columns = _columns(layer, kind, units).to(moments.total.device)
     weight = bias = None
     if config.correction:
         if ranking.columns is not None:
@@ -78,43 +79,44 @@ def cut_(
         weight = wide @ matrix.T
         if config.center:
             bias = out.bias.detach().to(matrix) + wide @ (moments.mean - matrix.T @ moments.mean[columns])
-    _apply(block, kind, units, weight, bias)
+    _apply(layer, kind, units, weight, bias)
 
 
-def _apply(block: TransformerLayer, kind: str, units: list[int], weight: Tensor | None, bias: Tensor | None) -> None:
+def _apply(layer: TransformerLayer, kind: str, units: list[int], weight: Tensor | None, bias: Tensor | None) -> None:
     if kind == "heads":
-        keep_heads_(block, units, weight, bias)
+        keep_heads_(layer, units, weight, bias)
     else:
-        keep_neurons_(block, torch.tensor(units), weight, bias)
+        keep_neurons_(layer, torch.tensor(units), weight, bias)
 
 
 def cut_by_sketch_(
     model: PreTrainedModel,
-    blocks: list[TransformerLayer],
+    layers: list[TransformerLayer],
     rankings: Mapping[Any, Ranking],
     kept: Mapping[Any, int],
     config: StructuredPruningConfig,
     data: Data,
 ) -> None:
     """Second exact pass for the chosen columns only: coefficients from a sketch are several times worse."""
-    modules = observed_modules(blocks)
-    units = {key: sorted(rankings[key].order[: kept[key]]) for key in modules}
+    projections = observed_projections(layers)
+    units = {key: sorted(rankings[key].order[: kept[key]]) for key in projections}
     crosses = {
-        key: _Cross(module.in_features, _columns(blocks[key[0]], key[1], units[key]), module.weight.device)
-        for key, module in modules.items()
+        key: _Cross(out.in_features, _columns(layers[key[0]], key[1], units[key]), out.weight.device)
+        for key, out in projections.items()
         if kept[key] < len(rankings[key].order)
     }
     if config.correction and crosses:
-        collect_inputs(model, {key: modules[key] for key in crosses}, crosses, data, description="correction")
+        modules = {key: projections[key].module for key in crosses}
+        collect_inputs(model, modules, crosses, data, description="correction")
     for key, cross in crosses.items():
         weight = None
         if config.correction:
             matrix = interpolation_matrix(cross.sum, cross.keep, config.ridge, cross=cross.sum)
-            weight = modules[key].weight.detach().to(matrix) @ matrix.T
-        _apply(blocks[key[0]], key[1], units[key], weight, None)
+            weight = projections[key].weight.detach().to(matrix) @ matrix.T
+        _apply(layers[key[0]], key[1], units[key], weight, None)
 
 
-def scaled_columns(out: nn.Linear, columns: Tensor, scales: Tensor) -> Tensor:
+def scaled_columns(out: Projection, columns: Tensor, scales: Tensor) -> Tensor:
     """[out, k] float64: the given columns of a projection, each times its scale."""
     weight = out.weight.detach()[:, columns.to(out.weight.device)].double()
     return weight * scales.to(weight)

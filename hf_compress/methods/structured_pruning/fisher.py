@@ -23,7 +23,6 @@ from hf_compress.core.modes import evaluating
 from hf_compress.methods.structured_pruning.mask_tuning import (
     Data,
     Masks,
-    adds_own_input,
     masked,
     tune_masks,
 )
@@ -47,13 +46,13 @@ class FisherLayer:
 
 
 def collect_gradients(
-    model: PreTrainedModel, blocks: Sequence[TransformerLayer], data: Data
+    model: PreTrainedModel, layers: Sequence[TransformerLayer], data: Data
 ) -> tuple[list[Tensor], list[Tensor]]:
     """How the loss reacts when a unit is turned down, for every batch: derivatives at masks of ones.
 
     Args:
         model: With a task head. Runs in eval mode with frozen parameters; mode and `requires_grad` are restored.
-        blocks: Its layers.
+        layers: Its layers.
         data: Input dicts with labels; read once.
 
     Returns:
@@ -64,8 +63,8 @@ def collect_gradients(
     """
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     ones = Masks(
-        [torch.ones(b.num_units, dtype=dtype, device=b.attention_out.weight.device) for b in blocks],
-        [torch.ones(b.num_neurons, dtype=dtype, device=b.ffn_out.weight.device) for b in blocks],
+        [torch.ones(x.num_units, dtype=dtype, device=x.attention_out.weight.device) for x in layers],
+        [torch.ones(x.num_neurons, dtype=dtype, device=x.ffn_out.weight.device) for x in layers],
     )
     leaves = [mask.requires_grad_() for mask in ones.units + ones.neurons]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -73,7 +72,7 @@ def collect_gradients(
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with evaluating(model), masked(blocks, ones), torch.enable_grad():
+        with evaluating(model), masked(layers, ones), torch.enable_grad():
             for batch in data:
                 loss = getattr(model(**on_device(model, batch)), "loss", None)
                 if loss is None:
@@ -90,7 +89,7 @@ def collect_gradients(
     grads = [torch.stack(column) for column in zip(*rows, strict=True)]
     if not all(torch.isfinite(g).all() for g in grads):
         raise ValueError("The loss must have finite gradients on the calibration data, got NaN or infinity.")
-    return grads[: len(blocks)], grads[len(blocks) :]
+    return grads[: len(layers)], grads[len(layers) :]
 
 
 def fisher_information(grads: Sequence[Tensor]) -> list[Tensor]:
@@ -201,7 +200,7 @@ def rearrange_mask(grads: Tensor, keep: Tensor) -> Tensor:
 
 def fisher_selection(
     model: PreTrainedModel,
-    blocks: Sequence[TransformerLayer],
+    layers: Sequence[TransformerLayer],
     data: Data,
     seq_len: float,
     mac_ratio: float,
@@ -224,20 +223,18 @@ def fisher_selection(
     Raises:
         ValueError: As the four steps do, and for data that cannot be read often enough.
     """
-    if tune:
-        adds_own_input(model)
-    data = require_data(data, 1 + 2 * len(blocks) * tune)
-    unit_grads, neuron_grads = collect_gradients(model, blocks, data)
+    data = require_data(data, 1 + 2 * len(layers) * tune)
+    unit_grads, neuron_grads = collect_gradients(model, layers, data)
 
     def search(ratio: float) -> Masks:
         return search_masks(
             fisher_information(unit_grads),
             fisher_information(neuron_grads),
-            [block.macs_per_unit(seq_len) for block in blocks],
-            [block.macs_per_neuron(seq_len) for block in blocks],
+            [layer.macs_per_unit(seq_len) for layer in layers],
+            [layer.macs_per_neuron(seq_len) for layer in layers],
             ratio,
-            min_heads if prune_heads else max(block.num_units for block in blocks),
-            min_neurons if prune_neurons else max(block.num_neurons for block in blocks),
+            min_heads if prune_heads else max(layer.num_units for layer in layers),
+            min_neurons if prune_neurons else max(layer.num_neurons for layer in layers),
         )
 
     found = search(mac_ratio)
@@ -247,7 +244,7 @@ def fisher_selection(
     )
     # Nothing removed: scales of exactly 1, not 1 within the tolerance of a solver.
     tune = tune and not all(mask.all() for mask in student.units + student.neurons)
-    scales = tune_masks(model, blocks, data, search(mac_ratio**0.5), student) if tune else student
+    scales = tune_masks(model, layers, data, search(mac_ratio**0.5), student) if tune else student
     return [
         FisherLayer(keep.nonzero().flatten().tolist(), kept.nonzero().flatten(), a[keep].double(), b[kept].double())
         for keep, kept, a, b in zip(student.units, student.neurons, scales.units, scales.neurons, strict=True)

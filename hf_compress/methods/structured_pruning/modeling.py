@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.batches import live_tokens
 from hf_compress.core.calibration import collect_inputs, require_data
 from hf_compress.core.moments import SecondMoments
+from hf_compress.core.projections import Projection
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
 from hf_compress.methods.structured_pruning.allocation import Sublayer, allocate, check_budget
 from hf_compress.methods.structured_pruning.config import StructuredPruningConfig
@@ -22,7 +23,7 @@ from hf_compress.methods.structured_pruning.correction import (
     cut_,
     cut_by_sketch_,
     gram_matrix,
-    observed_modules,
+    observed_projections,
     scaled_columns,
 )
 from hf_compress.methods.structured_pruning.fisher import fisher_selection
@@ -97,16 +98,17 @@ def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data
     if config.selection == "fisher":
         return _compress_by_fisher(model, config, data)
     lengths = _Lengths()
-    modules = observed_modules(blocks)
+    projections = observed_projections(blocks)
     if config.route == "sketch":
         statistics: dict[Any, Any] = {
             key: CountSketch(m.in_features, config.sketch_rows, config.seed, m.weight.device)
-            for key, m in modules.items()
+            for key, m in projections.items()
         }
     else:
-        statistics = {key: SecondMoments(m.in_features, m.weight.device) for key, m in modules.items()}
+        statistics = {key: SecondMoments(m.in_features, m.weight.device) for key, m in projections.items()}
+    modules = {key: projection.module for key, projection in projections.items()}
     collect_inputs(model, modules, statistics, data, lengths, "layer statistics")
-    _require_rows(statistics, modules, config)
+    _require_rows(statistics, projections, config)
     grams = {key: gram_matrix(statistics.pop(key), config) for key in modules} if config.route == "sketch" else None
     gram: Callable[[Any], Tensor] = grams.__getitem__ if grams else lambda key: gram_matrix(statistics[key], config)
 
@@ -180,10 +182,10 @@ def _warn_of_filled_zeros(config: StructuredPruningConfig, blocks: list[Transfor
 
 
 def _require_rows(
-    statistics: Mapping[Any, Any], modules: Mapping[Any, nn.Linear], config: StructuredPruningConfig
+    statistics: Mapping[Any, Any], projections: Mapping[Any, Projection], config: StructuredPruningConfig
 ) -> None:
     rows = min(statistic.num_rows for statistic in statistics.values())
-    width = max(module.in_features for module in modules.values())
+    width = max(projection.in_features for projection in projections.values())
     if config.correction and config.ridge == 0 and rows < 2 * width:
         raise ValueError(
             f"data must hold at least {2 * width} tokens for layers of width {width} (the correction would fit "
@@ -214,9 +216,9 @@ def _full(sublayers: list[Sublayer]) -> float:
 
 
 def _remeasured(model: PreTrainedModel, block: TransformerLayer, kind: str, data: Data) -> SecondMoments:
-    module = block.attention_out if kind == "heads" else block.ffn_out
-    fresh = SecondMoments(module.in_features, module.weight.device)
-    collect_inputs(model, {kind: module}, {kind: fresh}, data, description=f"layer {block.index} {kind}")
+    out = block.attention_out if kind == "heads" else block.ffn_out
+    fresh = SecondMoments(out.in_features, out.weight.device)
+    collect_inputs(model, {kind: out.module}, {kind: fresh}, data, description=f"layer {block.index} {kind}")
     return fresh
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.core.architectures import TransformerLayer
+from hf_compress.core.projections import NEURON_ROLES
 from hf_compress.core.surgery import unit_columns
 from hf_compress.methods.structured_pruning.pivoting import (
     PivotedColumns,
@@ -41,31 +42,31 @@ class Ranking:
         return (self.residual[:-1] / total).tolist()
 
 
-def rank_heads(block: TransformerLayer, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
+def rank_heads(layer: TransformerLayer, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
     """Rank the attention units of a layer.
 
     Args:
-        block: The layer.
+        layer: The layer.
         gram: [W, W] float64 moments of the context.
         selection: `interpolative`, `magnitude` or `random`.
         generator: For `random`.
     """
-    size, number = block.unit_size, block.num_units
+    size, number = layer.unit_size, layer.num_units
     if selection == "interpolative":
         return Ranking(*pivoted_blocks(gram, size))
     if selection == "magnitude":
-        norms = block.attention_out.weight.detach().double().square().sum(0).reshape(number, size).sum(1)
+        norms = layer.attention_out.weight.detach().double().square().sum(0).reshape(number, size).sum(1)
         order = torch.argsort(norms, descending=True, stable=True).tolist()
     else:
         order = torch.randperm(number, generator=generator).tolist()
     return Ranking(order, residual_along(gram, [unit_columns([unit], size) for unit in order]))
 
 
-def rank_neurons(block: TransformerLayer, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
+def rank_neurons(layer: TransformerLayer, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
     """Rank the feed-forward neurons of a layer.
 
     Args:
-        block: The layer.
+        layer: The layer.
         gram: [F, F] float64 moments of the activated width.
         selection: `interpolative`, `magnitude` (product of the norms of incoming and outgoing weights) or `random`.
         generator: For `random`.
@@ -74,13 +75,15 @@ def rank_neurons(block: TransformerLayer, gram: Tensor, selection: str, generato
         columns = pivoted_cholesky(gram)
         return Ranking(columns.order.tolist(), columns.residual, columns)
     if selection == "magnitude":
-        row = block.architecture
-        incoming = sum(
-            block.linear(path).weight.detach().double().square().sum(1).reshape(-1, block.num_neurons).sum(0)
-            for path in row.ffn_in
-        )
-        norms = incoming * block.ffn_out.weight.detach().double().square().sum(0)
+        incoming = torch.stack(
+            [
+                projection.weight.detach().double().square().sum(1)
+                for role, projection in layer.projections.items()
+                if role in NEURON_ROLES
+            ]
+        ).sum(0)
+        norms = incoming * layer.ffn_out.weight.detach().double().square().sum(0)
         order = torch.argsort(norms, descending=True, stable=True)
     else:
-        order = torch.randperm(block.num_neurons, generator=generator)
+        order = torch.randperm(layer.num_neurons, generator=generator)
     return Ranking(order.tolist(), residual_along(gram, [order[i : i + 1] for i in range(len(order))]))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.core.layers import Packing
+from hf_compress.core.projections import Role
 from hf_compress.methods.token_pruning.importance import received_attention
 from hf_compress.methods.token_pruning.rule import TokenRule
 
@@ -61,7 +62,7 @@ def attend(
         unless `scored`.
     """
     row = rule.architecture
-    query, key, value = (attrgetter(path)(layer)(rows) for path in (row.queries, row.keys, row.values))
+    query, key, value = (attrgetter(row.paths[role])(layer)(rows) for role in (Role.QUERY, Role.KEY, Role.VALUE))
     dropout = attrgetter(row.attention)(layer).dropout.p if layer.training else 0.0
     precise = query.dtype in (torch.float32, torch.float64)
     plain = precise and not dropout and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")

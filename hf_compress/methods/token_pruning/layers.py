@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.core.layers import STATE, LiveTokens, Packing
+from hf_compress.core.projections import Role
 from hf_compress.methods.token_pruning.attention import attend, key_mask, project
 from hf_compress.methods.token_pruning.importance import (
     keep_above,
@@ -110,7 +111,7 @@ def _first_without_protection(
         return hidden_states
     first = hidden_states[:, 0]
     if context is None:
-        seen = first.new_zeros(len(first), attrgetter(rule.architecture.queries)(layer).out_features)
+        seen = first.new_zeros(len(first), attrgetter(rule.architecture.paths[Role.QUERY])(layer).out_features)
     else:
         seen = context.index_select(0, packing.starts) * packing.live()[:, :1]
     out = rule.finish(layer, seen, first).to(hidden_states.dtype)
@@ -131,10 +132,10 @@ def _first_token_forward(
     layer: nn.Module, rule: TokenRule, state: LiveTokens, packing: Packing, hidden_states: Tensor, rows: Tensor
 ) -> Tensor:
     """The last layer for a head that reads the first token only: one query an example."""
-    row = rule.architecture
-    key, value = (project(layer, rule, path, packing, rows) for path in (row.keys, row.values))
+    paths = rule.architecture.paths
+    key, value = (project(layer, rule, paths[role], packing, rows) for role in (Role.KEY, Role.VALUE))
     first = rows.index_select(0, packing.starts)
-    query = attrgetter(row.queries)(layer)(first).unflatten(-1, (-1, rule.head_size)).unsqueeze(2)
+    query = attrgetter(paths[Role.QUERY])(layer)(first).unflatten(-1, (-1, rule.head_size)).unsqueeze(2)
     mask = key_mask(packing)
     context = F.scaled_dot_product_attention(query, key, value, mask, scale=rule.head_size**-0.5)
     out = rule.finish(layer, context.flatten(1), first)

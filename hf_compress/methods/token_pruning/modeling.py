@@ -91,8 +91,8 @@ def rebuild(model: PreTrainedModel, config: TokenPruningConfig) -> None:
         rule = TokenRule(
             model.config, thresholds, block.index, len(blocks), reads_first, finish, block, config.compat == "ltp"
         )
-        object.__setattr__(block.layer, "token_rule", rule)
-        specialise_(block.layer, PrunedLayer)
+        object.__setattr__(block.module, "token_rule", rule)
+        specialise_(block.module, PrunedLayer)
     share_state_(model)
     use_cores_(model)
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.architectures import layers_of
+from hf_compress.core.projections import Role
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.expressions import matches
 from hf_compress.methods.weight_pruning.patterns import BlockPattern, HeadPattern
@@ -59,26 +60,29 @@ def _select_heads(model: nn.Module, config: WeightPruningConfig, taken: set[nn.P
     names = {module: name for name, module in model.named_modules()}
     found = []
     for layer in layers_of(model):
-        row = layer.architecture
-        if row.fused_attention:
+        heads = {
+            Role.QUERY: BlockPattern(layer.unit_size, None),
+            Role.KEY: BlockPattern(layer.head_size, None),
+            Role.VALUE: BlockPattern(layer.head_size, None),
+            Role.ATTENTION_OUT: BlockPattern(None, layer.unit_size),
+        }
+        projections = [layer.projection(role) for role in heads]
+        if any(projection.fused for projection in projections):
             raise ValueError(
                 f"pattern must be another one than 'mha' for {type(model).__name__}: its queries, keys and values "
                 "are one matrix. StructuredPruningConfig removes its heads."
             )
-        rows = {row.queries: layer.unit_size, row.keys: layer.head_size, row.values: layer.head_size}
-        heads = {path: BlockPattern(size, None) for path, size in rows.items()}
-        heads[row.attention_out] = BlockPattern(None, layer.unit_size)
-        projections = {names[layer.linear(path)]: (layer.linear(path).weight, heads[path]) for path in heads}
-        if config.op_names is not None and not all(matches(name, config.op_names) for name in projections):
+        paths = [names[projection.module] for projection in projections]
+        if config.op_names is not None and not all(matches(name, config.op_names) for name in paths):
             continue
-        if any(matches(name, config.excluded_op_names or ()) for name in projections):
+        if any(matches(name, config.excluded_op_names or ()) for name in paths):
             continue
-        weights = {weight for weight, _ in projections.values()}
+        weights = {projection.module.weight for projection in projections}
         if taken.isdisjoint(weights):
             taken.update(weights)
             found += [
-                PrunableWeight(name, weight, heads=units, layer_index=layer.index)
-                for name, (weight, units) in projections.items()
+                PrunableWeight(name, x.module.weight, x.transposed, heads=heads[x.role], layer_index=layer.index)
+                for name, x in zip(paths, projections, strict=True)
             ]
     return found
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.attention import CORE
 from hf_compress.core.layers import carries_state
 from hf_compress.core.own_config import own_config_
+from hf_compress.core.projections import Projection, Role
 from hf_compress.core.record import append_step, record_of
 from hf_compress.core.rollback import restored_on_failure
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
@@ -44,22 +45,22 @@ class Cut:
     bias: Tensor | None
 
 
-def _zero_rows(linear: nn.Linear) -> Tensor:
+def _zero_rows(linear: Projection) -> Tensor:
     """[out] bool"""
     return ~(linear.weight.detach() != 0).any(1)
 
 
-def _zero_columns(linear: nn.Linear) -> Tensor:
+def _zero_columns(linear: Projection) -> Tensor:
     """[in] bool"""
     return ~(linear.weight.detach() != 0).any(0)
 
 
-def _bias(linear: nn.Linear) -> Tensor:
+def _bias(linear: Projection) -> Tensor:
     """[out], zeros where a layer has none."""
     return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
 
 
-def _fold(out: nn.Linear, columns: Tensor, constants: Tensor) -> Tensor | None:
+def _fold(out: Projection, columns: Tensor, constants: Tensor) -> Tensor | None:
     """The bias of a layer some of whose inputs never change; None when they add nothing.
 
     Args:
@@ -94,12 +95,12 @@ def dead_neurons(block: TransformerLayer) -> tuple[Tensor, Tensor]:
     Returns:
         [F] bool, True for what may go, and [F] the constant value of such a neuron (0 where nobody reads it).
     """
-    row, out = block.architecture, block.ffn_out
-    zero = torch.cat([_zero_rows(block.linear(path)) for path in row.ffn_in])
-    bias = torch.cat([_bias(block.linear(path)) for path in row.ffn_in])
-    if row.gated:
-        (first_zero, second_zero), (first, second) = zero.chunk(2), bias.chunk(2)
-        first = _activated(block, first)
+    out, entering = block.ffn_out, block.projection(Role.FFN_IN)
+    zero, bias = _zero_rows(entering), _bias(entering)
+    if block.architecture.gated:
+        gate = block.projection(Role.GATE)
+        first_zero, second_zero, second = _zero_rows(gate), zero, bias
+        first = _activated(block, _bias(gate))
         constants = first * second
         # One factor that is always zero is enough.
         fixed = (first_zero & (second_zero | (first == 0))) | (second_zero & (second == 0))
@@ -120,11 +121,8 @@ def dead_units(block: TransformerLayer) -> tuple[Tensor, Tensor]:
     Returns:
         [U] bool, True for what may go, and [U * G * d] the constant context of such positions.
     """
-    row, out, d = block.architecture, block.attention_out, block.head_size
-    values = block.linear(row.values)
+    out, d, values = block.attention_out, block.head_size, block.projection(Role.VALUE)
     zero, bias = _zero_rows(values), _bias(values)
-    if row.fused_attention:
-        zero, bias = zero[-out.in_features :], bias[-out.in_features :]
     # A replaced attention core need not give weights that sum to one.
     constant = bias == 0 if out.bias is None or hasattr(block.attention, CORE) else torch.ones_like(zero)
     shape = (block.num_units, block.queries_per_unit, d)

@@ -1,0 +1,51 @@
+"""Text decoders."""
+
+from __future__ import annotations
+
+from hf_compress.core.layouts.layout import Architecture
+from hf_compress.core.projections import Role
+
+
+_LLAMA = Architecture(
+    layers="layers",
+    attention="self_attn",
+    projections={
+        "self_attn.q_proj": (Role.QUERY,),
+        "self_attn.k_proj": (Role.KEY,),
+        "self_attn.v_proj": (Role.VALUE,),
+        "self_attn.o_proj": (Role.ATTENTION_OUT,),
+        "mlp.gate_proj": (Role.GATE,),
+        "mlp.up_proj": (Role.FFN_IN,),
+        "mlp.down_proj": (Role.FFN_OUT,),
+    },
+    activation="mlp.act_fn",
+    head_size="head_dim",
+    ffn_size="intermediate_size",
+    pre_norm=True,
+    causal=True,
+    rotary=True,
+    free_heads=True,
+)
+
+DECODERS: dict[str, Architecture] = {
+    "llama": _LLAMA,
+    # OPT reshapes with an explicit number of heads: a stale counter gives wrong numbers without an error.
+    "opt": Architecture(
+        layers="decoder.layers",
+        attention="self_attn",
+        projections={
+            "self_attn.q_proj": (Role.QUERY,),
+            "self_attn.k_proj": (Role.KEY,),
+            "self_attn.v_proj": (Role.VALUE,),
+            "self_attn.out_proj": (Role.ATTENTION_OUT,),
+            "fc1": (Role.FFN_IN,),
+            "fc2": (Role.FFN_OUT,),
+        },
+        activation="activation_fn",
+        head_size="head_dim",
+        head_counters=("num_heads",),
+        ffn_size="ffn_dim",
+        pre_norm="do_layer_norm_before",
+        causal=True,
+    ),
+}

@@ -1,0 +1,86 @@
+"""What the package knows about an architecture: the fields of one row."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from hf_compress.core.projections import Role
+
+
+class PositionWork(NamedTuple):
+    """Arithmetic that attention spends on embeddings of relative positions.
+
+    Args:
+        rows: Embeddings that take part, whatever the length of the input.
+        projections: How many projections are applied to all of them, once in a forward pass.
+        products: How many products of all tokens with all of them each head computes.
+    """
+
+    rows: int
+    projections: int
+    products: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a model of one `model_type` keeps its projections, and how its layers differ from others.
+
+    Paths lead from one transformer layer to a submodule; dots separate attributes.
+
+    Args:
+        layers: From the base model to the `ModuleList` of layers.
+        attention: To the module that splits heads.
+        projections: Path of each module with projections -> their roles; a fused module has several, in the order of
+            its outputs. Head by head interleaved layouts cannot be written down here.
+        activation: To the function between the feed-forward projections.
+        head_size: Attribute of the attention module that holds the size of a head.
+        head_counters: Attributes of the attention module that hold the number of heads and must follow when heads are
+            removed; entries that end in `*d` hold the number of heads times their size.
+        ffn_size: Field of the model's config with the feed-forward width that all layers share.
+        pre_norm: Whether a sublayer normalises its input (its output is then added to what came before the norm); a
+            string names the field of the config that says so.
+        causal: Attention sees earlier tokens only, and classifiers read the last token.
+        rotary: Queries and keys are rotated by their positions between projection and attention.
+        attention_interface: Attention is called through transformers' table of attention functions. Models with
+            attention code of their own cannot be given another attention.
+        head_bias: Argument of the attention module's forward with one number for each head and pair of tokens,
+            [B, H, S, S] and the same for every example, computed outside the layer for the heads of the dense model.
+        free_heads: Stock transformers can build the model with fewer heads than fill the hidden size, because it
+            reads `head_dim` from the config.
+        position_work: From the attention module to its arithmetic with embeddings of relative positions.
+    """
+
+    layers: str
+    attention: str
+    projections: Mapping[str, tuple[Role, ...]]
+    activation: str
+    head_size: str
+    ffn_size: str
+    head_counters: tuple[str, ...] = ()
+    pre_norm: bool | str = False
+    causal: bool = False
+    rotary: bool = False
+    attention_interface: bool = True
+    head_bias: str | None = None
+    free_heads: bool = False
+    position_work: Callable[[nn.Module], PositionWork] | None = None
+
+    @functools.cached_property
+    def paths(self) -> dict[Role, str]:
+        """Role -> path of the module that holds it."""
+        return {role: path for path, roles in self.projections.items() for role in roles}
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward sublayer multiplies two projections."""
+        return Role.GATE in self.paths
+
+    def normalises_first(self, config: PretrainedConfig) -> bool:
+        """Whether the sublayers of a model with this config are pre-norm."""
+        return bool(getattr(config, self.pre_norm)) if isinstance(self.pre_norm, str) else self.pre_norm
