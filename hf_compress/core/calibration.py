@@ -8,8 +8,9 @@ Letters: B batch, S padded length, N live tokens, F width of the layer input.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,13 @@ from hf_compress.core.batches import base_inputs, main_input, token_masks
 from hf_compress.core.examples import Batches, batches_of
 from hf_compress.core.layers import STATE, LiveTokens, carries_state
 from hf_compress.core.modes import evaluating
+from hf_compress.core.watching import Before, Stop, watched
 
 
 logger = logging.getLogger(__name__)
+
+# What a module is called by those who observe it, in messages too.
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Statistic(Protocol):
@@ -31,12 +36,9 @@ class Statistic(Protocol):
     def update(self, rows: Tensor) -> None: ...
 
 
-class _Stop(Exception):
-    """Raised by the last hook: the rest of the forward pass is not needed."""
-
-
-def _batches(data: Iterable[Mapping[str, Any]], description: str) -> Iterator[Mapping[str, Any]]:
-    total = len(data) if hasattr(data, "__len__") else None
+def with_progress(data: Iterable[Mapping[str, Any]], description: str) -> Iterator[Mapping[str, Any]]:
+    """The batches, with a progress bar where the program logs what it does."""
+    total = len(data) if isinstance(data, Sized) else None
     yield from tqdm(data, total=total, desc=description, leave=False, disable=not logger.isEnabledFor(logging.INFO))
 
 
@@ -74,15 +76,25 @@ def readable_data(
     return Batches(data, model.config, main_input(model))
 
 
-def _run(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+def run_base(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """One forward pass of the base model, in which layers that drop tokens compute every row that is alive."""
     model.base_model(**inputs, **({STATE: LiveTokens(whole=True)} if carries_state(model) else {}))
 
 
-def _live_rows(key: Hashable, states: Tensor, masks: list[Tensor], may_be_packed: bool) -> Tensor:
-    """The input of a layer as rows, without padding.
+def live_rows(key: Hashable, states: Tensor, masks: list[Tensor], may_be_packed: bool) -> Tensor:
+    """The input of a module as rows, without padding.
 
     Layers that drop tokens hand on rows of live tokens only, without the axis of examples. What has another number of
     rows than there are tokens, and is not of the examples (embeddings of relative positions), has no padding.
+
+    Args:
+        key: Names the module in messages.
+        states: [..., F].
+        masks: The masks of the batch, as `token_masks` gives them.
+        may_be_packed: Whether layers may have dropped tokens and padding already.
+
+    Raises:
+        ValueError: If it cannot be told which rows are padding.
     """
     if may_be_packed and states.ndim == 2:
         return states
@@ -103,10 +115,51 @@ def _live_rows(key: Hashable, states: Tensor, masks: list[Tensor], may_be_packed
     return rows
 
 
+@contextmanager
+def feeding(
+    modules: Mapping[Key, nn.Module],
+    statistics: Mapping[Key, Statistic],
+    masks: list[Tensor],
+    may_be_packed: bool = False,
+    whole: bool = False,
+) -> Iterator[None]:
+    """Feed the live-token inputs of some modules to statistics while one batch runs.
+
+    Args:
+        modules: Key -> module whose first positional input is observed, at every call.
+        statistics: Key -> statistic, for the same keys.
+        masks: The masks of the batch, as `token_masks` gives them.
+        may_be_packed: Whether layers may have dropped tokens and padding already.
+        whole: Do not end the forward pass once all modules have been seen.
+
+    Raises:
+        ValueError: If an input is not finite or not one row a token.
+    """
+    pending = set(modules)
+
+    def observer(key: Key) -> Before:
+        def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rows = live_rows(key, args[0], masks, may_be_packed)
+            if not bool(torch.isfinite(rows).all()):
+                raise ValueError(
+                    f"Activations must be finite, got NaN or infinity at {key} in {rows.dtype}. Check the weights, or "
+                    "calibrate in a dtype with a larger range."
+                )
+            statistics[key].update(rows)
+            pending.discard(key)
+            if not (pending or whole):
+                raise Stop
+
+        return look
+
+    with watched(before=[(module, observer(key)) for key, module in modules.items()]):
+        yield
+
+
 @torch.no_grad()
 def call_order(
-    model: PreTrainedModel, modules: Mapping[Hashable, nn.Module], batch: Mapping[str, Any]
-) -> list[tuple[Hashable, int]]:
+    model: PreTrainedModel, modules: Mapping[Key, nn.Module], batch: Mapping[str, Any]
+) -> list[tuple[Key, int]]:
     """Every call of some modules in one forward pass, in order.
 
     Args:
@@ -120,36 +173,31 @@ def call_order(
     Raises:
         ValueError: If the batch lacks the model's main input, or a module sees something else than one row a token.
     """
-    calls: list[tuple[Hashable, int]] = []
+    calls: list[tuple[Key, int]] = []
     last: list[Tensor] = []
     inputs_of_base, drops_tokens = base_inputs(model, batch), carries_state(model)
     masks = token_masks(model, inputs_of_base)
 
-    def observer(key: Hashable) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            _live_rows(key, inputs[0], masks, drops_tokens)
-            same = bool(last) and last[0] is inputs[0]
-            # Held on to: the next tensor cannot take the place of this one and pass for it.
-            last[:] = [inputs[0]]
+    def observer(key: Key) -> Before:
+        def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            live_rows(key, args[0], masks, drops_tokens)
+            same = bool(last) and last[0] is args[0]
+            # Held on to: a later tensor must not get this one's address and pass for it.
+            last[:] = [args[0]]
             calls.append((key, calls[-1][1] + (not same) if calls else 0))
 
-        return hook
+        return look
 
-    handles = [module.register_forward_pre_hook(observer(key)) for key, module in modules.items()]
-    try:
-        with evaluating(model):
-            _run(model, inputs_of_base)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluating(model), watched(before=[(module, observer(key)) for key, module in modules.items()]):
+        run_base(model, inputs_of_base)
     return calls
 
 
 @torch.no_grad()
 def collect_inputs(
     model: PreTrainedModel,
-    modules: Mapping[Hashable, nn.Module],
-    statistics: Mapping[Hashable, Statistic],
+    modules: Mapping[Key, nn.Module],
+    statistics: Mapping[Key, Statistic],
     data: Iterable[Mapping[str, Any]],
     on_batch: Callable[[Mapping[str, Any]], None] | None = None,
     description: str = "calibration",
@@ -171,42 +219,13 @@ def collect_inputs(
         ValueError: If the data is empty, lacks the model's main input, drives a module to a non-finite input, or if a
             module sees something else than one row a token.
     """
-    drops_tokens = carries_state(model)
-    masks: list[Tensor] = []
-    pending: set[Hashable] = set()
-
-    def observer(key: Hashable) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = _live_rows(key, inputs[0], masks, drops_tokens)
-            if not bool(torch.isfinite(rows).all()):
-                raise ValueError(
-                    f"Activations must be finite, got NaN or infinity at {key} in {rows.dtype}. Check the weights, or "
-                    "calibrate in a dtype with a larger range."
-                )
-            statistics[key].update(rows)
-            pending.discard(key)
-            if not pending and not whole:
-                raise _Stop
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(observer(key)) for key, module in modules.items()]
-    seen = 0
-    try:
-        with evaluating(model):
-            for batch in _batches(data, description):
-                moved = base_inputs(model, batch)
-                masks[:] = token_masks(model, moved)
-                pending.update(modules)
-                seen += 1
-                if on_batch is not None:
-                    on_batch(moved)
-                try:
-                    _run(model, moved)
-                except _Stop:
-                    continue
-    finally:
-        for handle in handles:
-            handle.remove()
+    drops_tokens, seen = carries_state(model), 0
+    with evaluating(model):
+        for batch in with_progress(data, description):
+            moved, seen = base_inputs(model, batch), seen + 1
+            if on_batch is not None:
+                on_batch(moved)
+            with feeding(modules, statistics, token_masks(model, moved), drops_tokens, whole):
+                run_base(model, moved)
     if not seen:
         raise ValueError("data must hold at least one batch, got none.")
