@@ -25,7 +25,7 @@ def _in_double(rows: Tensor) -> Iterator[Tensor]:
     time as the conversion.
     """
     buffer = torch.empty(min(_ROWS, len(rows)), rows.shape[1], dtype=torch.float64, device=rows.device)
-    for chunk in rows.split(_ROWS):
+    for chunk in torch.split(rows, _ROWS):
         yield buffer[: len(chunk)].copy_(chunk)
 
 
@@ -94,3 +94,47 @@ class SecondMoments:
     @property
     def mean(self) -> Tensor:
         return self.total / self.num_rows
+
+
+class PairedMoments:
+    """Second moments of what a module is fed, and products with what its twin in another model is fed.
+
+    Args:
+        dense_width: E, columns of the other model's rows.
+        width: F, columns of the module's own rows.
+        device: Where to accumulate; devices without float64 are replaced by the CPU.
+
+    Example:
+        >>> moments = PairedMoments(1, 2)
+        >>> moments.update(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 0.0], [4.0, 5.0]]))
+        >>> moments.cross.tolist(), moments.own.gram.tolist()
+        ([[11.0, 10.0]], [[25.0, 20.0], [20.0, 25.0]])
+    """
+
+    def __init__(self, dense_width: int, width: int, device: torch.device | str = "cpu") -> None:
+        self.own = SecondMoments(width, device)
+        self._cross = torch.zeros(dense_width, width, dtype=torch.float64, device=self.own.total.device)
+
+    def update(self, dense_rows: Tensor, rows: Tensor) -> None:
+        """Add rows of both models.
+
+        Args:
+            dense_rows: [N, E], of the other model.
+            rows: [N, F], of the same tokens.
+
+        Raises:
+            ValueError: If these are not as many.
+        """
+        if len(dense_rows) != len(rows):
+            raise ValueError(
+                f"The two models must be fed the same tokens, got {len(dense_rows)} and {len(rows)} rows."
+            )
+        self.own.update(rows)
+        pairs = zip(*(_in_double(part.detach().to(self._cross.device)) for part in (dense_rows, rows)), strict=True)
+        for dense_chunk, chunk in pairs:
+            self._cross.addmm_(dense_chunk.T, chunk)
+
+    @property
+    def cross(self) -> Tensor:
+        """[E, F] float64, `X_dense^T X`."""
+        return self._cross

@@ -1,0 +1,219 @@
+"""Walking the layers of a model once, each with the inputs that the layers before it make by then.
+
+One real forward pass of every batch shows what each layer is called with: masks, position embeddings, and whatever
+else its model hands it. From then on only the hidden states change, and a layer is run alone.
+
+Letters: B batch, S padded length, N live tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.core.batches import base_inputs, token_masks
+from hf_compress.core.calibration import Key, Statistic, feeding, run_base, with_progress
+from hf_compress.core.layer_calls import LayerCall, LayerRecorder, NotWalkable
+from hf_compress.core.layers import carries_state
+from hf_compress.core.modes import evaluating
+from hf_compress.core.moments import PairedMoments
+
+
+@dataclass
+class _Batch:
+    """One batch on its way through the layers.
+
+    Args:
+        masks: Of its tokens, as `token_masks` gives them.
+        calls: What the layers still to come are called with; the last one is the nearest.
+        states: [B, S, D], the input of the layer at which the walk is.
+        dense_states: [B, S, D], what this input is in the untouched model; None where nobody wants to know.
+        device: Where the model has the states.
+    """
+
+    masks: list[Tensor]
+    calls: list[LayerCall]
+    states: Tensor
+    dense_states: Tensor | None
+    device: torch.device
+
+
+class _Rows:
+    """The rows of one batch, as they are."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+
+    def update(self, rows: Tensor) -> None:
+        self.rows = rows
+
+
+class _BesideDense:
+    """Hands rows on together with those of the dense model for the same tokens."""
+
+    def __init__(self, moments: PairedMoments, dense: _Rows) -> None:
+        self._moments, self._dense = moments, dense
+
+    def update(self, rows: Tensor) -> None:
+        assert self._dense.rows is not None
+        self._moments.update(self._dense.rows, rows)
+
+
+class LayerWalk:
+    """The layers of a model from the first to the last, each with its inputs for all batches, one layer at a time.
+
+    What is done to a layer while the walk is at it, the layers after it see::
+
+        walk = LayerWalk(model, layers, data)
+        for index in walk:
+            walk.observe({"out": module}, {"out": statistic})     # a module inside layers[index]
+            ...                                                   # change layers[index]
+
+    The data is read once, when the walk is made. The walk itself changes nothing of the model and leaves it in the
+    mode it had. It can be walked once.
+
+    Args:
+        model: Any transformers model, on the device it is on.
+        layers: Modules of the base model that run once each, in this order, on each other's output.
+        data: Model-input dicts of tensors. Labels and arguments that the base model does not take are ignored.
+        modules: Key -> module inside the layers. Their inputs in the model as it is when the walk begins are observed
+            on the way.
+        statistics: Key -> what these inputs are fed to.
+        on_batch: Called with each batch (after the move).
+        two_streams: Also carry the hidden states of the model as it is now, beside those of what becomes of it. Needs
+            as much memory again, and that of a copy of one layer.
+        offload: Keep what is not in use in the memory of the CPU, in the model's dtype.
+
+    Raises:
+        NotWalkable: If the layers do not follow each other so.
+        ValueError: If the data is empty, lacks the model's main input, or drives a module to a non-finite input.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[nn.Module],
+        data: Iterable[Mapping[str, Any]],
+        *,
+        modules: Mapping[Key, nn.Module] | None = None,
+        statistics: Mapping[Key, Statistic] | None = None,
+        on_batch: Callable[[Mapping[str, Any]], None] | None = None,
+        two_streams: bool = False,
+        offload: bool = False,
+    ) -> None:
+        self._layers, self._index = list(layers), 0
+        self._drops_tokens = carries_state(model)
+        if two_streams and self._drops_tokens:
+            raise NotWalkable("layers drop tokens, and before compression they drop others than after it")
+        self._two_streams, self._offload = two_streams, offload
+        # The layer at which the walk is, as it was before anything happened to it.
+        self._dense_layer: nn.Module | None = None
+        self._batches: list[_Batch] = []
+        with torch.no_grad(), evaluating(model):
+            for batch in with_progress(data, "layer inputs"):
+                inputs = base_inputs(model, batch)
+                if on_batch is not None:
+                    on_batch(inputs)
+                recorder, masks = LayerRecorder(self._layers), token_masks(model, inputs)
+                feeder = feeding(modules or {}, statistics or {}, masks, self._drops_tokens, whole=True)
+                with recorder.recording(), feeder:
+                    run_base(model, inputs)
+                self._batches.append(self._recorded(masks, *recorder.finished()))
+        if not self._batches:
+            raise ValueError("data must hold at least one batch, got none.")
+
+    def _recorded(self, masks: list[Tensor], calls: list[LayerCall], states: Tensor) -> _Batch:
+        # Layers share masks and position embeddings: each of them is put away once.
+        away: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def put(tensor: Tensor) -> Tensor:
+            return away.setdefault(id(tensor), (tensor, self._put_away(tensor)))[1]
+
+        kept = [call.mapped(put) for call in reversed(calls)]
+        own = put(states)
+        return _Batch(masks, kept, own, own if self._two_streams else None, states.device)
+
+    def _put_away(self, tensor: Tensor) -> Tensor:
+        return tensor.to("cpu") if self._offload else tensor
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __iter__(self) -> Iterator[int]:
+        """The indices of the layers. Asking for the next one runs the layer, as it is by then, for the last time."""
+        for index, layer in enumerate(self._layers):
+            self._index = index
+            if self._two_streams:
+                self._dense_layer = copy.deepcopy(layer).eval()
+            yield index
+            if index + 1 < len(self._layers):
+                self._advance()
+
+    def _run(self, layer: nn.Module, batch: _Batch, states: Tensor) -> Tensor:
+        if not self._offload:
+            return batch.calls[-1].run(layer, states)
+        call = batch.calls[-1].mapped(lambda tensor: tensor.to(batch.device))
+        return call.run(layer, states.to(batch.device))
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        layer = self._layers[self._index]
+        with evaluating(layer):
+            for batch in self._batches:
+                batch.states = self._put_away(self._run(layer, batch, batch.states))
+                if self._dense_layer is not None and batch.dense_states is not None:
+                    batch.dense_states = self._put_away(self._run(self._dense_layer, batch, batch.dense_states))
+                batch.calls.pop()
+
+    @torch.no_grad()
+    def observe(
+        self, modules: Mapping[Key, nn.Module], statistics: Mapping[Key, Statistic], repeated: bool = False
+    ) -> None:
+        """Feed the live-token inputs of some modules to statistics; each batch runs the layer up to the last of them.
+
+        Args:
+            modules: Key -> module inside the layer at which the walk is.
+            statistics: Key -> statistic, for the same keys.
+            repeated: Some modules run more than once in the layer: run it to its end.
+
+        Raises:
+            ValueError: If an input is not finite or not one row a token.
+        """
+        layer = self._layers[self._index]
+        with evaluating(layer):
+            for batch in self._batches:
+                with feeding(modules, statistics, batch.masks, self._drops_tokens, whole=repeated):
+                    self._run(layer, batch, batch.states)
+
+    @torch.no_grad()
+    def observe_both(self, moments: Mapping[str, PairedMoments]) -> None:
+        """Feed the inputs of some modules in the dense and in the compressed model to moments, row beside row.
+
+        Args:
+            moments: Name of a module inside the layer at which the walk is -> what its two inputs are fed to.
+
+        Raises:
+            ValueError: If the walk carries one stream only, or an input is not finite or not one row a token.
+        """
+        layer, dense_layer = self._layers[self._index], self._dense_layer
+        if dense_layer is None:
+            raise ValueError("The walk carries no dense stream. Make it with two_streams=True.")
+        with evaluating(layer):
+            for batch in self._batches:
+                assert batch.dense_states is not None
+                rows = {name: _Rows() for name in moments}
+                with feeding(_named(dense_layer, moments), rows, batch.masks):
+                    self._run(dense_layer, batch, batch.dense_states)
+                pairs = {name: _BesideDense(moments[name], rows[name]) for name in moments}
+                with feeding(_named(layer, moments), pairs, batch.masks):
+                    self._run(layer, batch, batch.states)
+
+
+def _named(layer: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    return {name: layer.get_submodule(name) for name in names}

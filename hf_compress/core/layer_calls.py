@@ -1,0 +1,155 @@
+"""What each layer of a model is called with in one real forward pass, so that it can be called alone later.
+
+Letters: B batch, S padded length, D hidden.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from hf_compress.core.watching import After, Before, watched
+
+
+class NotWalkable(ValueError):
+    """The layers of a model do not run one after the other, each on the output of the one before it."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The arguments of one layer in one batch, apart from the hidden states.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        position: Where among the positional arguments the hidden states belong; None: they are `hidden_states`.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    position: int | None
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LayerCall, Tensor]:
+        """A call and the hidden states that it was made with.
+
+        Raises:
+            NotWalkable: If the first argument is no tensor and there is no `hidden_states`.
+        """
+        position = None if "hidden_states" in kwargs else 0
+        states = kwargs.get("hidden_states", args[0] if args else None)
+        if not torch.is_tensor(states):
+            raise NotWalkable(
+                f"the first argument of a layer is {type(states).__name__}, not a tensor of hidden states"
+            )
+        # Keys and values of tokens before these: there are none, and a layer would add its own at every call.
+        others = tuple(None if isinstance(arg, Cache) else arg for arg in (args if position is None else args[1:]))
+        named = {
+            name: None if isinstance(value, Cache) else value
+            for name, value in kwargs.items()
+            if name != "hidden_states"
+        }
+        return LayerCall(others, named, position), states
+
+    def run(self, layer: nn.Module, states: Tensor) -> Tensor:
+        """[B, S, D], the output of a layer for given hidden states."""
+        if self.position is None:
+            return first_of(layer(*self.args, hidden_states=states, **self.kwargs))
+        return first_of(layer(states, *self.args, **self.kwargs))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> LayerCall:
+        """The same call with other tensors."""
+        args, kwargs = (_mapped(part, change) for part in (self.args, self.kwargs))
+        return LayerCall(args, kwargs, self.position)
+
+
+def first_of(output: Any) -> Tensor:
+    """The hidden states in what a layer returns."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if torch.is_tensor(value):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(part, change) for part in value)
+    if type(value) is dict:
+        return {name: _mapped(part, change) for name, part in value.items()}
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+class LayerRecorder:
+    """Writes down the calls of layers during one forward pass, and refuses what cannot be repeated layer by layer.
+
+    Args:
+        layers: Modules that are expected to run once each, in this order.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        self._calls: list[LayerCall] = []
+        self._states: Tensor | None = None
+        self._output: Tensor | None = None
+        # What layers have returned so far, for as long as somebody still holds it.
+        self._returned: list[weakref.ref[Tensor]] = []
+
+    def recording(self) -> AbstractContextManager[None]:
+        """A block in which one forward pass is recorded."""
+        return watched(
+            before=[(layer, self._entering(index)) for index, layer in enumerate(self._layers)],
+            after=[(layer, self._left) for layer in self._layers],
+        )
+
+    def _entering(self, index: int) -> Before:
+        def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if index != len(self._calls):
+                raise NotWalkable(f"layer {index} runs where layer {len(self._calls)} was expected")
+            call, states = LayerCall.of(args, kwargs)
+            if self._output is None:
+                self._states = states
+            elif states is not self._output and not _equal(states, self._output):
+                raise NotWalkable(f"layer {index} does not read the output of layer {index - 1}")
+            if any(kept() is tensor for tensor in _tensors([call.args, call.kwargs]) for kept in self._returned):
+                raise NotWalkable(f"layer {index} reads more of earlier layers than the output of layer {index - 1}")
+            self._calls.append(call)
+
+        return enter
+
+    @property
+    def _left(self) -> After:
+        def leave(args: tuple[Any, ...], output: Any) -> None:
+            self._output = first_of(output)
+            self._returned += [weakref.ref(tensor) for tensor in _tensors(output)]
+
+        return leave
+
+    def finished(self) -> tuple[list[LayerCall], Tensor]:
+        """The calls, and the hidden states that the first layer was given.
+
+        Raises:
+            NotWalkable: If a layer did not run.
+        """
+        if self._states is None or len(self._calls) < len(self._layers):
+            raise NotWalkable(f"layer {len(self._calls)} does not run")
+        return self._calls, self._states
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, maybe on two devices, hold the same."""
+    return one.shape == other.shape and torch.equal(one, other.to(one.device))
