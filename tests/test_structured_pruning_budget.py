@@ -183,7 +183,6 @@ REFUSED = {
     "empty data": ("bert", {}, lambda config, batches: [], "at least one batch"),
     "too few tokens": ("bert", {}, lambda config, batches: batches(config, count=1, size=2), "at least 128 tokens"),
     "no ids": ("bert", {}, lambda config, batches: [{"labels": torch.ones(2)}], "dicts with input_ids"),
-    "iterator, sequential": ("bert", {"order": "sequential"}, lambda c, b: iter(b(c)), "readable 2 times.*one-shot"),
     "iterator, sketch": ("bert", {"route": "sketch"}, lambda c, b: iter(b(c)), "readable 2 times.*one-shot"),
     "centring without bias": ("llama", {"center": True}, lambda c, b: b(c), "center must be False for llama"),
     "budget, by data": ("bert", {"mac_ratio": 0.01}, lambda c, b: b(c), "mac_ratio must be at least"),

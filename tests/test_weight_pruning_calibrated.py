@@ -263,8 +263,8 @@ def test_layers_with_one_input_share_its_statistics(model, batches):
     handle = dense.embeddings.register_forward_hook(lambda *_: passes.append(1))
     hc.compress(dense, config_of("sparsegpt"), data=batches(dense.config, count=2))
     handle.remove()
-    # One batch to see the order, then four sets of layers in each of three layers.
-    assert len(passes) == 1 + 2 * 4 * 3
+    # One batch to see the order, then all to see what layers are called with: the rest happens layer by layer.
+    assert len(passes) == 1 + 2
 
 
 def test_layers_that_run_repeatedly(batches):

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.batches import live_tokens
 from hf_compress.core.calibration import collect_inputs, require_data
+from hf_compress.core.driver import LayerWalk
+from hf_compress.core.layer_calls import NotWalkable
 from hf_compress.core.moments import SecondMoments
 from hf_compress.core.projections import Projection
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
@@ -93,7 +95,7 @@ def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data
     _warn_of_filled_zeros(config, blocks)
     if config.mac_ratio == 1:
         return _completed(config, blocks, config.seq_len, 0.0)
-    passes = 2 if config.order == "sequential" or config.route == "sketch" or config.selection == "fisher" else 1
+    passes = 2 if config.route == "sketch" or config.selection == "fisher" else 1
     data = require_data(data, passes)
     if config.selection == "fisher":
         return _compress_by_fisher(model, config, data)
@@ -107,7 +109,11 @@ def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data
     else:
         statistics = {key: SecondMoments(m.in_features, m.weight.device) for key, m in projections.items()}
     modules = {key: projection.module for key, projection in projections.items()}
-    collect_inputs(model, modules, statistics, data, lengths, "layer statistics")
+    walk = None
+    if config.order == "sequential":
+        walk = _walk(model, blocks, data, modules, statistics, lengths)
+    else:
+        collect_inputs(model, modules, statistics, data, lengths, "layer statistics")
     _require_rows(statistics, projections, config)
     grams = {key: gram_matrix(statistics.pop(key), config) for key in modules} if config.route == "sketch" else None
     gram: Callable[[Any], Tensor] = grams.__getitem__ if grams else lambda key: gram_matrix(statistics[key], config)
@@ -125,10 +131,11 @@ def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data
     sizes, tolerance = allocate(sublayers, config.mac_ratio * _full(sublayers))
     kept = {(s.layer, s.kind): size for s, size in zip(sublayers, sizes, strict=True)}
 
-    if config.order == "sequential":
-        for block in blocks:
+    if walk is not None:
+        for index in walk:
+            block = blocks[index]
             for kind in ("heads", "neurons"):
-                fresh = _remeasured(model, block, kind, data)
+                fresh = _remeasured(walk, block, kind)
                 rank = rank_heads if kind == "heads" else rank_neurons
                 ranking = rank(block, gram_matrix(fresh, config), config.selection, generator)
                 cut_(block, kind, ranking, kept[block.index, kind], config, fresh)
@@ -215,10 +222,28 @@ def _full(sublayers: list[Sublayer]) -> float:
     return sum(len(s.priorities) * s.macs for s in sublayers)
 
 
-def _remeasured(model: PreTrainedModel, block: TransformerLayer, kind: str, data: Data) -> SecondMoments:
+def _walk(
+    model: PreTrainedModel,
+    blocks: list[TransformerLayer],
+    data: Data,
+    modules: Mapping[Any, nn.Module],
+    statistics: Mapping[Any, Any],
+    lengths: _Lengths,
+) -> LayerWalk:
+    """A walk along the layers; the intact model is measured on the way."""
+    layers = [block.module for block in blocks]
+    try:
+        return LayerWalk(model, layers, data, modules=modules, statistics=statistics, on_batch=lengths)
+    except NotWalkable as error:
+        raise ValueError(
+            f"order='sequential' cannot be used with {model.config.model_type}: {error}. Use order='one_shot'."
+        ) from error
+
+
+def _remeasured(walk: LayerWalk, block: TransformerLayer, kind: str) -> SecondMoments:
     out = block.attention_out if kind == "heads" else block.ffn_out
     fresh = SecondMoments(out.in_features, out.weight.device)
-    collect_inputs(model, {kind: out.module}, {kind: fresh}, data, description=f"layer {block.index} {kind}")
+    walk.observe({kind: out.module}, {kind: fresh})
     return fresh
 
 

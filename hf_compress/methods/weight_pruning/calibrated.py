@@ -5,7 +5,6 @@ Letters: R outputs, C inputs of a layer.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.calibration import call_order, collect_inputs
 from hf_compress.core.moments import SecondMoments, device_of_doubles
+from hf_compress.core.sweep import sweep
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import wanda
 from hf_compress.methods.weight_pruning.prunable import PrunableWeight
@@ -114,30 +114,12 @@ def wanda_scores(
     return scores
 
 
-def _stages(calls: Sequence[tuple[str, int]]) -> list[tuple[list[str], bool]]:
-    """Layers that can be treated together because they are fed the same tensor, and whether one runs repeatedly."""
-    counts = Counter(name for name, _ in calls)
-    stages: list[tuple[list[str], bool]] = []
-    seen: dict[str, int] = {}
-    for name, number in calls:
-        if name in seen:
-            continue
-        last = stages[-1][0][-1] if stages else None
-        if last is not None and counts[name] == counts[last] == 1 and seen[last] == number:
-            stages[-1][0].append(name)
-        else:
-            stages.append(([name], counts[name] > 1))
-        seen[name] = number
-    return stages
-
-
 def reconstruct_(
     model: PreTrainedModel, layers: Sequence[tuple[WeightPruningConfig, PrunableWeight, int]], data: Data
 ) -> None:
     """Prune layers in the order in which they run; each one sees the inputs that the pruned ones before it make.
 
-    One Gram matrix exists at a time. Layers with the same input (query, key and value) share it; every such set costs
-    one pass of the data through what comes before it.
+    One Gram matrix exists at a time; layers with the same input (query, key and value) share it.
 
     Args:
         model: Changed in place.
@@ -154,11 +136,10 @@ def reconstruct_(
         raise ValueError("data must hold at least one batch, got none.")
     calls = call_order(model, modules, first)
     _require_called(modules, {name for name, _ in calls}, "sparsegpt")
-    for names, repeated in _stages(calls):
-        name = names[0]
-        leader = entries[name][1]
+    for names, observe in sweep(model, calls, data):
+        leader = entries[names[0]][1]
         moments = SecondMoments(_width(leader), leader.weight.device)
-        collect_inputs(model, {name: modules[name]}, {name: moments}, data, description=name, whole=repeated)
+        observe(moments)
         factor = inverse_factor(moments.gram)
         del moments
         for name in names:
