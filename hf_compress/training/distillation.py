@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 
 from hf_compress.api import apply_implied
 from hf_compress.core.architectures import base_of
-from hf_compress.core.batches import forward_names
+from hf_compress.core.batches import forward_names, layer_mask
 from hf_compress.core.layers import STATE
 from hf_compress.training.arguments import DistillationArguments, arguments_like
 from hf_compress.training.cache import TeacherCache
@@ -269,11 +269,12 @@ class DistillationTrainer(CompressionTrainer):
 
     def _counted(self, states: list[int], inputs: Mapping[str, Any]) -> list[Tensor | None]:
         """For each hidden state of the student, [B, S] of the positions that are compared."""
-        real = inputs.get("attention_mask") if self.args.mask_padding else None
+        masked = self.args.mask_padding and "attention_mask" in inputs
+        real = layer_mask(self._core(), inputs) if masked else None
         # A dropped token keeps the value it had: that of an earlier layer.
         kept = inputs[STATE].kept if STATE in inputs else {}
         left = [kept.get(index - 1) for index in states]
-        return [real if live is None else live if real is None else live & real.bool() for live in left]
+        return [real if live is None else live if real is None else live & real for live in left]
 
     def extra_parameter_groups(self) -> list[dict[str, Any]]:
         if self.projectors is None:

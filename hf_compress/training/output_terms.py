@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_CTC_MAPPING_NAMES
 
+from hf_compress.core.batches import layer_mask
 from hf_compress.training.losses import (
     multilabel_divergence,
     output_divergence,
@@ -42,17 +43,24 @@ def counted_positions(model: PreTrainedModel, shape: torch.Size, inputs: Mapping
         inputs: The student's batch.
 
     Returns:
-        [B, S] bool. With labels for each token: where the student's own loss reads a label. Without: the real tokens.
-        None when nothing says which tokens are real.
+        [B, S] bool. With labels for each token: where the student's own loss reads a label. Without: the real tokens,
+        of sounds the real frames. None when nothing says which are real.
     """
     labels = inputs.get("labels")
-    if labels is not None and labels.shape == shape:
+    # Labels of a CTC model are letters, its logits frames: that both are equally many says nothing.
+    if labels is not None and labels.shape == shape and not _is_ctc(model):
         counted = labels != _IGNORED
         if predicts_next_token(model):
             counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
         return counted
-    mask = inputs.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
-    return None if mask is None else mask.bool()
+    if model.config.is_encoder_decoder:
+        mask = inputs.get("decoder_attention_mask")
+        return None if mask is None else mask.bool()
+    return layer_mask(model, inputs) if "attention_mask" in inputs else None
+
+
+def _is_ctc(model: PreTrainedModel) -> bool:
+    return type(model).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values()
 
 
 def output_term(
