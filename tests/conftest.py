@@ -52,6 +52,11 @@ def _distilbert(**changes):
     return transformers.DistilBertConfig(**_SIZES, **sizes, **heads, pad_token_id=0, **changes)
 
 
+def _mpnet(**changes):
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    return transformers.MPNetConfig(**_BERT_LIKE, **special, num_hidden_layers=2, **changes)
+
+
 def _modernbert(**changes):
     special = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
     windows = {"local_attention": 8, "num_hidden_layers": 3}
@@ -78,6 +83,7 @@ ARCHITECTURES = {
         **_BERT_LIKE, num_hidden_layers=2, embedding_size=16, **changes
     ),
     "distilbert": _distilbert,
+    "mpnet": _mpnet,
     "modernbert": _modernbert,
     "llama": _llama,
     "opt": _opt,

@@ -19,7 +19,9 @@ METHOD_CONFIGS = {
 }
 # Causal models cannot use slots; `test_refused_combinations` expects the refusal.
 REFUSED = {("linformer", "llama"): "bidirectional encoder", ("linformer", "opt"): "bidirectional encoder"}
-REFUSED |= {("token_pruning", name): "must be an encoder of type" for name in ("llama", "opt", "modernbert")}
+REFUSED |= {("token_pruning", name): "must be an encoder of type" for name in ("llama", "opt", "modernbert", "mpnet")}
+# Attention code of its own cannot be exchanged.
+REFUSED[("linformer", "mpnet")] = "attention code of its own"
 # Methods that add to the dense shapes instead of changing them: without the import such a model opens as a dense one.
 KEEPS_DENSE_SHAPES = {"linformer", "token_pruning", "weight_pruning"}
 # Methods that change values only: a skeleton without the record has the same modules.

@@ -34,7 +34,11 @@ def check(model: PreTrainedModel, config: LinformerConfig) -> None:
     Raises:
         ValueError: Unsupported architecture, or causal attention.
     """
-    architecture_of(model)
+    if not architecture_of(model).attention_interface:
+        raise ValueError(
+            f"model must compute attention through transformers' attention functions, and {model.config.model_type} "
+            "has attention code of its own: linear attention cannot take its place."
+        )
     for block in layers_of(model):
         if getattr(block.attention, "is_causal", False) or getattr(model.config, "is_decoder", False):
             raise ValueError(
