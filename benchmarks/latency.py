@@ -39,7 +39,7 @@ import hf_compress as hc
 from hf_compress.core.architectures import layers_of, named_projections
 from hf_compress.core.batches import base_inputs, live_tokens
 from hf_compress.core.cost import count_cost
-from hf_compress.core.layers import STATE, LiveTokens, carries_state
+from hf_compress.core.forward_state import carries_state, forward_state, state_in
 from hf_compress.core.saving import write_json
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
 from hf_compress.report.machine import OtherWork, idleness
@@ -96,10 +96,10 @@ def first_token_macs(model: PreTrainedModel, batches: Sequence[Mapping[str, Tens
     each = sizes.pop(row.keys) + sizes.pop(row.values) + 2 * width
     last, sequences = 0.0, 0
     for batch in batches:
-        inputs, state = base_inputs(model, batch), LiveTokens()
+        inputs, arguments = base_inputs(model, batch), forward_state(model, whole=False)
         lengths = live_tokens(inputs).sum(1)
-        if carries_state(model):
-            model.base_model(**inputs, **{STATE: state})
+        if (state := state_in(arguments)) is not None:
+            model.base_model(**inputs, **arguments)
             lengths = state.attended[block.index]
         last += float((each * lengths + sum(sizes.values())).sum())
         sequences += len(lengths)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_compress.core.calibration import readable_data
+from hf_compress.core.data_needs import Data, checked_data
 from hf_compress.core.method import Method, MethodConfig, check_order
+from hf_compress.core.method_training import MethodTraining
 from hf_compress.core.own_config import own_config_
-from hf_compress.core.record import append_step, quantized_by_another, record_of
+from hf_compress.core.record import append_step, quantized_by_another, record_of, write_flat_fields
 from hf_compress.core.rollback import restored_on_failure
 from hf_compress.methods import METHODS
 
@@ -84,9 +85,7 @@ def method_of(config: MethodConfig) -> Method:
     raise ValueError(f"configs must be one of {known}, got {type(config).__name__}.")
 
 
-def compress(
-    model: PreTrainedModel, *configs: MethodConfig, data: Iterable[Mapping[str, Any]] | None = None
-) -> PreTrainedModel:
+def compress(model: PreTrainedModel, *configs: MethodConfig, data: Data | None = None) -> PreTrainedModel:
     """Change a model in place, one step for each config, and record the steps in its config.
 
     Args:
@@ -125,15 +124,14 @@ def compress(
         check_order(earlier, method)
         _check(method, model, config)
         earlier.append(method)
-    if data is not None:
-        data = readable_data(model, data, len(configs))
+    batches = checked_data(model, data, [method.needs_of(config) for method, config in steps])
     with restored_on_failure(model):
         own_config_(model)
         for position, (method, config) in enumerate(steps):
             if position:
                 # Once more: the steps before have changed the model.
                 _check(method, model, config)
-            append_step(model.config, method.name, method.compress(model, config, data))
+            append_step(model.config, method.name, method.compress(model, config, batches))
     return model
 
 
@@ -180,7 +178,14 @@ def rebuild(model: PreTrainedModel) -> PreTrainedModel:
     """
     for method, completed in _parsed(model.config):
         method.rebuild(model, completed)
+        write_flat_fields(model.config, completed)
     return model
+
+
+def trainings_of(model: PreTrainedModel) -> dict[str, MethodTraining]:
+    """What the methods that a model went through do in its training, by their names, in the order of the record."""
+    methods = [METHODS[name] for name in dict.fromkeys(step["method"] for step in steps_of(model))]
+    return {method.name: method.training(model) for method in methods if method.training is not None}
 
 
 def to_plain(model: PreTrainedModel) -> PreTrainedModel:

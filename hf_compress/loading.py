@@ -45,7 +45,7 @@ class CompressionLoader(HfQuantizer):
         missing = [
             f"{path}.{name}"
             for path, module in model.named_modules()
-            if type(module).__module__.startswith("hf_compress.methods.")
+            if any(method.defines(module) for method in hf_compress.METHODS.values())
             for name, tensor in {**module._parameters, **module._buffers}.items()
             if tensor is not None and not getattr(tensor, "_is_hf_initialized", False)
         ]

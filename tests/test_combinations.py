@@ -273,7 +273,7 @@ def test_models_quantised_by_others_still_teach_and_learn(model, train):
     teacher.config.quantization_config = student.config.quantization_config = other
     trainer = train(kind=hc.DistillationTrainer, model=get_peft_model(student, LORA), teacher_model=teacher)
     assert trainer.state.global_step == 4
-    assert trainer._methods == []
+    assert trainer._trainings == {}
 
 
 def test_averages_of_half_precision_do_not_overflow():

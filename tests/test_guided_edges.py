@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_compress as hc
+from hf_compress.methods.token_pruning.live_tokens import LiveTokens
 from hf_compress.training.teachers import signals_of
 from tests.crash_program import pad
 from tests.guided_setup import ROWS, dense, linear, logged, same, trainer_of, weights
@@ -79,19 +80,19 @@ def test_dropped_tokens_are_not_compared(tmp_path):
     student.train()
     found = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     layer = trainer.averages["train"].take()["loss/layer"]
-    state = hc.core.layers.LiveTokens(whole=True)
+    state = LiveTokens(whole=True)
     with torch.no_grad():
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        ours = student(**inputs, live_tokens=state, output_hidden_states=True).hidden_states[1:]
+        ours = student(**inputs, forward_state=state, output_hidden_states=True).hidden_states[1:]
         theirs = teacher.eval()(**inputs, output_hidden_states=True).hidden_states[1:]
     expected = []
     for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         examples = [
             torch.stack([(one[row, column] - other[row, column]).square().mean() for column in kept.nonzero()[:, 0]])
-            for row, kept in enumerate(state.kept[index])
+            for row, kept in enumerate(state.kept_after(index))
         ]
         expected.append(torch.stack([values.mean() for values in examples]).mean())
-    assert state.kept[1].sum() < batch["attention_mask"].sum()  # Some were dropped.
+    assert state.kept_after(1).sum() < batch["attention_mask"].sum()  # Some were dropped.
     assert layer == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
     assert torch.isfinite(found[0])
 

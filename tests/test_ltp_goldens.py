@@ -9,8 +9,6 @@ from transformers import AutoModelForSequenceClassification
 
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
-from hf_compress.core.cost import live_macs
-from hf_compress.core.layers import LiveTokens
 from hf_compress.methods.token_pruning.importance import (
     keep_above,
     keep_rate_ramp,
@@ -20,6 +18,7 @@ from hf_compress.methods.token_pruning.importance import (
     threshold_ramp,
     token_importance,
 )
+from hf_compress.methods.token_pruning.live_tokens import LiveTokens
 from hf_compress.methods.token_pruning.modeling import thresholds_of
 
 
@@ -110,13 +109,13 @@ def test_forward_drops_what_the_original_masks(goldens):
         state = LiveTokens()
         inputs = {key: torch.tensor(golden[key]).long() for key in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            logits = model.double()(**inputs, live_tokens=state).logits.numpy()
+            logits = model.double()(**inputs, forward_state=state).logits.numpy()
         exact = golden["cls_kept_all"].astype(bool)
-        keep = torch.stack([state.kept[i] for i in range(len(golden["keep"]))]).numpy()
+        keep = torch.stack([state.kept_after(i) for i in range(len(golden["keep"]))]).numpy()
         assert (keep[:, exact] == golden["keep"].astype(bool)[:, exact]).all(), name
         np.testing.assert_allclose(logits[exact], golden["logits64"][exact], rtol=0, atol=1e-10, err_msg=name)
         if exact.all() and "mac" in golden:
-            macs, dense = (by_layer.sum() for by_layer in live_macs(layers_of(model), state))
+            macs, dense = (by_layer.sum() for by_layer in state.macs(layers_of(model)))
             assert float(macs) == golden["mac"].sum()
             assert float(dense) == golden["baseline_mac"].sum()
         compared += int(exact.sum())
@@ -150,7 +149,7 @@ def test_soft_and_hard_training(goldens, run):
         for place, step in enumerate(steps):
             state = LiveTokens()
             inputs = {key: torch.tensor(batches[key][step]).long() for key in ("input_ids", "attention_mask")}
-            out = model(**inputs, labels=torch.tensor(batches["labels"][step]).long(), live_tokens=state)
+            out = model(**inputs, labels=torch.tensor(batches["labels"][step]).long(), forward_state=state)
             loss = out.loss
             np.testing.assert_allclose(float(loss.detach()), golden[f"{stage}_loss_task"][place], rtol=0, atol=2e-7)
             if stage == "soft":
@@ -169,5 +168,5 @@ def test_soft_and_hard_training(goldens, run):
             expected = golden[f"{stage}_theta"][place]
             np.testing.assert_allclose(theta.detach().numpy(), expected, rtol=0, atol=1e-8)
             if stage == "hard":
-                keep = torch.stack([state.kept[i] for i in range(4)]).numpy()
+                keep = torch.stack([state.kept_after(i) for i in range(4)]).numpy()
                 assert (keep == golden["hard_keep"][place].astype(bool)).all()

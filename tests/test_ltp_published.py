@@ -10,8 +10,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
-from hf_compress.core.cost import live_macs
-from hf_compress.core.layers import LiveTokens
+from hf_compress.methods.token_pruning.live_tokens import LiveTokens
 from hf_compress.methods.token_pruning.modeling import thresholds_of
 
 
@@ -31,10 +30,10 @@ def seen_by(model, archive, prefix=""):
     """Logits, live tokens after each layer [L, B, S], and multiply-accumulates of a batch."""
     state, inputs = LiveTokens(), {name: torch.tensor(archive[prefix + name]).long() for name in INPUTS}
     with torch.no_grad():
-        logits = model(**inputs, live_tokens=state).logits.numpy()
+        logits = model(**inputs, forward_state=state).logits.numpy()
     blocks = layers_of(model)
-    macs = sum(float(layer.sum()) for layer in live_macs(blocks, state)[:1])
-    return logits, torch.stack([state.kept[block.index] for block in blocks]).numpy(), macs
+    macs = sum(float(layer.sum()) for layer in state.macs(blocks)[:1])
+    return logits, torch.stack([state.kept_after(block.index) for block in blocks]).numpy(), macs
 
 
 def cases(goldens):

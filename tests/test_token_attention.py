@@ -11,14 +11,17 @@ from transformers import (
 )
 
 import hf_compress as hc
-from hf_compress.core.layers import LiveTokens, Packing
 from hf_compress.methods.token_pruning import attention, importance
+from hf_compress.methods.token_pruning.live_tokens import LiveTokens
+from hf_compress.methods.token_pruning.packing import Packing
 
 
 def outputs(model, batch):
     state = LiveTokens()
-    found = model(**batch, live_tokens=state, output_hidden_states=True)
-    return torch.stack(found.hidden_states).detach(), torch.stack([state.kept[i] for i in sorted(state.packings)])
+    found = model(**batch, forward_state=state, output_hidden_states=True)
+    return torch.stack(found.hidden_states).detach(), torch.stack(
+        [state.kept_after(i) for i in sorted(state.packings)]
+    )
 
 
 @pytest.mark.parametrize("limit", [1, 20_000, 2**22], ids=["one example", "some", "all"])
@@ -104,7 +107,7 @@ def test_padding_on_the_left_of_a_classifier_is_refused(training):
     assert torch.isfinite(model(input_ids=ids, attention_mask=mask).logits).all()
     state = LiveTokens()
     reader = hc.compress(tiny(kind=BertForTokenClassification), hc.TokenPruningConfig())
-    reader(input_ids=ids, attention_mask=mask.flip(1), live_tokens=state)
+    reader(input_ids=ids, attention_mask=mask.flip(1), forward_state=state)
     assert torch.equal(state.packings[0].live(), mask.flip(1).bool())
 
 
@@ -115,7 +118,7 @@ def test_a_batch_of_padding_alone(fields, training, kind):
     model = hc.compress(tiny(kind=kind), hc.TokenPruningConfig(**fields)).train(training)
     state = LiveTokens()
     inputs = {"input_ids": torch.zeros(2, 4, dtype=torch.long), "attention_mask": torch.zeros(2, 4)}
-    assert torch.isfinite(model(**inputs, live_tokens=state).logits).all()
+    assert torch.isfinite(model(**inputs, forward_state=state).logits).all()
     assert [lengths.tolist() for lengths in state.fed.values()] == [[0, 0]] * 5
     with torch.no_grad():
         assert torch.isfinite(model(**inputs).logits).all()

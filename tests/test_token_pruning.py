@@ -13,8 +13,8 @@ from transformers import (
 
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
-from hf_compress.core.layers import LiveTokens
 from hf_compress.methods.token_pruning.importance import keep_above, keep_top, token_importance
+from hf_compress.methods.token_pruning.live_tokens import LiveTokens
 from hf_compress.methods.token_pruning.modeling import thresholds_of
 from hf_compress.methods.token_pruning.training import regularizer
 from hf_compress.report.tokens import trace_tokens, write_token_page
@@ -41,7 +41,7 @@ def pruned(model):
 def run(model, batch):
     state = LiveTokens()
     with torch.no_grad():
-        return model(**batch, live_tokens=state).logits, state
+        return model(**batch, forward_state=state).logits, state
 
 
 @ENCODERS
@@ -57,7 +57,7 @@ def test_neutral_settings_are_the_dense_model(model, batches, architecture, fiel
     logits, state = run(same, batch)
     torch.testing.assert_close(logits, expected, **NEAR)
     for block in layers_of(same)[:-1]:
-        assert torch.equal(state.kept[block.index], batch["attention_mask"].bool())
+        assert torch.equal(state.kept_after(block.index), batch["attention_mask"].bool())
 
 
 def masked_logits(model, batch, decide):
@@ -106,11 +106,11 @@ def test_removal_equals_masking(pruned, batches, fields):
     with torch.no_grad():
         hidden, expected = masked_logits(model, batch, decide)
         state = LiveTokens()
-        ours = model.base_model(**batch, live_tokens=state).last_hidden_state
+        ours = model.base_model(**batch, forward_state=state).last_hidden_state
     counts = torch.stack([state.fed[i] for i in range(3)], 1).tolist()
     assert counts == expected
     assert any(row[-1] < row[0] for row in counts)
-    final = state.kept[2]
+    final = state.kept_after(2)
     torch.testing.assert_close(ours[final], hidden[final], **NEAR)
 
 
@@ -124,7 +124,7 @@ def test_masks_are_monotone_and_keep_the_first_token(pruned, batches, architectu
     _, state = run(model, batch)
     before = batch["attention_mask"].bool()
     for block in layers_of(model):
-        after = state.kept[block.index]
+        after = state.kept_after(block.index)
         assert (after <= before).all()
         assert after[:, 0].all()
         assert torch.equal(state.fed[block.index], after.sum(1))
@@ -167,7 +167,7 @@ def test_everything_prunable(pruned, lengths):
     mask = (torch.arange(4) < torch.tensor(lengths)[:, None]).long()
     logits, state = run(model, {"input_ids": torch.full((2, 4), 5), "attention_mask": mask})
     assert torch.isfinite(logits).all()
-    assert state.kept[1].sum(1).tolist() == [min(1, length) for length in lengths]
+    assert state.kept_after(1).sum(1).tolist() == [min(1, length) for length in lengths]
 
 
 def test_threshold_gradient_by_finite_differences(pruned, batches):
@@ -178,7 +178,7 @@ def test_threshold_gradient_by_finite_differences(pruned, batches):
 
     def objective():
         state = LiveTokens()
-        return model(**batch, live_tokens=state).loss + 0.1 * regularizer(state)
+        return model(**batch, forward_state=state).loss + 0.1 * regularizer(state)
 
     objective().backward()
     assert theta.grad[0] == 0
@@ -198,7 +198,7 @@ def test_regularizer_pushes_thresholds_up_and_ignores_padding(pruned, batches):
     gradients = []
     for extra in (0, 11):
         state = LiveTokens()
-        model(**{name: F.pad(value, (0, extra)) for name, value in batch.items()}, live_tokens=state)
+        model(**{name: F.pad(value, (0, extra)) for name, value in batch.items()}, forward_state=state)
         (gradient,) = torch.autograd.grad(regularizer(state), thresholds_of(model).values)
         gradients.append(gradient)
     assert (gradients[0][1:] < 0).all()
@@ -242,7 +242,7 @@ def test_cost_on_data(pruned, batches):
     for batch in data:
         state = LiveTokens(whole=True)
         with torch.no_grad():
-            model(**batch, live_tokens=state)
+            model(**batch, forward_state=state)
         for layer in range(3):
             for a, f in zip(state.attended[layer].tolist(), state.fed[layer].tolist(), strict=True):
                 expected += 4 * s * d * a + 2 * d * a * a + 2 * d * 64 * f

@@ -6,7 +6,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
-from hf_compress.core.layers import LiveTokens
+from hf_compress.methods.token_pruning.live_tokens import LiveTokens
 from hf_compress.methods.token_pruning.modeling import thresholds_of
 from hf_compress.methods.token_pruning.training import regularizer
 
@@ -24,8 +24,8 @@ def six_layers():
 def kept(model, batch):
     state = LiveTokens()
     with torch.no_grad():
-        model.eval()(**batch, live_tokens=state)
-    return [int(state.kept[block.index].sum()) for block in layers_of(model)[:-1]]
+        model.eval()(**batch, forward_state=state)
+    return [int(state.kept_after(block.index).sum()) for block in layers_of(model)[:-1]]
 
 
 def test_an_edited_keep_rate_counts_in_the_next_forward_pass(batches):
@@ -109,7 +109,7 @@ def test_the_published_regulariser_counts_padding_up_to_the_reference_length(mod
         found = []
         for inputs in (batch, longer):
             state = LiveTokens()
-            pruned(**inputs, live_tokens=state)
+            pruned(**inputs, forward_state=state)
             found.append(regularizer(state))
         torch.testing.assert_close(*found, rtol=0, atol=1e-12)
         terms[compat] = state.soft

@@ -8,14 +8,14 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
-from hf_compress.core.cost import live_macs
-from hf_compress.core.layers import STATE, LiveTokens, Packing
+from hf_compress.core.forward_state import FORWARD_STATE
 from hf_compress.methods.token_pruning import attention
 from hf_compress.methods.token_pruning import callbacks as callbacks_module
-from hf_compress.methods.token_pruning.callbacks import warn_unsteered
 from hf_compress.methods.token_pruning.importance import keep_above, keep_rate_ramp, kept_counts
+from hf_compress.methods.token_pruning.live_tokens import LiveTokens
 from hf_compress.methods.token_pruning.modeling import thresholds_of
-from hf_compress.methods.token_pruning.training import check_resume, start_training
+from hf_compress.methods.token_pruning.packing import Packing
+from hf_compress.methods.token_pruning.training import training_of
 
 
 HEAD = "sequence_classification"
@@ -100,8 +100,9 @@ def test_a_checkpoint_of_a_switching_run_needs_the_switch(student, train, tmp_pa
             train(student(masking_mode=mode), resume=str(tmp_path / "checkpoint"))
     switching = student()
     hc.StageSwitchCallback(0.5).on_new_model(switching)
-    start_training(switching)
-    check_resume(switching.config, saved.config)
+    training = training_of(switching, "this test")
+    training.begin()
+    training.check_resume(saved.config)
     # Opened and trained anew, it is a model like any other.
     opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint")
     train(opened, max_steps=1)
@@ -116,7 +117,8 @@ def test_a_soft_stage_that_nobody_steers_says_so(student, train, caplog):
     train(student(), hc.ThresholdAnnealingCallback(lambda_threshold=0.0), max_steps=1)
     for steered in (student(masking_mode="hard"), student()):
         thresholds_of(steered).weight.fill_(float(steered.config.masking_mode == "soft"))
-        warn_unsteered([]).on_train_begin(None, None, None, model=steered)
+        (warning,) = training_of(steered, "this test").callbacks([])
+        warning.on_train_begin(None, None, None, model=steered)
     assert "lambda is 0" not in caplog.text
 
 
@@ -188,7 +190,7 @@ def test_accumulated_batches_equal_one_batch(student, train):
 def kept_tokens(network, batch):
     state = LiveTokens(whole=True)
     with torch.no_grad():
-        network.eval()(**batch, live_tokens=state)
+        network.eval()(**batch, forward_state=state)
     return state
 
 
@@ -211,7 +213,7 @@ def test_a_higher_threshold_adds_no_token(student, batches):
     batch, before, counts = batches(network.config, count=1)[0], None, []
     for theta in (0.0, 0.004, 0.008, 0.016, 0.1):
         thresholds_of(network).values.data[1] = theta
-        kept = kept_tokens(network, batch).kept[1]
+        kept = kept_tokens(network, batch).kept_after(1)
         assert before is None or (kept <= before).all()
         before = kept
         counts.append(int(kept.sum()))
@@ -237,13 +239,13 @@ def test_counted_arithmetic_is_what_a_profiler_sees(model, batches):
     network = hc.compress(model("bert", "token_classification"), hc.TokenPruningConfig(final_token_threshold=0.014))
     batch, state = batches(network.config, count=1)[0], LiveTokens(whole=True)
     with torch.no_grad(), FlopCounterMode(display=False) as profiler:
-        network.base_model(**batch, live_tokens=state)
+        network.base_model(**batch, forward_state=state)
     seen = profiler.get_flop_counts()["Global"][torch.ops.aten.addmm] // 2
     blocks, width = layers_of(network), 32
     attended, fed = (sum(int(of[i].sum()) for i in range(3)) for of in (state.attended, state.fed))
     quadratic = sum(2 * width * int((state.attended[i] ** 2).sum()) for i in range(3))
     assert fed < attended
-    assert seen == int(live_macs(blocks, state)[0].sum()) - quadratic - width**2 * (attended - fed)
+    assert seen == int(state.macs(blocks)[0].sum()) - quadratic - width**2 * (attended - fed)
 
 
 def test_arithmetic_is_exact_without_double_precision(student, monkeypatch):
@@ -256,7 +258,7 @@ def test_arithmetic_is_exact_without_double_precision(student, monkeypatch):
     attended = {i: torch.tensor([long, 3]) for i in range(3)}
     state = LiveTokens(attended=attended, fed={i: torch.tensor([short, 1]) for i in range(3)})
     monkeypatch.setattr(torch.Tensor, "double", refuse)
-    macs, dense = live_macs(blocks, state)
+    macs, dense = state.macs(blocks)
     each = 4 * 32**2 * (long + 3) + 2 * 32 * (long**2 + 9)
     assert macs.tolist() == [each + 2 * 32 * 64 * (short + 1)] * 3
     assert dense.tolist() == [each + 2 * 32 * 64 * (long + 3)] * 3
@@ -324,5 +326,5 @@ def test_an_example_without_tokens_does_not_hear_its_neighbours(student):
             mates = torch.stack([mates[0], ids[1], mates[2]])
             logits = network(input_ids=mates, attention_mask=mask).logits
             assert torch.allclose(logits[1], alone, atol=1e-6)
-            whole = network(input_ids=mates, attention_mask=mask, **{STATE: LiveTokens(whole=True)}).logits
+            whole = network(input_ids=mates, attention_mask=mask, **{FORWARD_STATE: LiveTokens(whole=True)}).logits
             assert torch.allclose(logits, whole, atol=1e-6)

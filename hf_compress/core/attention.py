@@ -11,14 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from transformers.utils.import_utils import is_tracing
-
-from hf_compress.core.projections import CuttableLinear
 
 
 ATTENTION = "hf_compress"
@@ -46,7 +43,7 @@ class AttentionCore(nn.Module):
         Args:
             attention: The module that owns this core.
             query: [B, H, S, d].
-            key: [B, H, S, d], or the layer's input cut into heads where the projection is deferred.
+            key: [B, H, S, d].
             value: As `key`.
             mask: None without padding; [B, S] bool, True on tokens, when padding is on the right; otherwise
                 [B, S] int64, the rank of each token among the tokens of its example and -1 on padding.
@@ -68,47 +65,6 @@ class AttentionCore(nn.Module):
             hidden: D.
         """
         raise NotImplementedError
-
-    def defers(self, seq_len: int, width: int, hidden: int) -> bool:
-        """Whether keys and values are cheaper to project after the core has shortened their input."""
-        return False
-
-
-class DeferredLinear(CuttableLinear):
-    """A key or value projection that lets its core apply it later, where that is cheaper.
-
-    An instance is an ordinary `nn.Linear` whose class was changed by `defer_`; `owner` is the attention module. When
-    something stands between the two (an adapter that wraps the projection), it behaves as `nn.Linear`.
-    """
-
-    owner: nn.Module
-
-    def forward(self, input: Tensor, bias_scale: Tensor | None = None) -> Tensor:
-        """The projection; the input itself when it is deferred; and from the core, the deferred projection.
-
-        Args:
-            input: [B, S, D].
-            bias_scale: [B, K] or [K], how much of the bias each shortened row carries; given by the core alone.
-        """
-        if bias_scale is not None:
-            projected = F.linear(input, self.weight)
-            return projected if self.bias is None else projected + bias_scale.unsqueeze(-1) * self.bias
-        return input if self.is_deferred(input.shape[-2]) else super().forward(input)
-
-    def is_deferred(self, seq_len: int) -> bool:
-        """Whether `forward` hands its input through for this length."""
-        core = getattr(self.owner, CORE, None)
-        wrapped = all(child is not self for child in self.owner.children())
-        if core is None or wrapped or self.in_features % core.head_size:
-            return False
-        return core.defers(seq_len, self.out_features, self.in_features)
-
-
-def defer_(linear: nn.Linear, owner: nn.Module) -> None:
-    """Make a key or value projection a `DeferredLinear` of an attention module, keeping its parameters."""
-    linear.__class__ = DeferredLinear
-    # Past nn.Module's own setattr: a registered owner would be its child's child.
-    object.__setattr__(linear, "owner", owner)
 
 
 def token_ranks(live: Tensor) -> Tensor:

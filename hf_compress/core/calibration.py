@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_compress.core.batches import base_inputs, main_input, token_masks
-from hf_compress.core.examples import Batches, batches_of
-from hf_compress.core.layers import STATE, LiveTokens, carries_state
+from hf_compress.core.batches import base_inputs, token_masks
+from hf_compress.core.forward_state import carries_state, forward_state
 from hf_compress.core.modes import evaluating
 from hf_compress.core.watching import Before, Stop, watched
 
@@ -42,43 +41,9 @@ def with_progress(data: Iterable[Mapping[str, Any]], description: str) -> Iterat
     yield from tqdm(data, total=total, desc=description, leave=False, disable=not logger.isEnabledFor(logging.INFO))
 
 
-def require_data(data: Iterable[Mapping[str, Any]] | None, passes: int) -> Iterable[Mapping[str, Any]]:
-    """Check that calibration data can be read as often as a method needs it.
-
-    Raises:
-        ValueError: If there is none, or if it is an iterator that can be read once and more passes are needed.
-    """
-    if data is None:
-        raise ValueError(
-            "data must be given: this method looks at a few hundred examples (an iterable of input dicts)."
-        )
-    if isinstance(data, Mapping):
-        raise ValueError("data must be an iterable of input dicts, got one dict: put it into a list.")
-    if passes > 1 and iter(data) is data:
-        raise ValueError(
-            f"data must be readable {passes} times for these settings, got a one-shot {type(data).__name__}. "
-            "Pass a list or a DataLoader."
-        )
-    return data
-
-
-def readable_data(
-    model: PreTrainedModel, data: Iterable[Mapping[str, Any]] | None, passes: int
-) -> Iterable[Mapping[str, Any]]:
-    """Calibration data as batches of tensors, whether it holds batches or single examples.
-
-    Raises:
-        ValueError: As `require_data`.
-    """
-    data = require_data(data, passes)
-    if iter(data) is data:
-        return batches_of(data, model.config, main_input(model))
-    return Batches(data, model.config, main_input(model))
-
-
 def run_base(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     """One forward pass of the base model, in which layers that drop tokens compute every row that is alive."""
-    model.base_model(**inputs, **({STATE: LiveTokens(whole=True)} if carries_state(model) else {}))
+    model.base_model(**inputs, **forward_state(model))
 
 
 def live_rows(key: Hashable, states: Tensor, masks: list[Tensor], may_be_packed: bool) -> Tensor:

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.batches import base_inputs, live_tokens
-from hf_compress.core.calibration import readable_data
-from hf_compress.core.layers import STATE, LiveTokens, carries_state
+from hf_compress.core.data_needs import readable_data
+from hf_compress.core.forward_state import forward_state, state_in
 from hf_compress.core.modes import evaluating
 from hf_compress.core.projections import NEURON_ROLES, OPTIONAL_ROLES, Role
 
@@ -51,7 +50,7 @@ def count_size(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def _projection_macs(layer: TransformerLayer) -> tuple[int, int]:
+def projection_macs(layer: TransformerLayer) -> tuple[int, int]:
     """Multiply-accumulates of one token in the projections of attention and of the feed-forward sublayer."""
     attention = feed_forward = 0
     for role, projection in layer.projections.items():
@@ -65,34 +64,8 @@ def _projection_macs(layer: TransformerLayer) -> tuple[int, int]:
 
 def layer_macs(layer: TransformerLayer, seq_len: float, batch_size: int = 1) -> float:
     """Multiply-accumulates of one layer for a batch of equally long sequences, from the shapes of its projections."""
-    each = seq_len * sum(_projection_macs(layer)) + layer.attention_macs(seq_len)
+    each = seq_len * sum(projection_macs(layer)) + layer.attention_macs(seq_len)
     return batch_size * each + layer.position_macs
-
-
-def live_macs(layers: list[TransformerLayer], state: LiveTokens) -> tuple[Tensor, Tensor]:
-    """Multiply-accumulates of a batch whose tokens were dropped on the way, and those without dropping.
-
-    Args:
-        layers: Of the model.
-        state: Of its forward pass.
-
-    Returns:
-        Two tensors [L] int64, for each layer summed over the batch.
-
-    Source:
-        LTP specification 7.3: `4 D^2 a + 2 D a^2 + 8 D^2 f` a layer and example, with a tokens in attention and f in
-        the feed-forward sublayer, here with the real module shapes.
-    """
-    # Whole numbers stay exact, also where there is no double precision.
-    initial = state.attended[0]
-    macs, dense = [], []
-    for layer in layers:
-        attended, fed = state.attended[layer.index], state.fed[layer.index]
-        width = layer.attention_out.in_features
-        attending, feeding = _projection_macs(layer)
-        macs.append((attending * attended + 2 * width * attended * attended + feeding * fed).sum())
-        dense.append(((attending + feeding) * initial + 2 * width * initial * initial).sum())
-    return torch.stack(macs), torch.stack(dense)
 
 
 @torch.no_grad()
@@ -104,11 +77,11 @@ def _macs_on(model: PreTrainedModel, layers: list[TransformerLayer], data: Itera
             inputs = base_inputs(model, batch)
             lengths = live_tokens(inputs).sum(1)
             sequences += len(lengths)
-            if carries_state(model):
-                # All of the last layer: what a head does not read is not the method's merit.
-                state = LiveTokens(whole=True)
-                model.base_model(**inputs, **{STATE: state})
-                found = live_macs(layers, state)[0].tolist()
+            # All of the last layer: what a head does not read is not the method's merit.
+            arguments = forward_state(model)
+            if (state := state_in(arguments)) is not None:
+                model.base_model(**inputs, **arguments)
+                found = state.macs(layers)[0].tolist()
             else:
                 found = [sum(layer_macs(layer, length) for length in lengths.tolist()) for layer in layers]
             total = [sum(pair) for pair in zip(total, found, strict=True)]

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.batches import base_inputs, token_masks
 from hf_compress.core.calibration import Key, Statistic, feeding, run_base, with_progress
+from hf_compress.core.forward_state import carries_state
 from hf_compress.core.layer_calls import LayerCall, LayerRecorder, NotWalkable
-from hf_compress.core.layers import carries_state
 from hf_compress.core.modes import evaluating
 from hf_compress.core.moments import PairedMoments
 

@@ -1,14 +1,18 @@
-"""What a compression method is: one config, two functions, and the paper it comes from."""
+"""What a compression method is: a config, two functions, the paper it comes from, and what it does in training."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
+import enum
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from torch import Tensor
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_compress.core.data_needs import Data, DataNeeds
+from hf_compress.core.method_config import MethodConfig as MethodConfig
+from hf_compress.core.method_training import MethodTraining
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,73 +24,11 @@ class Paper:
     bibtex: str
 
 
-def _describe(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(hint)))
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_describe(choice) for choice in get_args(hint))
-    return (
-        "None" if hint is type(None) else str(getattr(hint, "__name__", hint)) if get_args(hint) == () else str(hint)
-    )
+class ModelPart(enum.Enum):
+    """A part of a dense model that one method may need and another one replace; the value names it in messages."""
 
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if hint is Any:
-        return True
-    if origin is Literal:
-        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, choice) for choice in get_args(hint))
-    if origin in (list, tuple):
-        items = get_args(hint)[:1]
-        return isinstance(value, list | tuple) and all(_fits(item, items[0]) for item in value if items)
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def check_field_types(config: Any) -> None:
-    """Compare every dataclass field with its annotation.
-
-    Raises:
-        ValueError: Names the field, the rule and the value.
-    """
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{field.name} must be finite, got {value}.")
-        if not _fits(value, hints[field.name]):
-            raise ValueError(f"{field.name} must be {_describe(hints[field.name])}, got {value!r}.")
-
-
-@dataclasses.dataclass(kw_only=True)
-class MethodConfig:
-    """Base of the method configs: what a compressed model *is*, saved in its `config.json`.
-
-    Subclasses are keyword-only dataclasses whose fields all have defaults. `flat` names the fields that live as
-    plain fields of the model's config, where `from_pretrained(path, name=value)` can override them; all others
-    are written into the step of the record.
-    """
-
-    flat: ClassVar[tuple[str, ...]] = ()
-
-    def __post_init__(self) -> None:
-        check_field_types(self)
-        self.check()
-
-    def check(self) -> None:
-        """Raise `ValueError` when the values contradict each other or are out of range."""
-
-    def to_record(self) -> dict[str, Any]:
-        """The fields that go into the step, without those that still have the value None."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.flat}
-        return {name: value for name, value in values.items() if value is not None}
+    ATTENTION = "softmax attention"
+    LAYER_FORWARD = "ordinary layers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,48 +39,51 @@ class Method:
         name: The folder's name, the word in `config.json` and on the command line.
         config_class: The method's `MethodConfig`.
         compress: `(model, config, data) -> completed config`; changes a live model in place. The completed config
-            says which sizes came out, so that `rebuild` needs nothing else.
+            says which sizes came out, so that `rebuild` needs nothing else. The caller records it, and writes its flat
+            fields into the model's config.
         rebuild: `(model, completed config) -> None`; gives a dense skeleton (possibly on the meta device) the same
             module tree. `compress(model).state_dict()` must load strictly into it.
         paper: The source.
         check: `(model, config) -> None`; raises `ValueError` when the config is impossible for the model, before
-            anything is changed.
+            anything is changed. None: every config is possible for every model.
         plain: `(model, completed config) -> dict`; the config fields with which stock transformers builds the same
             modules, or `ValueError` that says which layer prevents it. None: never expressible.
+        data_needs: `(config) -> DataNeeds`; how `compress` reads its data. None: not at all.
         repeatable: Whether a model may go through it more than once.
-        needs: Parts of a dense model that must still be there, in words that end up in messages.
+        needs: Parts of a dense model that must still be there.
         replaces: Parts of a dense model that are something else afterwards; no method that needs one may follow.
-        check_loaded: `(model) -> None`; called when a saved model was opened, to say what its weights contradict.
         implied: `(model config) -> config or None`; the method config that flat fields written by hand ask for, for
             models that have no such step yet.
-        start_training: `(model) -> None`; called before training.
-        training_callback: `(callbacks of the trainer) -> callback or None`, for training a model that went through the
-            method.
-        check_resume: `(model config, config of the checkpoint) -> None`; raises `ValueError` when the checkpoint is
-            of another kind of training.
-        loss_terms: `(model, live tokens of the forward pass) -> weighted terms` added to the loss in training.
-        measures: `(model, live tokens) -> name: (sum, sum it is relative to)`, averaged and logged.
-        parameter_groups: `(model) -> optimizer groups` for parameters that are trained differently and clipped apart.
+        check_loaded: `(model) -> None`; called when a saved model was opened, to say what its weights contradict.
+        training: `(model) -> MethodTraining`; what the method does in a training of a model that went through it.
+            None: nothing.
     """
 
+    # The callables take a config of `config_class`, which their types cannot say.
     name: str
     config_class: type[MethodConfig]
-    compress: Callable[..., MethodConfig]
-    rebuild: Callable[..., None]
+    compress: Callable[[PreTrainedModel, Any, Data | None], MethodConfig]
+    rebuild: Callable[[PreTrainedModel, Any], None]
     paper: Paper
-    check: Callable[..., None] | None = None
-    plain: Callable[..., dict[str, Any]] | None = None
+    check: Callable[[PreTrainedModel, Any], None] | None = None
+    plain: Callable[[PreTrainedModel, Any], dict[str, Any]] | None = None
+    data_needs: Callable[[Any], DataNeeds] | None = None
     repeatable: bool = True
-    needs: frozenset[str] = frozenset()
-    replaces: frozenset[str] = frozenset()
-    check_loaded: Callable[..., None] | None = None
-    implied: Callable[..., MethodConfig | None] | None = None
-    start_training: Callable[..., None] | None = None
-    training_callback: Callable[..., Any] | None = None
-    check_resume: Callable[..., None] | None = None
-    loss_terms: Callable[..., dict[str, Tensor]] | None = None
-    measures: Callable[..., dict[str, tuple[Tensor, Tensor]]] | None = None
-    parameter_groups: Callable[..., list[dict[str, Any]]] | None = None
+    needs: frozenset[ModelPart] = frozenset()
+    replaces: frozenset[ModelPart] = frozenset()
+    implied: Callable[[PretrainedConfig], MethodConfig | None] | None = None
+    check_loaded: Callable[[PreTrainedModel], None] | None = None
+    training: Callable[[PreTrainedModel], MethodTraining] | None = None
+
+    def needs_of(self, config: MethodConfig) -> DataNeeds:
+        """How `compress` reads its data under a config."""
+        return DataNeeds() if self.data_needs is None else self.data_needs(config)
+
+    def defines(self, module: nn.Module) -> bool:
+        """Whether the class of a module comes from the package of this method."""
+        home = self.config_class.__module__
+        package = home.rpartition(".")[0] or home
+        return f"{type(module).__module__}.".startswith(f"{package}.")
 
 
 def check_order(earlier: Sequence[Method], method: Method) -> None:
@@ -154,7 +99,7 @@ def check_order(earlier: Sequence[Method], method: Method) -> None:
     for before in earlier:
         if before is method and not method.repeatable:
             raise ValueError(f"Steps must not repeat {method.name}: a model goes through it once.")
-        for part in sorted(method.needs & before.replaces):
+        for part in sorted(method.needs & before.replaces, key=lambda part: part.value):
             raise ValueError(
-                f"{method.name} cannot follow {before.name}: it needs {part}, which {before.name} has replaced."
+                f"{method.name} cannot follow {before.name}: it needs {part.value}, which {before.name} has replaced."
             )

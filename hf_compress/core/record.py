@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_compress.core.method import MethodConfig
+from hf_compress.core.method_config import MethodConfig
 
 
 if TYPE_CHECKING:
@@ -101,6 +101,12 @@ def quantized_by_another(config: PretrainedConfig) -> bool:
     return found is not None and kind != QUANT_METHOD
 
 
+def write_flat_fields(config: PretrainedConfig, completed: MethodConfig) -> None:
+    """Write those fields of a finished step into a model's config that stand outside of the record."""
+    for name in completed.flat:
+        setattr(config, name, getattr(completed, name))
+
+
 def append_step(
     config: PretrainedConfig, method: str, completed: MethodConfig, *, instead_of: int | None = None
 ) -> None:
@@ -110,11 +116,10 @@ def append_step(
         config: Of the model that went through it.
         method: The name of the method.
         completed: Its config, with the sizes that came out.
-        instead_of: Place in the record of a step that went on; this is what is to be said of it now.
+        instead_of: Index of the entry that this one replaces, because the step went on; None: it is a new one.
     """
     steps = record_of(config)["steps"]
-    for name in completed.flat:
-        setattr(config, name, getattr(completed, name))
+    write_flat_fields(config, completed)
     step = {"method": method, **completed.to_record()}
     if instead_of is None:
         steps.append(step)

@@ -1,12 +1,67 @@
-"""All methods, computed from the folders here: a new method is a new folder and no other edit."""
+"""All methods: one for each folder here, and those that other installed packages announce.
 
+A package announces a method by an entry point of the group `hf_compress.methods` whose value is a module with a
+`METHOD`, exactly as the folders here have one. The table is computed from both when it is first needed; nothing
+registers itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
 
 from hf_compress.core.method import Method
 
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (import_module(f"{__name__}.{entry.name}").METHOD for entry in iter_modules(__path__) if entry.ispkg)
-}
+GROUP = "hf_compress.methods"
+
+
+def _own() -> Iterator[Method]:
+    for entry in iter_modules(__path__):
+        if entry.ispkg:
+            yield import_module(f"{__name__}.{entry.name}").METHOD
+
+
+def _announced(entry: EntryPoint) -> Method:
+    """The method of another package.
+
+    Raises:
+        ValueError: If there is none. Models that went through it could not be opened, so it is not passed over.
+    """
+    owner = f"the entry point {entry.name} = {entry.value} of {entry.dist.name if entry.dist else 'a distribution'}"
+    try:
+        method = import_module(entry.value).METHOD
+    except Exception as error:
+        raise ValueError(
+            f"A compression method cannot be loaded: {owner} fails with {type(error).__name__}: {error} "
+            "Repair or uninstall that distribution."
+        ) from error
+    if not isinstance(method, Method) or method.name != entry.name:
+        raise ValueError(
+            f"A compression method cannot be loaded: METHOD of {owner} is {getattr(method, 'name', method)!r}, which "
+            f"is no Method named {entry.name!r}. Repair or uninstall that distribution."
+        )
+    return method
+
+
+def all_methods() -> dict[str, Method]:
+    """Name -> method.
+
+    Raises:
+        ValueError: If a package announces a method that cannot be loaded, or one of a name that another method has.
+    """
+    found = {method.name: method for method in _own()}
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        method = _announced(entry)
+        if method.name in found:
+            raise ValueError(
+                f"Two compression methods are named {method.name}: {found[method.name].config_class.__module__} and "
+                f"{method.config_class.__module__}. Uninstall one of the distributions."
+            )
+        found[method.name] = method
+    return found
+
+
+METHODS: dict[str, Method] = all_methods()

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.cost import Cost, count_cost, count_size
-from hf_compress.core.layers import carries_state
+from hf_compress.core.forward_state import carries_state
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.saving import write_json
 from hf_compress.report.changes import changed_answers

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.core.architectures import layers_of
-from hf_compress.core.layers import STATE, LiveTokens, carries_state
+from hf_compress.core.forward_state import forward_state, state_in
 from hf_compress.core.modes import evaluating
 
 
@@ -34,14 +34,15 @@ def trace_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
     Raises:
         ValueError: If the model does not drop tokens.
     """
-    if not carries_state(model):
+    arguments = forward_state(model)
+    if (state := state_in(arguments)) is None:
         raise ValueError(f"model must drop tokens, got a {type(model).__name__} without token pruning.")
     inputs = tokenizer(text, return_tensors="pt", truncation=True)
-    state, base = LiveTokens(whole=True), model.base_model
+    base = model.base_model
     with evaluating(model):
-        base(input_ids=inputs["input_ids"].to(base.device), **{STATE: state})
+        base(input_ids=inputs["input_ids"].to(base.device), **arguments)
     tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
-    return TokenTrace(tokens, [state.kept[block.index][0].tolist() for block in layers_of(model)])
+    return TokenTrace(tokens, [state.kept_after(block.index)[0].tolist() for block in layers_of(model)])
 
 
 def write_token_page(file: str | Path, traces: list[TokenTrace], title: str = "Which words survive") -> None:

@@ -154,7 +154,7 @@ class CheckpointWriter(TrainerCallback):
 
         Args:
             state: The training's state. Its best checkpoint is given the name that it has in the end.
-            aside: Write into another folder first. DeepSpeed and FSDP lay out the folder themselves and write in place.
+            aside: Write into another folder first. DeepSpeed and FSDP lay their folders out themselves, in place.
 
         Raises:
             ValueError: If the disk is full or the folder cannot be written.

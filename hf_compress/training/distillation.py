@@ -17,7 +17,7 @@ from transformers.trainer_utils import has_length
 from hf_compress.api import apply_implied
 from hf_compress.core.architectures import base_of
 from hf_compress.core.batches import forward_names, layer_mask
-from hf_compress.core.layers import STATE
+from hf_compress.core.forward_state import FORWARD_STATE, state_in
 from hf_compress.training.arguments import DistillationArguments, arguments_like
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.checkpoint_parts import CheckpointPart
@@ -247,7 +247,7 @@ class DistillationTrainer(CompressionTrainer):
         if hasattr(model, "get_base_model"):
             # An adapter's forward hides the arguments of the model it wraps behind **kwargs.
             model = model.get_base_model()
-        return {*forward_names(model), "labels", STATE, *(self.label_names or [])}
+        return {*forward_names(model), "labels", FORWARD_STATE, *(self.label_names or [])}
 
     def _layer_term(self, targets: Signals, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         by_state = dict(zip(self._teacher.states, targets.hidden, strict=True))
@@ -272,8 +272,8 @@ class DistillationTrainer(CompressionTrainer):
         masked = self.args.mask_padding and "attention_mask" in inputs
         real = layer_mask(self._core(), inputs) if masked else None
         # A dropped token keeps the value it had: that of an earlier layer.
-        kept = inputs[STATE].kept if STATE in inputs else {}
-        left = [kept.get(index - 1) for index in states]
+        state = state_in(inputs)
+        left = [None if state is None else state.kept_after(index - 1) for index in states]
         return [real if live is None else live if real is None else live & real for live in left]
 
     def extra_parameter_groups(self) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.batches import accepted_arguments
-from hf_compress.core.layers import STATE, LiveTokens, carries_state
+from hf_compress.core.forward_state import forward_state
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.fingerprints import example_keys
 
@@ -172,9 +172,9 @@ class FixedTeacher(Teacher):
         if self.model.device != device:
             self.model.to(device)
         self.model.train(self.dropout and self.place is not None)
-        if self.states and carries_state(self.model):
+        if self.states:
             # A classifier that drops tokens leaves out what its head does not read; here it is compared.
-            arguments = {**arguments, STATE: LiveTokens(whole=True)}
+            arguments = {**arguments, **forward_state(self.model)}
         with torch.inference_mode():
             outputs = self.model(**arguments, output_hidden_states=bool(self.states), return_dict=True)
         return signals_of(outputs, self.states, self.needs_logits)

@@ -12,13 +12,12 @@ from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.training_args import OptimizerNames
 
-from hf_compress.api import apply_implied, steps_of
+from hf_compress.api import apply_implied, trainings_of
 from hf_compress.core.architectures import base_of
 from hf_compress.core.errors import one_line
-from hf_compress.core.layers import STATE, LiveTokens, carries_state
-from hf_compress.core.method import Method
+from hf_compress.core.forward_state import carries_state, forward_state, state_in
+from hf_compress.core.method_training import MethodCallback, MethodTraining, ParameterGroup
 from hf_compress.core.record import quantized_by_another
-from hf_compress.methods import METHODS
 from hf_compress.training.adapters import warn_of_unsaved_base
 from hf_compress.training.averages import Averages
 from hf_compress.training.extra_gradients import ExtraGradients
@@ -68,11 +67,10 @@ class CompressionTrainer(ResumableTrainer):
 
     def _adopt(self, model: Any) -> None:
         """Find out which methods made the model; flat fields written into its config by hand are applied first."""
-        self._methods: list[Method] = []
+        self._trainings: dict[str, MethodTraining] = {}
         core = base_of(model)
         if isinstance(core, PreTrainedModel) and not quantized_by_another(apply_implied(core).config):
-            names = [step["method"] for step in steps_of(core)]
-            self._methods = [METHODS[name] for name in dict.fromkeys(names)]
+            self._trainings = trainings_of(core)
 
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
@@ -81,17 +79,18 @@ class CompressionTrainer(ResumableTrainer):
             # The first one, for the constructor: callbacks see it when they are added.
             return model
         # A model for every trial: what was prepared when the trainer was made is to be prepared again.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, MethodCallback):
+                callback.on_new_model(model)
         self._start_training(model)
         self.require_resumable(base_of(model))
-        for callback in self.callback_handler.callbacks:
-            getattr(callback, "on_new_model", lambda model: None)(model)
         return model
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback; one that comes after the constructor prepares the model as one given to it does."""
         super().add_callback(callback)
         added = self.callback_handler.callbacks[-1]
-        if self.model is not None and hasattr(added, "on_new_model"):
+        if self.model is not None and isinstance(added, MethodCallback):
             added.on_new_model(self.model)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
@@ -111,17 +110,14 @@ class CompressionTrainer(ResumableTrainer):
             warn_of_unsaved_base(model, core)
         # A trial may prune in another way than the one before it.
         self._remove_method_callbacks()
-        for method in self._methods:
-            if method.training_callback is not None:
-                callback = method.training_callback(self.callback_handler.callbacks)
-                if callback is not None:
-                    self.add_callback(callback)
-                    self._method_callbacks.append(callback)
-            if method.start_training is not None:
-                method.start_training(core)
-            if core is not model and method.parameter_groups is not None and method.parameter_groups(core):
+        for name, training in self._trainings.items():
+            for callback in training.callbacks(self.callback_handler.callbacks):
+                self.add_callback(callback)
+                self._method_callbacks.append(callback)
+            training.begin()
+            if core is not model and training.parameter_groups():
                 raise ValueError(
-                    f"A model with adapters must have {method.name} finished, got one whose {method.name} is still "
+                    f"A model with adapters must have {name} finished, got one whose {name} is still "
                     "to be learned: an adapter would not save it. Train it without adapters first."
                 )
 
@@ -163,16 +159,15 @@ class CompressionTrainer(ResumableTrainer):
         """
         self._composed = True
         # All of the last layer in evaluation too: what the head does not read is not the method's merit.
-        state = LiveTokens(whole=True)
-        watched = [method for method in self._methods if method.loss_terms or method.measures]
-        terms, outputs = self.loss_terms(model, {**inputs, STATE: state} if watched else inputs)
-        core = base_of(self.accelerator.unwrap_model(model))
+        added = forward_state(self._core()) if self._trainings else {}
+        terms, outputs = self.loss_terms(model, {**inputs, **added})
+        state = state_in(added)
         seen = self.averages["train" if model.training else "eval"]
         measure_prefix = "prune/" if model.training else ""
-        for method in watched:
-            if method.loss_terms is not None and model.training:
-                terms = {**terms, **method.loss_terms(core, state)}
-            for name, parts in (method.measures(core, state) if method.measures else {}).items():
+        for training in self._trainings.values():
+            if model.training:
+                terms = {**terms, **training.loss_terms(state)}
+            for name, parts in training.measures(state).items():
                 seen.add_quotient(f"{measure_prefix}{name}", *parts)
         loss = torch.stack(list(terms.values())).sum()
         # On an accelerator this would wait for the device at every step; there `log` checks the averages.
@@ -205,7 +200,8 @@ class CompressionTrainer(ResumableTrainer):
             logs.update(self.averages["train"].take(self.accelerator))
             # Loggers were registered before a user's callbacks: what those add in `on_log` would come too late.
             for callback in self.callback_handler.callbacks:
-                logs.update(getattr(callback, "logged_values", dict)())
+                if isinstance(callback, MethodCallback):
+                    logs.update(callback.logged_values())
         terms = {key.rpartition("/")[2]: value for key, value in logs.items() if "loss/" in key}
         if any(not torch.isfinite(torch.tensor(value)) for value in terms.values()):
             self._not_finite(terms)
@@ -249,24 +245,23 @@ class CompressionTrainer(ResumableTrainer):
             optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if fresh:
             for group in self._separate_groups():
-                apart = {id(parameter) for parameter in group["params"]}
+                apart = {id(parameter) for parameter in group.params}
                 for existing in optimizer.param_groups:
                     existing["params"] = [p for p in existing["params"] if id(p) not in apart]
-                optimizer.add_param_group(group)
-            for group in self.extra_parameter_groups():
-                optimizer.add_param_group(group)
+                optimizer.add_param_group(group.for_optimizer())
+            for extra in self.extra_parameter_groups():
+                optimizer.add_param_group(extra)
         return optimizer
 
-    def _separate_groups(self) -> list[dict[str, Any]]:
-        core = self._core()
-        return [g for method in self._methods if method.parameter_groups for g in method.parameter_groups(core)]
+    def _separate_groups(self) -> list[ParameterGroup]:
+        return [group for training in self._trainings.values() for group in training.parameter_groups()]
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         # One norm over weights and thresholds would shrink the gradients of both by the larger kind.
-        groups = [group for group in self._separate_groups() if not group.get("clipped_together")]
+        groups = [group for group in self._separate_groups() if group.clipped_apart]
         if not groups or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
-        apart = [parameter for group in groups for parameter in group["params"]]
+        apart = [parameter for group in groups for parameter in group.params]
         others = {id(parameter) for parameter in apart}
         weights = [parameter for parameter in model.parameters() if id(parameter) not in others]
         # The first call divides all gradients by the scale of fp16, which must not happen twice.
@@ -286,6 +281,5 @@ class CompressionTrainer(ResumableTrainer):
             self._remove_method_callbacks()
 
     def require_same_training(self, config: PretrainedConfig, saved: PretrainedConfig) -> None:
-        for method in self._methods:
-            if method.check_resume is not None:
-                method.check_resume(config, saved)
+        for training in self._trainings.values():
+            training.check_resume(saved)

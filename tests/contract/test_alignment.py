@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hf_compress.core.layers import LiveTokens
+from hf_compress.methods.token_pruning.live_tokens import LiveTokens
 from tests.contract.conftest import assert_same_outputs, logits_of
 
 
@@ -41,8 +41,8 @@ def test_compressed_models(compressed, batch, method, architecture, dtype):
     if method == "token_pruning":
         states = LiveTokens(), LiveTokens()
         for each, state in zip((model, twin), states, strict=True):
-            logits_of(each, {**seen, "live_tokens": state})
-        kept = [{layer: mask.tolist() for layer, mask in state.kept.items()} for state in states]
+            logits_of(each, {**seen, "forward_state": state})
+        kept = [{layer: state.kept_after(layer).tolist() for layer in state.packings} for state in states]
         assert kept[0] == kept[1] != {}
 
 

@@ -1,6 +1,6 @@
 """Linear attention: keys and values compressed along time by learned matrices (Linformer, as CALD converts to it)."""
 
-from hf_compress.core.method import Method, Paper
+from hf_compress.core.method import Method, ModelPart, Paper
 from hf_compress.methods.linformer.config import LinformerConfig as LinformerConfig
 from hf_compress.methods.linformer.modeling import check, compress, rebuild
 
@@ -12,8 +12,8 @@ METHOD = Method(
     rebuild=rebuild,
     check=check,
     repeatable=False,
-    needs=frozenset({"softmax attention", "ordinary layers"}),
-    replaces=frozenset({"softmax attention"}),
+    needs=frozenset({ModelPart.ATTENTION, ModelPart.LAYER_FORWARD}),
+    replaces=frozenset({ModelPart.ATTENTION}),
     paper=Paper(
         title="Joint Fine-tuning and Conversion of Pretrained Speech and Language Models towards Linear Complexity",
         identifier="2410.06846",

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, architecture_of, layers_of
-from hf_compress.core.attention import attach_core_, defer_, use_cores_
+from hf_compress.core.attention import attach_core_, use_cores_
 from hf_compress.core.positions import extend_positions_, position_offset
 from hf_compress.core.projections import Role
 from hf_compress.methods.linformer.config import LinformerConfig
+from hf_compress.methods.linformer.deferred import defer_
 from hf_compress.methods.linformer.projection import LinformerCore, TimeProjection
 
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.core.attention import AttentionCore, DeferredLinear
+from hf_compress.core.attention import AttentionCore
 from hf_compress.core.modes import is_exporting
+from hf_compress.methods.linformer.deferred import DeferredLinear
 
 
 logger = logging.getLogger(__name__)
@@ -213,6 +214,7 @@ class LinformerCore(AttentionCore):
         return min(self._macs_plain(seq_len, width), self._macs_deferred(seq_len, width, hidden))
 
     def defers(self, seq_len: int, width: int, hidden: int) -> bool:
+        """Whether keys and values are cheaper to project after their input was shortened."""
         return self._macs_deferred(seq_len, width, hidden) < self._macs_plain(seq_len, width)
 
     def _macs_plain(self, seq_len: float, width: int) -> float:

@@ -2,7 +2,7 @@
 
 from hf_compress.core.method import Method, Paper
 from hf_compress.methods.structured_pruning.config import StructuredPruningConfig as StructuredPruningConfig
-from hf_compress.methods.structured_pruning.modeling import check, compress, plain, rebuild
+from hf_compress.methods.structured_pruning.modeling import check, compress, data_needs, plain, rebuild
 
 
 METHOD = Method(
@@ -12,6 +12,7 @@ METHOD = Method(
     rebuild=rebuild,
     check=check,
     plain=plain,
+    data_needs=data_needs,
     paper=Paper(
         title="STAT: Shrinking Transformers After Training",
         identifier="2406.00061",

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.batches import on_device
-from hf_compress.core.calibration import require_data
+from hf_compress.core.data_needs import require_data
 from hf_compress.core.modes import evaluating
 from hf_compress.methods.structured_pruning.mask_tuning import (
     Data,

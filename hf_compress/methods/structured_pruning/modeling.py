@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.batches import live_tokens
-from hf_compress.core.calibration import collect_inputs, require_data
+from hf_compress.core.calibration import collect_inputs
+from hf_compress.core.data_needs import Data, DataNeeds
 from hf_compress.core.driver import LayerWalk
 from hf_compress.core.layer_calls import NotWalkable
 from hf_compress.core.moments import SecondMoments
@@ -34,8 +35,6 @@ from hf_compress.methods.structured_pruning.sketch import CountSketch
 
 
 logger = logging.getLogger(__name__)
-
-Data = Iterable[Mapping[str, Any]]
 
 
 class _Lengths:
@@ -76,6 +75,14 @@ def check(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
         check_budget(sublayers, config.mac_ratio * _full(sublayers))
 
 
+def data_needs(config: StructuredPruningConfig) -> DataNeeds:
+    """How `compress` reads its data."""
+    if config.mac_ratio == 1:
+        return DataNeeds()
+    several = config.route == "sketch" or config.selection == "fisher"
+    return DataNeeds(2 if several else 1, labels=config.selection == "fisher")
+
+
 def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data | None) -> StructuredPruningConfig:
     """Remove heads and neurons from a live model.
 
@@ -95,8 +102,7 @@ def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data
     _warn_of_filled_zeros(config, blocks)
     if config.mac_ratio == 1:
         return _completed(config, blocks, config.seq_len, 0.0)
-    passes = 2 if config.route == "sketch" or config.selection == "fisher" else 1
-    data = require_data(data, passes)
+    assert data is not None
     if config.selection == "fisher":
         return _compress_by_fisher(model, config, data)
     lengths = _Lengths()

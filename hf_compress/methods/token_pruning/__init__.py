@@ -1,17 +1,9 @@
 """Token pruning: tokens that receive little attention are dropped on the way through the layers (LTP)."""
 
-from hf_compress.core.method import Method, Paper
-from hf_compress.methods.token_pruning.callbacks import warn_unsteered
+from hf_compress.core.method import Method, ModelPart, Paper
 from hf_compress.methods.token_pruning.config import TokenPruningConfig as TokenPruningConfig
 from hf_compress.methods.token_pruning.modeling import check, compress, rebuild
-from hf_compress.methods.token_pruning.training import (
-    check_resume,
-    implied,
-    loss_terms,
-    measures,
-    parameter_groups,
-    start_training,
-)
+from hf_compress.methods.token_pruning.training import TokenPruningTraining, implied
 
 
 METHOD = Method(
@@ -21,15 +13,10 @@ METHOD = Method(
     rebuild=rebuild,
     check=check,
     repeatable=False,
-    needs=frozenset({"softmax attention"}),
-    replaces=frozenset({"ordinary layers"}),
+    needs=frozenset({ModelPart.ATTENTION}),
+    replaces=frozenset({ModelPart.LAYER_FORWARD}),
     implied=implied,
-    start_training=start_training,
-    training_callback=warn_unsteered,
-    check_resume=check_resume,
-    loss_terms=loss_terms,
-    measures=measures,
-    parameter_groups=parameter_groups,
+    training=TokenPruningTraining,
     paper=Paper(
         title="Learned Token Pruning for Transformers",
         identifier="2107.00910",

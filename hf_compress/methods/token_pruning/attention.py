@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.core.layers import Packing
 from hf_compress.core.projections import Role
 from hf_compress.methods.token_pruning.importance import received_attention
+from hf_compress.methods.token_pruning.packing import Packing
 from hf_compress.methods.token_pruning.rule import TokenRule
 
 

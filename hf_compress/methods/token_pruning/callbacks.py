@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
+from hf_compress.core.method_training import MethodCallback
 from hf_compress.methods.token_pruning.control import relative_macs, scale_thresholds
-from hf_compress.methods.token_pruning.modeling import thresholds_of
 from hf_compress.methods.token_pruning.rule import TokenThresholds
+from hf_compress.methods.token_pruning.training import SteeringCallback, TokenPruningTraining, training_of
 
 
 logger = logging.getLogger(__name__)
 
 
-def _require_thresholds(model: PreTrainedModel, who: str) -> TokenThresholds:
-    thresholds = thresholds_of(model)
-    if thresholds is None:
-        raise ValueError(
-            f"{who} must train a model with token thresholds, got {type(model).__name__} without. Apply "
-            "compress(model, TokenPruningConfig(masking_mode='soft')) first."
-        )
-    return thresholds
-
-
-class ThresholdAnnealingCallback(TrainerCallback):
+class ThresholdAnnealingCallback(SteeringCallback):
     """Anneals the temperature, warms lambda up, and steers it to a wanted amount of arithmetic.
 
     Works with any `Trainer` on a model with `TokenPruningConfig(masking_mode="soft")`. The regulariser itself is added
@@ -93,7 +83,9 @@ class ThresholdAnnealingCallback(TrainerCallback):
         for name, value in (("measure_every", measure_every), ("measure_examples", measure_examples)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        self.temperatures = (temperature_start, temperature_end)
+        self.temperatures: tuple[float, float] | None = None
+        if temperature_start is not None and temperature_end is not None:
+            self.temperatures = (temperature_start, temperature_end)
         self.lambda_threshold = lambda_threshold
         self.lambda_warmup = lambda_warmup
         self.target_relative_macs = target_relative_macs
@@ -105,20 +97,16 @@ class ThresholdAnnealingCallback(TrainerCallback):
         self._probe: dict[str, Any] | None = None
         self._thresholds: TokenThresholds | None = None
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if kwargs["model"] is not None:
-            self.on_new_model(kwargs["model"])
-
     def on_new_model(self, model: PreTrainedModel) -> None:
-        """Called by trainers of this package whenever `model_init` has made a model."""
-        _require_thresholds(model, "ThresholdAnnealingCallback").learning_rate = self.learning_rate
+        self._training(model).learning_rate = self.learning_rate
+
+    def _training(self, model: PreTrainedModel) -> TokenPruningTraining:
+        return training_of(model, type(self).__name__)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        thresholds = self._thresholds = _require_thresholds(kwargs["model"], "ThresholdAnnealingCallback")
+        thresholds = self._thresholds = self._training(kwargs["model"]).thresholds
         if self.learning_rate is not None:
             groups = getattr(kwargs.get("optimizer"), "param_groups", [])
             own = [g for g in groups if any(p is thresholds.values for p in g["params"])]
@@ -145,11 +133,10 @@ class ThresholdAnnealingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, done = kwargs["model"], state.global_step / max(1, state.max_steps)
-        thresholds = _require_thresholds(model, "ThresholdAnnealingCallback")
-        start, end = self.temperatures
-        if start is not None:
-            soft = 1.0 if thresholds.soft_fraction is None else thresholds.soft_fraction
-            thresholds.temperature = start * (end / start) ** min(1.0, done / soft)
+        training = self._training(model)
+        thresholds = training.thresholds
+        if self.temperatures is not None:
+            training.anneal(*self.temperatures, done)
         warm = min(1.0, done / self.lambda_warmup) if self.lambda_warmup else 1.0
         if self.target_relative_macs is None:
             thresholds.weight.fill_(warm * self.lambda_threshold)
@@ -157,7 +144,7 @@ class ThresholdAnnealingCallback(TrainerCallback):
         if state.global_step % self.measure_every:
             return
         measured = None
-        if model.config.masking_mode == "soft":
+        if training.phase == "soft":
             measured = relative_macs(model, self._probe)
             distance = measured - self.target_relative_macs
             # Both live in buffers, so that a resumed run steers on from where it was.
@@ -183,21 +170,8 @@ class ThresholdAnnealingCallback(TrainerCallback):
             return {}
         return {"prune/lambda": round(float(self._thresholds.weight), 6)}
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or any(key.startswith("eval_") for key in logs):
-            return
-        for entry in (logs, *state.log_history[-1:]):
-            entry.update(self.logged_values())
 
-
-class StageSwitchCallback(TrainerCallback):
+class StageSwitchCallback(MethodCallback):
     """Switches from the soft to the hard stage inside one training: thresholds freeze, tokens really disappear.
 
     Args:
@@ -212,24 +186,17 @@ class StageSwitchCallback(TrainerCallback):
             raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
         self.fraction = fraction
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # Before the optimizer is made: also a run that resumes in its hard stage has the thresholds in it.
-        if kwargs["model"] is not None:
-            self.on_new_model(kwargs["model"])
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.on_new_model(kwargs["model"])
 
     def on_new_model(self, model: PreTrainedModel) -> None:
-        """Called by trainers of this package whenever `model_init` has made a model."""
-        thresholds = _require_thresholds(model, "StageSwitchCallback")
-        thresholds.values.requires_grad_(True)
-        thresholds.soft_fraction = self.fraction
-        model.config.token_prune_stage = "switching"
+        # Before the optimizer is made: also a run that resumes in its hard phase has the thresholds in it.
+        self._training(model).switch_after(self.fraction)
+
+    def _training(self, model: PreTrainedModel) -> TokenPruningTraining:
+        return training_of(model, type(self).__name__)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -240,31 +207,9 @@ class StageSwitchCallback(TrainerCallback):
             logger.info("Update %d: the hard stage begins.", state.global_step)
             # Models of the soft stage were not measured under the thresholds that are kept now.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        kwargs["model"].config.masking_mode = "soft" if state.global_step < switch else "hard"
+        self._training(kwargs["model"]).enter("soft" if state.global_step < switch else "hard")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Training may have been stopped before the switch.
-        config = kwargs["model"].config
-        config.token_prune_stage = config.masking_mode
-        _require_thresholds(kwargs["model"], "StageSwitchCallback").soft_fraction = None
-
-
-class _Unsteered(TrainerCallback):
-    """Says once that thresholds learn without a regulariser."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        thresholds = thresholds_of(kwargs["model"])
-        if thresholds is not None and kwargs["model"].config.masking_mode == "soft" and not thresholds.weight:
-            logger.warning(
-                "Thresholds are in their soft stage, but lambda is 0: nothing pushes tokens out. Add "
-                "ThresholdAnnealingCallback() to the callbacks, or set masking_mode to 'hard' to train under pruning."
-            )
-
-
-def warn_unsteered(callbacks: Sequence[TrainerCallback]) -> TrainerCallback | None:
-    """A callback that warns of a soft stage whose lambda nobody sets; None where one of `callbacks` does."""
-    return None if any(isinstance(c, ThresholdAnnealingCallback) for c in callbacks) else _Unsteered()
+        self._training(kwargs["model"]).end_switching()

@@ -11,10 +11,11 @@ from scipy.optimize import brentq
 from transformers import PreTrainedModel
 
 from hf_compress.core.batches import base_inputs
-from hf_compress.core.layers import STATE, LiveTokens
+from hf_compress.core.forward_state import FORWARD_STATE
 from hf_compress.core.modes import evaluating
+from hf_compress.methods.token_pruning.live_tokens import LiveTokens
+from hf_compress.methods.token_pruning.measures import relative_cost
 from hf_compress.methods.token_pruning.modeling import thresholds_of
-from hf_compress.methods.token_pruning.training import measures
 
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,8 @@ def relative_macs(model: PreTrainedModel, batch: dict[str, Any]) -> float:
     """
     state = LiveTokens(whole=True)
     with evaluating(model):
-        model.base_model(**base_inputs(model, batch), **{STATE: state})
-    macs, dense = torch.stack(measures(model, state)["relative_macs"]).tolist()
+        model.base_model(**base_inputs(model, batch), **{FORWARD_STATE: state})
+    macs, dense = torch.stack(relative_cost(model, state)["relative_macs"]).tolist()
     return macs / dense
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_compress.core.layers import STATE, LiveTokens, Packing
+from hf_compress.core.forward_state import FORWARD_STATE
 from hf_compress.core.projections import Role
 from hf_compress.methods.token_pruning.attention import attend, key_mask, project
 from hf_compress.methods.token_pruning.importance import (
@@ -22,6 +22,8 @@ from hf_compress.methods.token_pruning.importance import (
     normalised,
     soft_mask,
 )
+from hf_compress.methods.token_pruning.live_tokens import LiveTokens
+from hf_compress.methods.token_pruning.packing import Packing
 from hf_compress.methods.token_pruning.rule import TokenRule
 
 
@@ -33,7 +35,7 @@ class PrunedLayer:
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        rule, state = self.token_rule, kwargs.get(STATE)
+        rule, state = self.token_rule, kwargs.get(FORWARD_STATE)
         state = LiveTokens() if state is None else state
         # Looked up by layer, not carried along: gradient checkpointing runs a layer a second time, out of order.
         packing = state.packings.get(rule.index - 1) if rule.index else None

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import architecture_of, layers_of
 from hf_compress.core.attention import use_cores_
-from hf_compress.core.layers import share_state_, specialise_
+from hf_compress.core.forward_state import carry_state_
+from hf_compress.core.layers import specialise_
 from hf_compress.methods.token_pruning.config import TokenPruningConfig
 from hf_compress.methods.token_pruning.importance import keep_rate_ramp, threshold_ramp
 from hf_compress.methods.token_pruning.layers import FINISH, PrunedLayer
+from hf_compress.methods.token_pruning.live_tokens import new_live_tokens
 from hf_compress.methods.token_pruning.rule import TokenRule, TokenThresholds
 
 
@@ -74,8 +76,6 @@ def compress(
 
 def rebuild(model: PreTrainedModel, config: TokenPruningConfig) -> None:
     """Give a dense skeleton the layers and thresholds of a model that drops tokens."""
-    for name in config.flat:
-        setattr(model.config, name, getattr(config, name))
     blocks = layers_of(model)
     thresholds = None
     if config.prune_mode == "absolute_threshold":
@@ -88,12 +88,10 @@ def rebuild(model: PreTrainedModel, config: TokenPruningConfig) -> None:
     reads_first = _reads_first_token(model)
     for block in blocks:
         finish = FINISH[model.config.model_type]
-        rule = TokenRule(
-            model.config, thresholds, block.index, len(blocks), reads_first, finish, block, config.compat == "ltp"
-        )
+        rule = TokenRule(config, thresholds, block, len(blocks), reads_first, finish)
         object.__setattr__(block.module, "token_rule", rule)
         specialise_(block.module, PrunedLayer)
-    share_state_(model)
+    carry_state_(model, new_live_tokens)
     use_cores_(model)
 
 

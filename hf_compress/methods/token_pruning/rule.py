@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from hf_compress.core.architectures import TransformerLayer
+from hf_compress.methods.token_pruning.config import TokenPruningConfig
 from hf_compress.methods.token_pruning.importance import keep_rate_ramp, threshold_ramp
+
+
+if TYPE_CHECKING:
+    from hf_compress.methods.token_pruning.training import TokenPruningTraining
 
 
 class TokenThresholds(nn.Module):
@@ -28,12 +34,10 @@ class TokenThresholds(nn.Module):
     Attributes:
         values: [L].
         weight: Scalar, lambda of the regulariser; what `ThresholdAnnealingCallback` steers. Trainers of this package
-            add `weight * regularizer` to the loss in the soft stage.
+            add `weight * regularizer` to the loss in the soft phase.
         integral: Scalar, memory of that callback's controller.
-        temperature: Of the soft stage at this moment; the callback anneals it.
-        learning_rate: Of the thresholds, None: that of the weights.
-        soft_fraction: Part of a training that belongs to the soft stage, set by `StageSwitchCallback`; None outside of
-            trainings that switch.
+        temperature: Of the soft phase at this moment; the callback anneals it.
+        session: What the training that runs, or was prepared last, knows about them; None: none was.
     """
 
     def __init__(
@@ -48,8 +52,7 @@ class TokenThresholds(nn.Module):
         self.values = nn.Parameter(torch.tensor(initial, dtype=torch.float32, device=device).to(dtype))
         for name in ("weight", "integral"):
             self.register_buffer(name, torch.zeros((), dtype=dtype, device=device))
-        self.learning_rate: float | None = None
-        self.soft_fraction: float | None = None
+        self.session: TokenPruningTraining | None = None
         self.temperature = temperature
         self.published = published
 
@@ -63,50 +66,54 @@ class TokenRule:
     """What one layer needs to know to prune; a plain attribute of the layer.
 
     Args:
-        config: The model's config, whose flat fields are read at every forward pass; only those that made the
-            thresholds (`final_token_threshold`, `threshold_ramp`) have had their effect.
+        config: Of the step. Only what is fixed once thresholds exist is read from it; the rest are fields of the
+            model's config, which every forward pass reads anew.
         thresholds: Of the base model; None for `topk`.
-        index: Of the layer.
+        layer: That it is for.
         num_layers: L.
         reads_first: Whether the head reads nothing but the first token, so that the last layer need not compute
             the others, and padding must not stand there.
-        finish: `(layer, context, residual) -> output rows`, what follows attention in this architecture.
-        block: The layer.
+        finish: `(layer module, context, residual) -> output rows`, what follows attention in this architecture.
+
+    Attributes:
         published: Whether the first token is dropped like any other, as in the released code.
     """
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: TokenPruningConfig,
         thresholds: TokenThresholds | None,
-        index: int,
+        layer: TransformerLayer,
         num_layers: int,
         reads_first: bool,
         finish: Callable[[nn.Module, Tensor, Tensor], Tensor],
-        block: TransformerLayer,
-        published: bool = False,
     ) -> None:
-        self.config = config
         self.thresholds = thresholds
-        self.index = index
+        self.index = layer.index
         self.num_layers = num_layers
-        self.last = index == num_layers - 1
+        self.last = layer.index == num_layers - 1
         self.reads_first = reads_first
-        self.published = published
+        self.published = config.compat == "ltp"
         self.finish = finish
-        self.architecture = block.architecture
-        self.head_size = block.head_size
+        self.architecture = layer.architecture
+        self.head_size = layer.head_size
+        self._attention: nn.Module = layer.attention
         # A threshold that starts at zero belongs to a layer that never prunes, as published: no gradient moves it.
         ramp = threshold_ramp(1.0, num_layers, config.threshold_ramp)
-        self.switched_off = config.prune_mode == "absolute_threshold" and ramp[index] == 0
+        self.switched_off = config.prune_mode == "absolute_threshold" and ramp[layer.index] == 0
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's config, as the layer's attention holds it."""
+        return self._attention.config
 
     @property
     def keep_rate(self) -> float:
+        # Straight from the dict: attributes of configs are looked up through several layers of Python.
         return _keep_rates(vars(self.config)["token_keep_rate"], self.num_layers)[self.index]
 
     @property
-    def norm(self) -> str:
-        # Straight from the dict: attributes of configs are looked up through several layers of Python.
+    def norm(self) -> Literal["reference", "live", "initial"]:
         fields = vars(self.config)
         return "live" if fields["scoring_mode"] == "mean_norm" else fields["score_norm"]
 
@@ -117,6 +124,11 @@ class TokenRule:
         return not self.switched_off
 
     def threshold(self) -> Tensor:
+        """The scalar that the scores of this layer are compared with.
+
+        Raises:
+            ValueError: If the model was made without thresholds.
+        """
         if self.thresholds is None:
             raise ValueError(
                 "prune_mode='absolute_threshold' needs thresholds, and this model has none: it was made with "

@@ -4,12 +4,12 @@ from hf_compress.core.method import Method, Paper
 from hf_compress.methods.weight_pruning.acceleration import Acceleration as Acceleration
 from hf_compress.methods.weight_pruning.acceleration import accelerate_for_inference as accelerate_for_inference
 from hf_compress.methods.weight_pruning.callbacks import WeightPruningCallback as WeightPruningCallback
-from hf_compress.methods.weight_pruning.callbacks import keep_zeros
 from hf_compress.methods.weight_pruning.config import NAME
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig as WeightPruningConfig
-from hf_compress.methods.weight_pruning.modeling import check, compress
+from hf_compress.methods.weight_pruning.modeling import check, compress, data_needs
 from hf_compress.methods.weight_pruning.slimming import plain, rebuild
 from hf_compress.methods.weight_pruning.slimming import slim as slim
+from hf_compress.methods.weight_pruning.training import WeightPruningTraining
 from hf_compress.methods.weight_pruning.zeros import HeldZerosCallback as HeldZerosCallback
 from hf_compress.methods.weight_pruning.zeros import warn_of_lost_zeros
 
@@ -22,7 +22,8 @@ METHOD = Method(
     check=check,
     plain=plain,
     check_loaded=warn_of_lost_zeros,
-    training_callback=keep_zeros,
+    data_needs=data_needs,
+    training=WeightPruningTraining,
     paper=Paper(
         title="SNIP: Single-shot Network Pruning based on Connection Sensitivity",
         identifier="1810.02340",

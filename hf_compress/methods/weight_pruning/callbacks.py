@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_compress.core.method_training import MethodCallback
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA
 from hf_compress.methods.weight_pruning.outcome import record_step
 from hf_compress.methods.weight_pruning.pruner import Pruner
 from hf_compress.methods.weight_pruning.timetable import scheduled_groups
-from hf_compress.methods.weight_pruning.zeros import HeldZerosCallback, decide, decided_elsewhere, forget
+from hf_compress.methods.weight_pruning.zeros import decide, decided_elsewhere, forget
 
 
 logger = logging.getLogger(__name__)
 
 
-def keep_zeros(callbacks: Sequence[TrainerCallback]) -> TrainerCallback | None:
-    """What training a pruned model needs besides the callbacks it has."""
-    decided = any(isinstance(callback, (WeightPruningCallback, HeldZerosCallback)) for callback in callbacks)
-    return None if decided else HeldZerosCallback()
-
-
-class WeightPruningCallback(TrainerCallback):
+class WeightPruningCallback(MethodCallback):
     """Prunes the weights of a model in training and keeps them zero; add it to any Trainer script.
 
     Zeros of earlier steps stay in the weights that it does not select; in those that it selects, it decides anew.
@@ -74,7 +68,6 @@ class WeightPruningCallback(TrainerCallback):
         return {} if self._pruner is None else self._pruner.masks
 
     def logged_values(self) -> dict[str, float]:
-        """What our trainers add to every entry of their training log."""
         return {} if self._pruner is None else {"prune/sparsity": round(self._pruner.sparsity, 6)}
 
     def on_train_begin(
@@ -132,19 +125,6 @@ class WeightPruningCallback(TrainerCallback):
     ) -> None:
         if self._pruner is not None:
             self._pruner.end_step(state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or any(key.startswith("eval_") for key in logs):
-            return
-        for entry in (logs, *state.log_history[-1:]):
-            entry.update(self.logged_values())
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

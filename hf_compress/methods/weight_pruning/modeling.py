@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.batches import on_device
-from hf_compress.core.calibration import require_data
+from hf_compress.core.data_needs import Data, DataNeeds
 from hf_compress.core.modes import evaluating
 from hf_compress.methods.weight_pruning.calibrated import check_linear, reconstruct_, wanda_scores
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
@@ -27,7 +26,6 @@ from hf_compress.methods.weight_pruning.ranking import (
 from hf_compress.methods.weight_pruning.sparsity import sparsity_of
 
 
-Data = Iterable[Mapping[str, Any]]
 Configured = Sequence[tuple[WeightPruningConfig, PrunableWeight]]
 
 
@@ -41,6 +39,17 @@ def check(model: PreTrainedModel, config: WeightPruningConfig) -> None:
         check_reachable(group)
         if group.config.needs_inputs:
             check_linear(model, group.config, group.weights)
+
+
+def data_needs(config: WeightPruningConfig) -> DataNeeds:
+    """How `compress` reads its data."""
+    entries = config.resolved()
+    labels = any(entry.needs_gradients for entry in entries)
+    swept = any(entry.criterion == "sparsegpt" for entry in entries)
+    inputs = any(entry.needs_inputs for entry in entries)
+    reading = next((entry for entry in entries if entry.needs_inputs or entry.needs_gradients), None)
+    setting = f"criterion={reading.criterion!r}" if reading is not None else ""
+    return DataNeeds(2 if swept else labels + inputs, labels, setting)
 
 
 def compress(model: PreTrainedModel, config: WeightPruningConfig, data: Data | None) -> WeightPruningConfig:
@@ -57,14 +66,12 @@ def compress(model: PreTrainedModel, config: WeightPruningConfig, data: Data | N
         The config with `achieved_sparsity`.
 
     Raises:
-        ValueError: If gradients are needed and the data has no labels, if inputs are needed and there is no data, or
-            if a score is not finite.
+        ValueError: If gradients are needed and a batch has no labels, or if a score is not finite.
     """
     groups = groups_of(model, config)
     # Reconstruction comes last, so that it sees everything else pruned.
     swept = [group for group in groups if group.config.criterion == "sparsegpt"]
     ranked = [group for group in groups if group not in swept]
-    _check_data(groups, data)
     scores = _scores(model, ranked, data)
     masks: dict[PrunableWeight, Tensor] = {}
     for group in ranked:
@@ -84,20 +91,6 @@ def compress(model: PreTrainedModel, config: WeightPruningConfig, data: Data | N
         counts = [expected_units(entry, [prunable]) for entry, prunable in entries]
         reconstruct_(model, [(*entry, count) for entry, count in zip(entries, counts, strict=True)], data)
     return dataclasses.replace(config, achieved_sparsity=sparsity_of(groups))
-
-
-def _check_data(groups: Sequence[WeightGroup], data: Data | None) -> None:
-    """Refuse missing data, and data that cannot be read as often as the criteria need it."""
-    for config in (group.config for group in groups):
-        if data is None and (config.needs_inputs or config.needs_gradients):
-            kind = "batches, labels are not needed" if config.needs_inputs else "labelled batches"
-            raise ValueError(
-                f"data must be given with criterion={config.criterion!r}: an iterable of {kind}. "
-                "criterion='magnitude' needs none."
-            )
-    passes = sum(any(getattr(group.config, need) for group in groups) for need in ("needs_inputs", "needs_gradients"))
-    if passes > 1 or any(group.config.criterion == "sparsegpt" for group in groups):
-        require_data(data, 2)
 
 
 def _scores(model: PreTrainedModel, groups: Sequence[WeightGroup], data: Data | None) -> dict[PrunableWeight, Tensor]:

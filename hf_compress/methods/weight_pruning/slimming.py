@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.attention import CORE
-from hf_compress.core.layers import carries_state
+from hf_compress.core.forward_state import carries_state
 from hf_compress.core.own_config import own_config_
 from hf_compress.core.projections import Projection, Role
 from hf_compress.core.record import append_step, record_of

@@ -1,0 +1,110 @@
+"""What methods need of calibration data, checked once, before a model is changed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils.generic import find_labels
+
+from hf_compress.core.batches import main_input
+from hf_compress.core.examples import Batches, batches_of
+
+
+Data = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class DataNeeds:
+    """How a method reads calibration data under one config.
+
+    Args:
+        passes: How often it reads the data, 0 for not at all. 2 stands for any number above 1: what can be read twice
+            can be read again.
+        labels: Whether it computes the loss.
+        setting: The setting that asks for data, as `field=value`; empty where the method always does.
+    """
+
+    passes: int = 0
+    labels: bool = False
+    setting: str = ""
+
+
+def require_data(data: Data | None, passes: int, setting: str = "") -> Data:
+    """Return calibration data that can be read as often as needed.
+
+    Args:
+        data: What the user gave.
+        passes: How often it will be read.
+        setting: What asks for it, for the message.
+
+    Raises:
+        ValueError: If there is no data, or if it is an iterator, which can be read once, and more passes are needed.
+    """
+    if data is None:
+        given = f" with {setting}" if setting else ""
+        raise ValueError(
+            f"data must be given{given}: this method looks at a few hundred examples (an iterable of input dicts)."
+        )
+    if isinstance(data, Mapping):
+        raise ValueError("data must be an iterable of input dicts, got one dict: put it into a list.")
+    if passes > 1 and iter(data) is data:
+        raise ValueError(
+            f"data must be readable {passes} times for these settings, got a one-shot {type(data).__name__}. "
+            "Pass a list or a DataLoader."
+        )
+    return data
+
+
+def readable_data(model: PreTrainedModel, data: Data | None, passes: int, setting: str = "") -> Data:
+    """Calibration data as batches of tensors, whether it holds batches or single examples.
+
+    Raises:
+        ValueError: As `require_data`.
+    """
+    data = require_data(data, passes, setting)
+    if iter(data) is data:
+        return batches_of(data, model.config, main_input(model))
+    return Batches(data, model.config, main_input(model))
+
+
+def checked_data(model: PreTrainedModel, data: Data | None, needs: Sequence[DataNeeds]) -> Data | None:
+    """Calibration data as the methods of one call read it, one after the other.
+
+    Args:
+        model: That it is for.
+        data: What the user gave; not looked at where no method reads it.
+        needs: Of each method.
+
+    Returns:
+        Batches of tensors that can be read as often as all of them do together; None where none of them reads data.
+
+    Raises:
+        ValueError: If there is too little of it, or no labels where a method computes the loss.
+    """
+    reading = [need for need in needs if need.passes]
+    if not reading:
+        return None
+    batches = readable_data(model, data, sum(need.passes for need in reading), reading[0].setting)
+    computing = [need for need in reading if need.labels]
+    if not computing:
+        return batches
+    first, batches = _with_first(batches)
+    if first is None:
+        raise ValueError("data must hold at least one batch, got none.")
+    names = find_labels(type(model))
+    if isinstance(first, Mapping) and not any(name in first for name in names):
+        given = f" with {computing[0].setting}" if computing[0].setting else ""
+        raise ValueError(f"data must hold labels{given}, got {sorted(first)}.")
+    return batches
+
+
+def _with_first(data: Data) -> tuple[Mapping[str, Any] | None, Data]:
+    """The first batch, and data that still begins with it."""
+    if not isinstance(data, Iterator):
+        return next(iter(data), None), data
+    first = next(data, None)
+    return first, data if first is None else itertools.chain([first], data)
