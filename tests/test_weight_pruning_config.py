@@ -1,5 +1,6 @@
 """Configs of weight pruning: which values are refused, which layers are meant, what is recorded."""
 
+import dataclasses
 import json
 
 import pytest
@@ -123,3 +124,20 @@ def test_a_step_is_what_json_makes_of_it():
     record = hc.WeightPruningConfig(local_configs=local).to_record()
     assert record == json.loads(json.dumps(record))
     assert hc.WeightPruningConfig(**record).to_record() == record
+
+
+def test_a_record_says_what_the_model_is_and_not_how_training_got_there():
+    schedule = {
+        "sparsity_decay_type": "cube", "start_step": 3, "end_step": 9, "pruning_frequency": 4, "warmup_epochs": 1,
+        "cooldown_epochs": 2, "progressive": True, "reg_type": "group_lasso", "reg_coeff": 0.1,
+    }  # fmt: skip
+    what = {"pattern": "8x1", "target_sparsity": 0.5, "scope": "local"}
+    plain = hc.WeightPruningConfig(**what, local_configs=[{"op_names": ["query"]}, {}])
+    timed = hc.WeightPruningConfig(
+        **what, **schedule, local_configs=[{"op_names": ["query"], "end_step": 5}, {"reg_coeff": 0.2}]
+    )
+    assert timed.to_record() == plain.to_record()
+    assert not schedule.keys() & timed.to_record().keys()
+    # Records of older versions hold the schedule; they open, and say the same.
+    old = {**dataclasses.asdict(timed), "achieved_sparsity": 0.5}
+    assert hc.WeightPruningConfig(**old).to_record() == {**plain.to_record(), "achieved_sparsity": 0.5}

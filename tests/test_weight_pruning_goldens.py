@@ -11,7 +11,7 @@ from torch import nn
 import hf_compress as hc
 from hf_compress.core.schedules import SparsitySchedule, sparsity_at
 from hf_compress.methods.structured_pruning.fisher import rearrange_mask
-from hf_compress.methods.weight_pruning.patterns import BlockPattern, parse_pattern
+from hf_compress.methods.weight_pruning.patterns import BlockPattern, HeadUnits, parse_pattern
 from hf_compress.methods.weight_pruning.prunable import PrunableWeight
 from hf_compress.methods.weight_pruning.ranking import zero_masks
 from hf_compress.methods.weight_pruning.reconstruction import inverse_factor, prune_and_reconstruct
@@ -91,7 +91,7 @@ def test_heads(goldens, scope):
     weights = [
         PrunableWeight(
             f"l{layer}.{part}", nn.Parameter(torch.zeros(16, 16)),
-            heads=BlockPattern(None, d) if part == "o" else BlockPattern(d, None), layer_index=layer,
+            heads=HeadUnits(4, ((0, d),), columns=part == "o"), layer_index=layer,
         )
         for layer, part in names
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Weight pruning that resumes from a checkpoint ends as the unbroken run."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -60,6 +61,26 @@ def test_resumed_equals_unbroken(model, batches, tmp_path, kind, changes):
             assert ours.get("pruned", torch.ones(1, dtype=torch.bool)).dtype == torch.bool
         assert hc.steps_of(again.model) == hc.steps_of(whole.model)
         assert len(hc.steps_of(whole.model)) == 1
+
+
+def test_a_step_with_its_schedule_is_recognised(model, batches, tmp_path):
+    """As older versions wrote it into checkpoints: resuming from one does not record the step twice."""
+    dense = model("bert", HEAD)
+    data = examples(dense.config, batches)
+    saving = {"save_strategy": "steps", "save_steps": 12}
+    whole, _ = pruning_trainer(copy.deepcopy(dense), tmp_path / "whole", data, SMALL, **saving)
+    whole.train()
+    file = tmp_path / "whole" / "checkpoint-12" / "config.json"
+    config = json.loads(file.read_text())
+    (step,) = config["quantization_config"]["steps"]
+    assert "end_step" not in step
+    step.update({name: SMALL[name] for name in ("pruning_frequency", "start_step", "end_step")})
+    file.write_text(json.dumps(config))
+    start = AutoModelForSequenceClassification.from_pretrained(file.parent)
+    assert hc.steps_of(start)[0]["end_step"] == 10
+    again, _ = pruning_trainer(start, tmp_path / "again", data, SMALL)
+    again.train(resume_from_checkpoint=str(file.parent))
+    assert hc.steps_of(again.model) == hc.steps_of(whole.model)
 
 
 def test_a_checkpoint_without_optimizer_is_refused(model, batches, tmp_path):

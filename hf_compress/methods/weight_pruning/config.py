@@ -13,8 +13,13 @@ from hf_compress.methods.weight_pruning.patterns import BlockPattern, HeadPatter
 
 
 NAME = "weight_pruning"
-# Keys that describe the whole step, not one set of layers.
+# Fields that describe the whole step, not one group of weights.
 _WHOLE = ("local_configs", "achieved_sparsity", "heads_per_layer", "neurons_per_layer")
+# Fields that only steer a training: the record says what a model is, and leaves them out.
+TRAINING_ONLY = (
+    "sparsity_decay_type", "start_step", "end_step", "pruning_frequency", "warmup_epochs", "cooldown_epochs",
+    "progressive", "reg_type", "reg_coeff",
+)  # fmt: skip
 
 
 def _with_lists(value: Any) -> Any:
@@ -24,43 +29,49 @@ def _with_lists(value: Any) -> Any:
     return [_with_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _without_training(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in TRAINING_ONLY}
+
+
 @dataclass(kw_only=True)
 class WeightPruningConfig(MethodConfig):
     """Zeros in ordinary weights, in a pattern, at exactly the sparsity asked for.
 
     Args:
-        pattern: Which weights go together. `N:M`: N of every M neighbouring inputs are **zero**. `NxM`: blocks of N
-            outputs and M inputs; `1x1` is unstructured. `Nxchannel`, `channelxN`: whole rows, whole columns. `mha`:
-            attention heads, in all four projections; scores are averaged over them.
-        target_sparsity: Fraction of the pattern's units to prune (of the weights for N:M, where it is at most N/M).
-        criterion: How important a weight is: `magnitude` |W|, `gradient` |G|, `snip` |W G| of the last step,
-            `snip_momentum` a decayed sum of it over all steps. Only in `compress`, with calibration data: `wanda` |W|
-            times the norm of its input; `sparsegpt`, which also changes the weights that stay.
-        scope: Where weights compete. `global`: one ranking over all layers; `local`: each layer reaches the target.
+        pattern: Which weights become zero together, as one unit. `N:M`: N of every M neighbouring inputs are **zero**.
+            `NxM`: blocks of N outputs and M inputs; `1x1` is unstructured. `Nxchannel`, `channelxN`: whole rows, whole
+            columns. `mha`: attention heads, in all projections of an attention; their scores are averaged.
+        target_sparsity: Fraction of the units to prune (of the weights for N:M, where it is at most N/M).
+        criterion: How important a weight is: `magnitude` |W|, `gradient` |G|, `snip` |W G| of the last update,
+            `snip_momentum` a decayed sum of it over all updates. Only in `compress`, with calibration data: `wanda`
+            |W| times the norm of its input; `sparsegpt`, which also changes the weights that stay.
+        scope: Which units compete. `global`: all of the model in one ranking; `local`: those of each weight matrix,
+            so that each matrix reaches the target.
         sparsity_decay_type: How sparsity grows in training; `oneshot`: at once, at `start_step`.
-        start_step: Step of the first update. Left out: after `warmup_epochs`.
-        end_step: Step after which no update comes. Left out: `cooldown_epochs` before training ends.
-        pruning_frequency: Steps between two updates of the zeros.
-        warmup_epochs: Epochs without zeros at the start, where `start_step` is left out.
+        start_step: Number of optimizer steps before the first pruning. Left out: `warmup_epochs`.
+        end_step: Number of optimizer steps after which no more pruning starts. Left out: `cooldown_epochs` before
+            training ends.
+        pruning_frequency: Optimizer steps from one pruning update to the next.
+        warmup_epochs: Epochs without pruning at the beginning, where `start_step` is left out.
         cooldown_epochs: Epochs with fixed zeros at the end, where `end_step` is left out.
         op_names: Regular expressions searched in module names: what is pruned. Left out: every layer.
         excluded_op_names: Regular expressions searched in module names: what is not pruned. Left out: when `op_names`
-            is left out too, the task head, poolers and layers that share their weight with embeddings; otherwise
+            is left out too, the task head, poolers and modules that share their weight with embeddings; otherwise
             nothing.
         pruning_op_types: Class names of modules that are pruned; subclasses count.
-        min_sparsity_ratio_per_op: What each layer loses at least, reached with the last update.
-        max_sparsity_ratio_per_op: What each layer loses at most.
-        local_configs: One dict for each set of layers; its keys win over the fields above. Only layers that a dict
-            selects are pruned; where two select the same layer, the first one owns it.
-        progressive: Whether the zeros of an update come in four stages, a quarter of `pruning_frequency` apart, the
-            least important first; those of the last update come after `end_step` where that is given.
-        reg_type: How blocks shrink from the first update to `end_step`: `group_lasso` as a proximal step, by `learning
-            rate * reg_coeff * sqrt(size)` of their norm; `group_lasso_gradient` as the original does, by the part
-            `reg_coeff / norm of the gradient`.
+        min_sparsity_ratio_per_op: What each weight matrix loses at least, reached with the last pruning update.
+        max_sparsity_ratio_per_op: What each weight matrix loses at most.
+        local_configs: One dict for each group of weights; its keys win over the fields above. Only weights that a
+            dict selects are pruned; where two select the same weight, the first one owns it.
+        progressive: Whether the zeros of a pruning update come in four increments, a quarter of `pruning_frequency`
+            apart, the least important first; those of the last update come after `end_step` where that is given.
+        reg_type: How blocks shrink from the first pruning update to `end_step`: `group_lasso` as a proximal step, by
+            `learning rate * reg_coeff * sqrt(size)` of their norm; `group_lasso_gradient` as the original does, by
+            the fraction `reg_coeff / norm of the gradient`.
         reg_coeff: How strongly `reg_type` shrinks; above 0 with a `reg_type`.
-        criterion_reduce_type: How the scores of a unit become one: `mean`, `sum` or `max`.
+        criterion_reduce_type: How the scores of a unit's weights become one: `mean`, `sum` or `max`.
         achieved_sparsity: Filled in when it is done: pruned units over all units (times N/M).
-        heads_per_layer, neurons_per_layer: Filled in by `slim`: what is left in each layer. HeadPattern are counted as
+        heads_per_layer, neurons_per_layer: Filled in by `slim`: what is left in each layer. Heads are counted as
             key-value heads.
 
     Source:
@@ -110,7 +121,7 @@ class WeightPruningConfig(MethodConfig):
         self._check_sizes()
         self._check_layers()
         if self.local_configs:
-            # Each dict replaces some of the fields: only what comes out has to be possible.
+            # Each dict replaces some of the fields: only the merged configs have to be possible.
             self.resolved()
             return
         self._check_amount()
@@ -162,7 +173,8 @@ class WeightPruningConfig(MethodConfig):
             raise ValueError(f"pattern must be 'N:M' or 'Nx1' with criterion='sparsegpt', got {self.pattern!r}.")
         if self.scope != "local":
             raise ValueError(
-                f"scope must be 'local' with criterion='sparsegpt' (it goes from layer to layer), got {self.scope!r}."
+                f"scope must be 'local' with criterion='sparsegpt' (it treats one weight after the other), "
+                f"got {self.scope!r}."
             )
 
     def _check_window(self) -> None:
@@ -177,8 +189,8 @@ class WeightPruningConfig(MethodConfig):
     def _check_training(self) -> None:
         if self.progressive and self.pruning_frequency < 4:
             raise ValueError(
-                f"pruning_frequency must be at least 4 with progressive=True, got {self.pruning_frequency}: an update "
-                "has four stages."
+                f"pruning_frequency must be at least 4 with progressive=True, got {self.pruning_frequency}: "
+                "the zeros of a pruning update come in four increments."
             )
         if self.progressive and isinstance(self.parsed_pattern, HeadPattern):
             raise ValueError("pattern must be another one than 'mha' with progressive=True.")
@@ -196,7 +208,7 @@ class WeightPruningConfig(MethodConfig):
             raise ValueError(f"pattern must be one of blocks or channels with reg_type, got {self.pattern!r}.")
 
     def resolved(self) -> list[WeightPruningConfig]:
-        """One config for each set of layers, with the local keys merged in.
+        """One config for each group of weights, with the keys of its local config merged in.
 
         Raises:
             ValueError: If a local config has an unknown key or is impossible.
@@ -221,7 +233,7 @@ class WeightPruningConfig(MethodConfig):
 
     @property
     def prunes_channels(self) -> bool:
-        """Whether a pattern takes whole rows or columns or heads, of which `slim` makes smaller layers."""
+        """Whether a pattern prunes whole rows, columns or heads, which `slim` can cut out."""
         patterns = [entry.parsed_pattern for entry in self.resolved()]
         return any(
             isinstance(pattern, HeadPattern)
@@ -238,4 +250,7 @@ class WeightPruningConfig(MethodConfig):
         return needs_inputs(self.criterion)
 
     def to_record(self) -> dict[str, Any]:
-        return _with_lists(super().to_record())
+        """What the model is, without the settings that only steered its training."""
+        record = _without_training(super().to_record())
+        record["local_configs"] = [_without_training(local) for local in self.local_configs]
+        return {name: _with_lists(value) for name, value in record.items()}

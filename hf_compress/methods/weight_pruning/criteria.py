@@ -1,4 +1,4 @@
-"""How much a weight matters, from its value W and its gradient G, or from the inputs X of its layer.
+"""How much a weight matters, from its value W and its gradient G, or from the inputs X of its module.
 
 Letters: R outputs, C inputs of a weight seen as a matrix.
 """
@@ -6,16 +6,17 @@ Letters: R outputs, C inputs of a weight seen as a matrix.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 
-# What is left of the old score when snip_momentum adds a new one. The published text prints the two coefficients the
-# other way round; this is what the code does.
+# The factor of the old score when snip_momentum adds a new one. The published text swaps the two coefficients; this is
+# what the published code does.
 MOMENTUM = 0.9
 
 
-def _magnitude(weight: Tensor, gradient: Tensor | None) -> Tensor:
+def _magnitude(weight: Tensor, gradient: None) -> Tensor:
     return weight.abs()
 
 
@@ -27,8 +28,8 @@ def _snip(weight: Tensor, gradient: Tensor) -> Tensor:
     return (weight * gradient).abs_()
 
 
-# Name -> (W, G) -> [R, C] scores, larger is more important.
-CRITERIA: dict[str, Callable[..., Tensor]] = {
+# Name -> (W, G) -> [R, C] scores, larger is more important. G is None only where `needs_gradients` is false.
+CRITERIA: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "magnitude": _magnitude,
     "gradient": _gradient,
     "snip": _snip,
@@ -36,22 +37,22 @@ CRITERIA: dict[str, Callable[..., Tensor]] = {
 }
 
 
-# Those that look at layer inputs. `sparsegpt` is no score that could be kept: it chooses while it changes weights.
+# Those that look at inputs. `sparsegpt` is no score that could be kept: it chooses while it changes weights.
 _ON_INPUTS = ("wanda", "sparsegpt")
 
 
 def needs_gradients(criterion: str) -> bool:
-    """Whether scores come out of backward passes."""
+    """Whether a criterion needs backward passes."""
     return criterion != "magnitude" and criterion not in _ON_INPUTS
 
 
 def needs_inputs(criterion: str) -> bool:
-    """Whether a criterion looks at the inputs of layers, which only calibration data gives."""
+    """Whether a criterion needs the inputs of modules, which only calibration data gives."""
     return criterion in _ON_INPUTS
 
 
 def wanda(weight: Tensor, norms: Tensor) -> Tensor:
-    """How much of a layer's output hangs on each weight, as far as one weight alone can tell.
+    """How much the output of a linear module changes without each of its weights, one at a time.
 
     Args:
         weight: [R, C].
@@ -72,11 +73,11 @@ def wanda(weight: Tensor, norms: Tensor) -> Tensor:
 
 
 def accumulate(criterion: str, stored: Tensor | None, new: Tensor) -> Tensor:
-    """The score after one more step.
+    """The scores after one more optimizer step.
 
     Args:
         criterion: A key of `CRITERIA`.
-        stored: The score before; None at the first step.
+        stored: The scores before; None at the first step.
         new: Scores of this step; may be changed.
 
     Returns:

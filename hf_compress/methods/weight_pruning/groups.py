@@ -6,11 +6,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.core.architectures import layers_of
-from hf_compress.core.projections import Role
+from hf_compress.core.architectures import TransformerLayer, layers_of
+from hf_compress.core.projections import HEAD_ROLES, Role
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.expressions import matches
-from hf_compress.methods.weight_pruning.patterns import BlockPattern, HeadPattern
+from hf_compress.methods.weight_pruning.patterns import HeadPattern, HeadUnits
 from hf_compress.methods.weight_pruning.prunable import PrunableWeight, WeightGroup
 
 
@@ -31,7 +31,7 @@ def _word_weights(model: nn.Module) -> set[nn.Parameter | None]:
     return {module._parameters.get("weight") for module in modules}
 
 
-def _select(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Parameter]) -> list[PrunableWeight]:
+def _select(model: PreTrainedModel, config: WeightPruningConfig, taken: set[nn.Parameter]) -> list[PrunableWeight]:
     everything = config.op_names is None and config.excluded_op_names is None
     bodies, words = _bodies(model), _word_weights(model)
     found = []
@@ -55,39 +55,41 @@ def _select(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Paramet
     return found
 
 
-def _select_heads(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Parameter]) -> list[PrunableWeight]:
-    """The four attention projections of every transformer layer where the names of all four are selected."""
+def _heads_of(layer: TransformerLayer) -> dict[str, HeadUnits]:
+    """Path of each module of a layer's attention -> the rows or columns of each attention unit."""
+    slices: dict[str, list[tuple[int, int]]] = {}
+    for role, projection in layer.projections.items():
+        if role in HEAD_ROLES:
+            size = layer.head_size if role in (Role.KEY, Role.VALUE) else layer.unit_size
+            slices.setdefault(projection.path, []).append((projection.start, size))
+    heads = {path: HeadUnits(layer.num_units, tuple(found)) for path, found in slices.items()}
+    heads[layer.attention_out.path] = HeadUnits(layer.num_units, ((0, layer.unit_size),), columns=True)
+    return heads
+
+
+def _select_heads(
+    model: PreTrainedModel, config: WeightPruningConfig, taken: set[nn.Parameter]
+) -> list[PrunableWeight]:
+    """The weights of every attention where the names of all of its modules are selected."""
     names = {module: name for name, module in model.named_modules()}
     found = []
     for layer in layers_of(model):
-        heads = {
-            Role.QUERY: BlockPattern(layer.unit_size, None),
-            Role.KEY: BlockPattern(layer.head_size, None),
-            Role.VALUE: BlockPattern(layer.head_size, None),
-            Role.ATTENTION_OUT: BlockPattern(None, layer.unit_size),
-        }
-        projections = [layer.projection(role) for role in heads]
-        if any(projection.fused for projection in projections):
-            raise ValueError(
-                f"pattern must be another one than 'mha' for {type(model).__name__}: its queries, keys and values "
-                "are one matrix. StructuredPruningConfig removes its heads."
-            )
-        paths = [names[projection.module] for projection in projections]
-        if config.op_names is not None and not all(matches(name, config.op_names) for name in paths):
+        modules = {path: layer.modules[path] for path in (heads := _heads_of(layer))}
+        if config.op_names is not None and not all(matches(names[m], config.op_names) for m in modules.values()):
             continue
-        if any(matches(name, config.excluded_op_names or ()) for name in paths):
+        if any(matches(names[module], config.excluded_op_names or ()) for module in modules.values()):
             continue
-        weights = {projection.module.weight for projection in projections}
+        weights = {module.weight for module in modules.values()}
         if taken.isdisjoint(weights):
             taken.update(weights)
             found += [
-                PrunableWeight(name, x.module.weight, x.transposed, heads=heads[x.role], layer_index=layer.index)
-                for name, x in zip(paths, projections, strict=True)
+                PrunableWeight(names[module], module.weight, isinstance(module, Conv1D), heads[path], layer.index)
+                for path, module in modules.items()
             ]
     return found
 
 
-def selected(model: nn.Module, config: WeightPruningConfig) -> list[WeightGroup]:
+def selected(model: PreTrainedModel, config: WeightPruningConfig) -> list[WeightGroup]:
     """The weights that a config selects: one group for each local config; no weight is in two, and one may be empty.
 
     Raises:
@@ -103,7 +105,7 @@ def selected(model: nn.Module, config: WeightPruningConfig) -> list[WeightGroup]
     return groups
 
 
-def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[WeightGroup]:
+def groups_of(model: PreTrainedModel, config: WeightPruningConfig) -> list[WeightGroup]:
     """The weights that a config selects for pruning.
 
     Raises:
@@ -122,7 +124,7 @@ def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[WeightGroup
     return groups
 
 
-def _selects_nothing(model: nn.Module, config: WeightPruningConfig) -> str:
+def _selects_nothing(model: PreTrainedModel, config: WeightPruningConfig) -> str:
     names = f"op_names={list(config.op_names)}" if config.op_names is not None else "op_names"
     without = f", excluded_op_names={list(config.excluded_op_names)}" if config.excluded_op_names else ""
     held = {type(m).__name__ for m in model.modules() if getattr(m._parameters.get("weight"), "ndim", 0) >= 2}

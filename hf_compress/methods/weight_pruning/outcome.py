@@ -27,14 +27,14 @@ def record_step(model: PreTrainedModel, config: WeightPruningConfig, achieved: f
     """
     own_config_(model)
     completed = dataclasses.replace(config, achieved_sparsity=achieved)
-    steps = record_of(model.config)["steps"]
+    record, steps = completed.to_record(), record_of(model.config)["steps"]
     # A model that was opened from a checkpoint after the last pruning update carries the step already, maybe before
-    # that of another callback.
+    # that of another callback. Records of older versions also hold the schedule.
     known = None
     for index in range(-1, -1 - len(steps), -1):
         if steps[index]["method"] != NAME:
             break
-        if dataclasses.replace(config_of(steps[index]), achieved_sparsity=achieved) == completed:
+        if {**config_of(steps[index]).to_record(), "achieved_sparsity": achieved} == record:
             known = index
             break
     append_step(model.config, NAME, completed, instead_of=known)

@@ -1,14 +1,15 @@
-"""What is pruned together: blocks of a matrix, or the least important N of every M neighbours.
+"""Which weights become zero together: blocks, channels, attention heads, or N of every M neighbours.
 
 A pattern divides a matrix into *units*. It says how important a unit is and which elements go when a unit is pruned.
 Shapes that the pattern does not divide are padded; padding is never counted as a weight.
 
-Letters: R outputs (rows), C inputs (columns), U units.
+Letters: R outputs (rows), C inputs (columns), U units, S projections inside one matrix.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ _FORMS = "'N:M', 'NxM', 'Nxchannel', 'channelxN' or 'mha' with N and M at least 
 
 @dataclass(frozen=True)
 class BlockPattern:
-    """Blocks of neighbouring rows and columns, all or nothing.
+    """Blocks of neighbouring rows and columns, pruned as a whole.
 
     Args:
         rows: Outputs a block spans; None: all of them.
@@ -45,7 +46,7 @@ class BlockPattern:
         return matrix.reshape(matrix.shape[0] // rows, rows, matrix.shape[1] // columns, columns)
 
     def reduce(self, scores: Tensor, reduction: str) -> Tensor:
-        """[R, C] scores of elements -> scores of units, the form in which they are kept from step to step."""
+        """[R, C] scores of elements -> scores of units, the form in which they are kept from update to update."""
         if self.rows == self.columns == 1:
             return scores
         blocks = self._blocks(scores)
@@ -59,7 +60,7 @@ class BlockPattern:
         return total / self._blocks(torch.ones_like(scores)).sum((1, 3))
 
     def unit_scores(self, kept: Tensor, pruned: Tensor, reduction: str) -> Tensor:
-        """[U] importance of each unit; `pruned` is not looked at."""
+        """[U] importance of each unit; `pruned` plays no part."""
         return kept.flatten()
 
     def pruned_units(self, pruned: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class BlockPattern:
         """[U] bool -> [R, C] bool: which elements go with these units."""
         return self.expand(units, pruned.shape)
 
-    def expand(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    def expand(self, values: Tensor, shape: Sequence[int]) -> Tensor:
         """Values of units, in the form of `reduce` or flat -> [R, C]."""
         rows, columns = self.rows or shape[0], self.columns or shape[1]
         grid = values.reshape(-(-shape[0] // rows), 1, -(-shape[1] // columns), 1).expand(-1, rows, -1, columns)
@@ -104,7 +105,7 @@ class NMPattern:
             matrix = pad(matrix, (0, right), value=fill)
         return matrix.view(len(matrix), -1, self.group)
 
-    def _places(self, matrix: Tensor, fill: float | bool) -> Tensor:
+    def _by_position(self, matrix: Tensor, fill: float | bool) -> Tensor:
         """[R, C] -> [M, R, groups]: comparing neighbours becomes comparing whole matrices.
 
         For 2:4 on the CPU that is about eight times as fast as sorting millions of groups of four.
@@ -112,31 +113,31 @@ class NMPattern:
         return self._groups(matrix, fill).movedim(2, 0).contiguous()
 
     def reduce(self, scores: Tensor, reduction: str) -> Tensor:
-        """Scores are kept for each element: which N go is decided anew at each update."""
+        """Scores are kept for each element: which N go is decided anew at each pruning update."""
         return scores
 
-    def expand(self, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    def expand(self, values: Tensor, shape: Sequence[int]) -> Tensor:
         """What `reduce` gives is one value for each element already."""
         return values
 
     def _lowest(self, kept: Tensor, pruned: Tensor) -> Tensor:
         """[M, R, groups] bool, exactly N a group: padding first, then the lowest scores, at ties what is pruned."""
-        scores, gone = self._places(kept, float("-inf")), self._places(pruned, True)
+        scores, gone = self._by_position(kept, float("-inf")), self._by_position(pruned, True)
         ranks = torch.zeros_like(gone, dtype=torch.int16)
-        for place in range(1, self.group):
-            before, here = scores[:place], scores[place]
-            ahead = (before < here) | ((before == here) & (gone[:place] | ~gone[place]))
-            ranks[place] += ahead.sum(0, dtype=torch.int16)
-            ranks[:place] += ~ahead
+        for position in range(1, self.group):
+            before, here = scores[:position], scores[position]
+            ahead = (before < here) | ((before == here) & (gone[:position] | ~gone[position]))
+            ranks[position] += ahead.sum(0, dtype=torch.int16)
+            ranks[:position] += ~ahead
         return ranks < self.zeros
 
     def unit_scores(self, kept: Tensor, pruned: Tensor, reduction: str) -> Tensor:
-        """[U] importance of what a group would lose; ties do not matter here, so `pruned` is not looked at."""
-        places = list(self._places(kept, float("-inf")))
+        """[U] importance of what a group would lose; ties do not matter here, so `pruned` plays no part."""
+        scores = list(self._by_position(kept, float("-inf")))
         for i in range(self.zeros):
             for j in range(i + 1, self.group):
-                places[i], places[j] = torch.minimum(places[i], places[j]), torch.maximum(places[i], places[j])
-        lost = torch.stack(places[: self.zeros])
+                scores[i], scores[j] = torch.minimum(scores[i], scores[j]), torch.maximum(scores[i], scores[j])
+        lost = torch.stack(scores[: self.zeros])
         if kept.shape[1] % self.group:
             lost.masked_fill_(lost == float("-inf"), 0.0)
         if reduction == "max":
@@ -148,8 +149,8 @@ class NMPattern:
         groups = self._groups(pruned, True)
         # Adding slices, as above, instead of summing over a short last axis.
         count = groups[..., 0].to(torch.int16)
-        for place in range(1, self.group):
-            count += groups[..., place]
+        for position in range(1, self.group):
+            count += groups[..., position]
         return (count >= self.zeros).flatten()
 
     def spread(self, units: Tensor, kept: Tensor, pruned: Tensor) -> Tensor:
@@ -160,10 +161,56 @@ class NMPattern:
 
 
 @dataclass(frozen=True)
-class HeadPattern:
-    """Whole attention heads: rows of queries, keys and values, columns of the output projection.
+class HeadUnits:
+    """The rows or columns that each attention unit owns in one matrix of an attention.
 
-    In each of the four matrices that is a pattern of blocks, which the layer knows; they go together.
+    Args:
+        num_units: U, the number of key-value heads.
+        slices: For each of the S projections that the matrix holds: its first row, and the rows of one unit. Query
+            heads that share a key-value head are neighbours.
+        columns: Units own columns (the attention output), not rows.
+    """
+
+    num_units: int
+    slices: tuple[tuple[int, int], ...]
+    columns: bool = False
+
+    # The largest fraction of the heads that the pattern can remove.
+    ceiling = 1.0
+
+    def _parts(self, matrix: Tensor) -> list[Tensor]:
+        """[R, C] -> for each slice [U, elements of one unit]."""
+        rows = matrix.T if self.columns else matrix
+        return [rows[first : first + self.num_units * size].reshape(self.num_units, -1) for first, size in self.slices]
+
+    def reduce(self, scores: Tensor, reduction: str) -> Tensor:
+        """[R, C] scores of elements -> [S, U], the form in which they are kept from update to update."""
+        parts = self._parts(scores)
+        if reduction == "max":
+            return torch.stack([part.amax(1) for part in parts])
+        return torch.stack([part.sum(1) if reduction == "sum" else part.mean(1) for part in parts])
+
+    def unit_scores(self, kept: Tensor, pruned: Tensor, reduction: str) -> Tensor:
+        """[S, U] importance of each unit in each projection; `pruned` plays no part."""
+        return kept
+
+    def pruned_units(self, pruned: Tensor) -> Tensor:
+        """[R, C] bool -> [U] bool: no element of the unit is left in any projection."""
+        return torch.stack([part.all(1) for part in self._parts(pruned)]).all(0)
+
+    def spread(self, units: Tensor, kept: Tensor, pruned: Tensor) -> Tensor:
+        """[U] bool -> [R, C] bool: which elements go with these units."""
+        rows = torch.zeros(pruned.shape[int(self.columns)], dtype=torch.bool, device=units.device)
+        for first, size in self.slices:
+            rows[first : first + self.num_units * size] = units.repeat_interleave(size)
+        return (rows if self.columns else rows[:, None]).expand(pruned.shape).contiguous()
+
+
+@dataclass(frozen=True)
+class HeadPattern:
+    """Whole attention heads: rows of queries, keys and values, columns of the attention output.
+
+    Which rows and columns those are depends on the model: `HeadUnits` says it for each matrix.
     """
 
     # The largest fraction of the heads that the pattern can remove.
@@ -171,6 +218,8 @@ class HeadPattern:
 
 
 Pattern = BlockPattern | NMPattern | HeadPattern
+# What divides one matrix.
+MatrixPattern = BlockPattern | NMPattern | HeadUnits
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -196,5 +245,5 @@ def parse_pattern(text: str) -> Pattern:
     if match := _BLOCK.match(text):
         sizes = [None if size == "channel" else int(size) for size in match.groups()]
         if sizes != [None, None] and 0 not in sizes:
-            return BlockPattern(*sizes)
+            return BlockPattern(rows=sizes[0], columns=sizes[1])
     raise ValueError(f"pattern must be {_FORMS}, got {text!r}.")

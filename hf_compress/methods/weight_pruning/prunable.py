@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
-from hf_compress.methods.weight_pruning.patterns import BlockPattern, HeadPattern, NMPattern
+from hf_compress.methods.weight_pruning.patterns import HeadPattern, HeadUnits, MatrixPattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,22 +20,22 @@ class PrunableWeight:
         name: Qualified name of its module.
         weight: The live parameter.
         transposed: The module stores inputs as rows (GPT-2's `Conv1D`).
-        heads: For an attention projection that loses whole heads: the rows or columns of one attention unit.
-        layer_index: For such a projection: the transformer layer that it belongs to.
+        heads: For a weight of an attention that loses whole heads: the rows or columns of each attention unit.
+        layer_index: For such a weight: the transformer layer that it belongs to.
     """
 
     name: str
     weight: nn.Parameter
     transposed: bool = False
-    heads: BlockPattern | None = None
+    heads: HeadUnits | None = None
     layer_index: int | None = None
 
-    def pattern(self, config: WeightPruningConfig) -> BlockPattern | NMPattern:
-        """The units of this matrix."""
+    def pattern(self, config: WeightPruningConfig) -> MatrixPattern:
+        """What divides this matrix into units."""
         if self.heads is not None:
             return self.heads
         pattern = config.parsed_pattern
-        assert not isinstance(pattern, HeadPattern), "attention projections know the rows of their heads"
+        assert not isinstance(pattern, HeadPattern), "weights of an attention know the rows of their heads"
         return pattern
 
     def matrix(self, tensor: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ def tied(weights: Sequence[PrunableWeight]) -> list[list[int]]:
     """Which weights lose the same units.
 
     Returns:
-        Indices into `weights`: the attention projections of one transformer layer together where heads are pruned,
-        every other weight alone.
+        Indices into `weights`: where heads are pruned, the weights of one attention together; every other weight
+        alone.
     """
     sets: dict[Hashable, list[int]] = {}
     for index, prunable in enumerate(weights):

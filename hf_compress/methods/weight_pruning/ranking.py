@@ -142,8 +142,11 @@ def zero_masks(
     result: list[Tensor] = [torch.empty(0)] * len(weights)
     for scope in [sets] if config.scope == "global" else [[indices] for indices in sets]:
         device = importance[scope[0][0]].device
-        # Tied weights lose the same units: those that matter least on average.
-        ranked = [torch.stack([importance[i].to(device) for i in indices]).mean(0) for indices in scope]
+        # Tied weights lose the same units: those that matter least on average over their projections.
+        ranked = [
+            torch.cat([importance[i].to(device).view(-1, len(already[i])) for i in indices]).mean(0)
+            for indices in scope
+        ]
         gone = [torch.stack([already[i].to(device) for i in indices]).all(0) for indices in scope]
         quota = _quota(config, [len(values) for values in ranked], sparsity)
         chosen = select_units(ranked, gone, quota.now, quota.lower, quota.upper, quota.final)

@@ -1,6 +1,6 @@
-"""Which units go: exactly as many as asked for, the least important ones, within bounds for each layer.
+"""Which units go: exactly as many as asked for, the least important ones, within bounds for each weight.
 
-Letters: U units of a layer, K units to prune over all layers.
+Letters: U units of a weight, K units to prune over all weights.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def floor_count(number: int, fraction: float) -> int:
     return math.floor(number * fraction + 1e-6)
 
 
-def _places(indices: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Position within its layer, in (0, 1), of each index into all layers together."""
+def _relative_positions(indices: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Position within its weight, in (0, 1), of each index into the units of all weights together."""
     size = torch.tensor(sizes, device=indices.device)
     ends = size.cumsum(0)
-    layer = torch.searchsorted(ends, indices, right=True)
-    return (indices - (ends - size)[layer] + 0.5).double() / size[layer]
+    owner = torch.searchsorted(ends, indices, right=True)
+    return (indices - (ends - size)[owner] + 0.5).double() / size[owner]
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:
@@ -41,9 +41,9 @@ def smallest(scores: Tensor, count: int) -> Tensor:
 
 
 def _lowest(scores: Tensor, pruned: Tensor, sizes: Sequence[int], count: int) -> Tensor:
-    """[U] bool, exactly `count` lowest scores of layers of these sizes.
+    """[U] bool, exactly `count` lowest scores of weights with these numbers of units.
 
-    At ties goes first what is pruned already, then the units of all layers in equal shares.
+    At equal scores, units that are pruned already go first, then those of all weights in equal shares.
     """
     if count <= 0:
         return torch.zeros_like(pruned)
@@ -52,7 +52,7 @@ def _lowest(scores: Tensor, pruned: Tensor, sizes: Sequence[int], count: int) ->
     threshold = smallest(scores, count)
     chosen = scores < threshold
     ties = (scores == threshold).nonzero().flatten()
-    order = torch.argsort(_places(ties, sizes), stable=True)
+    order = torch.argsort(_relative_positions(ties, sizes), stable=True)
     order = order[torch.argsort((~pruned[ties][order]).to(torch.uint8), stable=True)]
     chosen[ties[order[: count - int(chosen.sum())]]] = True
     return chosen
@@ -66,18 +66,18 @@ def select_units(
     upper: Sequence[int],
     final: int | None = None,
 ) -> list[Tensor]:
-    """The `count` least important units of all layers together.
+    """The `count` least important units of all weights together.
 
     Args:
-        scores: For each layer [U], finite.
-        pruned: For each layer [U] bool, what is pruned now; decides ties.
+        scores: For each weight [U], finite.
+        pruned: For each weight [U] bool, what is pruned now; decides ties.
         count: K, at most `final`.
-        lower, upper: Units that each layer loses at least and at most in the end.
+        lower, upper: Units that each weight loses at least and at most in the end.
         final: Units that are pruned in the end, at least the sum of `lower` and at most the sum of `upper`; what goes
-            now leaves enough of them to bring every layer to its `lower`. None: `count`.
+            now leaves enough of them to bring every weight to its `lower`. None: `count`.
 
     Returns:
-        For each layer [U] bool, True for what goes.
+        For each weight [U] bool, True for what goes.
 
     Source:
         Sets that can grow to `final` units within bounds on each part are the independent sets of a matroid, so taking
@@ -88,17 +88,17 @@ def select_units(
         >>> select_units([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], [none, none], 2, [0, 0], [1, 2])
         [tensor([ True, False]), tensor([ True, False])]
     """
-    sizes, final = [len(layer) for layer in scores], count if final is None else final
+    sizes, final = [len(values) for values in scores], count if final is None else final
     together, gone = torch.cat(list(scores)), torch.cat(list(pruned))
-    chosen = list(_lowest(together, gone, sizes, count).split(sizes))
-    counts = [int(layer.sum()) for layer in chosen]
+    chosen = list(torch.split(_lowest(together, gone, sizes, count), sizes))
+    counts = [int(units.sum()) for units in chosen]
     within = all(number <= high for number, high in zip(counts, upper, strict=True))
     if within and sum(max(low, number) for low, number in zip(lower, counts, strict=True)) <= final:
         return chosen
     bounded = []
-    for layer, before, size, low, high in zip(scores, pruned, sizes, lower, upper, strict=True):
-        forced, allowed = (_lowest(layer, before, [size], number) for number in (low, high))
-        bounded.append(layer.masked_fill(forced, float("-inf")).masked_fill(~allowed, float("inf")))
+    for values, before, size, low, high in zip(scores, pruned, sizes, lower, upper, strict=True):
+        forced, allowed = (_lowest(values, before, [size], number) for number in (low, high))
+        bounded.append(values.masked_fill(forced, float("-inf")).masked_fill(~allowed, float("inf")))
     # The first choices on the way to `final` units are the lowest scores among those.
     in_the_end = _lowest(torch.cat(bounded), gone, sizes, final)
-    return list(_lowest(together.masked_fill(~in_the_end, float("inf")), gone, sizes, count).split(sizes))
+    return list(torch.split(_lowest(together.masked_fill(~in_the_end, float("inf")), gone, sizes, count), sizes))
