@@ -74,7 +74,8 @@ def _select_heads(
     names = {module: name for name, module in model.named_modules()}
     found = []
     for layer in layers_of(model):
-        modules = {path: layer.modules[path] for path in (heads := _heads_of(layer))}
+        heads, inside = _heads_of(layer), layer.modules
+        modules = {path: inside[path] for path in heads}
         if config.op_names is not None and not all(matches(names[m], config.op_names) for m in modules.values()):
             continue
         if any(matches(names[module], config.excluded_op_names or ()) for module in modules.values()):
