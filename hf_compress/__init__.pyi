@@ -26,8 +26,8 @@ from .training.arguments import JointTeacherArguments as JointTeacherArguments
 from .training.arguments import SnapshotTeacherArguments as SnapshotTeacherArguments
 from .training.collator import TeacherStudentCollator as TeacherStudentCollator
 from .training.distillation import DistillationTrainer as DistillationTrainer
-from .training.guided import JointTeacherTrainer as JointTeacherTrainer
-from .training.guided import SnapshotTeacherTrainer as SnapshotTeacherTrainer
+from .training.joint_teacher import JointTeacherTrainer as JointTeacherTrainer
+from .training.snapshot_teacher import SnapshotTeacherTrainer as SnapshotTeacherTrainer
 from .training.trainer import CompressionTrainer as CompressionTrainer
 
 __version__: str

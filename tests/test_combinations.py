@@ -136,11 +136,11 @@ def test_every_evaluation_has_its_own_terms(model, train, rows):
     assert both["eval_short_relative_macs"] == alone["eval_relative_macs"]
     assert both["eval_long_relative_macs"] == predicted["test_relative_macs"] != alone["eval_relative_macs"]
     # A test during training neither takes nor gives the training's averages.
-    trainer.averages["train"].add("loss/task", torch.tensor(5.0))
+    trainer.losses.averages["train"].add("loss/task", torch.tensor(5.0))
     metrics = trainer.evaluate(metric_key_prefix="test")
     assert "loss/task" not in metrics
     assert metrics["test_loss/task"] == pytest.approx(alone["eval_loss/task"], rel=1e-5)
-    assert trainer.averages["train"].take()["loss/task"] == 5
+    assert trainer.losses.averages["train"].take()["loss/task"] == 5
 
 
 @pytest.mark.parametrize("kind", [hc.CompressionTrainer, hc.DistillationTrainer, Trainer])
@@ -273,7 +273,7 @@ def test_models_quantised_by_others_still_teach_and_learn(model, train):
     teacher.config.quantization_config = student.config.quantization_config = other
     trainer = train(kind=hc.DistillationTrainer, model=get_peft_model(student, LORA), teacher_model=teacher)
     assert trainer.state.global_step == 4
-    assert trainer._trainings == {}
+    assert trainer.methods.trainings == {}
 
 
 def test_averages_of_half_precision_do_not_overflow():

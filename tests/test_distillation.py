@@ -196,7 +196,8 @@ def test_teacher_with_its_own_tokens(tmp_path):
     expected = teacher(
         input_ids=batch["input_ids"] % 50 * batch["attention_mask"], attention_mask=batch["attention_mask"]
     )
-    signals = trainer._teacher.signals({k.removeprefix("teacher_"): v for k, v in batch.items() if "teacher_" in k})
+    inputs = {name.removeprefix("teacher_"): value for name, value in batch.items() if "teacher_" in name}
+    signals = trainer.session.teacher.forward(inputs)
     torch.testing.assert_close(signals.logits[0], expected.logits)
     with pytest.raises(ValueError, match="vocabulary"):
         trainer.compute_loss(trainer.model, pad([Rows()[0]]))

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 import hf_compress as hc
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.fingerprints import example_keys, teacher_fingerprint
+from hf_compress.training.signals import Wanted
 from hf_compress.training.teachers import FixedTeacher
 from tests.crash_program import Rows, pad
 
@@ -93,11 +94,11 @@ def test_a_cache_of_right_padded_texts_is_right_for_left_padded_ones(model, tmp_
         name: torch.stack([row.roll(int(n)) for row, n in zip(value, shift, strict=True)])
         for name, value in right.items()
     }
-    cached = FixedTeacher(dense, (1,), cache=TeacherCache.of(dense, str(tmp_path), {}))
-    live = FixedTeacher(copy.deepcopy(dense), (1,))
+    cached = FixedTeacher(dense, Wanted((1,)), cache=TeacherCache.of(dense, str(tmp_path), {}))
+    live = FixedTeacher(copy.deepcopy(dense), Wanted((1,)))
     for batch in (right, left, {name: F.pad(value, (0, 3)) for name, value in right.items()}):
         for _ in range(2):
-            seen, expected = cached.signals(batch), live.signals(batch)
+            seen, expected = cached.forward(batch), live.forward(batch)
             torch.testing.assert_close(seen.logits[0], expected.logits[0], rtol=0, atol=1e-12)
             where = batch["attention_mask"].bool()
             torch.testing.assert_close(seen.hidden[0][where], expected.hidden[0][where], rtol=0, atol=1e-12)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import hf_compress as hc
-from hf_compress.training.teachers import MicroBatch
+from hf_compress.training.signals import Wanted
 from tests.crash_program import pad
 from tests.guided_setup import ROWS, dense, linear, logged, same, trained, trainer_of, weights
 
@@ -20,9 +20,8 @@ def test_dropout_alone_makes_a_noise_floor(tmp_path, teacher_dropout, floor):
     sizes = {"num_hidden_layers": 1, "hidden_size": 64}
     student, teacher = dense(0, 0.1, **sizes), dense(0, 0.1, **sizes)
     trainer = trainer_of("fixed", tmp_path, student, teacher, compat="cald")
-    trainer.layer_pairs, trainer._teacher.states = [(0, 0)], (0,)
-    trainer._teacher.dropout = teacher_dropout
-    trainer._teacher.begin(MicroBatch(0, 0, 1, 1, 1))
+    trainer.session.layers.pairs, trainer.session.teacher.wanted = [(0, 0)], Wanted((0,), logits=False)
+    trainer.session.teacher.dropout = teacher_dropout
     ids = torch.randint(5, 99, (32, 32), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
     with torch.no_grad():
@@ -32,7 +31,6 @@ def test_dropout_alone_makes_a_noise_floor(tmp_path, teacher_dropout, floor):
     assert float(seen) / power == pytest.approx(floor, rel=0.02)
     # The floor is dropout's alone.
     student.eval()
-    trainer._teacher.end(MicroBatch(0, 0, 1, 1, 1))
     assert float(trainer.loss_terms(student, batch)[0]["layer"].detach()) == pytest.approx(0, abs=1e-10)
 
 

@@ -7,7 +7,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import hf_compress as hc
 from hf_compress.methods.token_pruning.live_tokens import LiveTokens
-from hf_compress.training.teachers import signals_of
+from hf_compress.training.signals import Wanted
 from tests.crash_program import pad
 from tests.guided_setup import ROWS, dense, linear, logged, same, trainer_of, weights
 
@@ -54,7 +54,7 @@ def test_every_trial_begins_anew(kind, tmp_path, ladder):
         assert logged(trainer, "loss/output") == {}
     assert same(*ends)
     if kind == "joint":
-        assert trainer._teacher.learning_rate == 1e-2
+        assert trainer.session.teacher.peak == 1e-2
 
 
 def test_a_teacher_that_is_given_and_not_asked_never_runs(tmp_path):
@@ -79,7 +79,7 @@ def test_dropped_tokens_are_not_compared(tmp_path):
     batch = pad(ROWS[:8])
     student.train()
     found = trainer.compute_loss(trainer.model, batch, return_outputs=True)
-    layer = trainer.averages["train"].take()["loss/layer"]
+    layer = trainer.losses.averages["train"].take()["loss/layer"]
     state = LiveTokens(whole=True)
     with torch.no_grad():
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -103,9 +103,9 @@ def test_a_teacher_that_drops_tokens_shows_all_of_its_last_layer(tmp_path):
     batch = pad(ROWS[:4])
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
-        expected = signals_of(dense(1).eval()(**inputs, output_hidden_states=True), (2,), False).hidden[0]
+        expected = Wanted((2,), logits=False).of(dense(1).eval()(**inputs, output_hidden_states=True)).hidden[0]
     live = batch["attention_mask"].bool()
-    torch.testing.assert_close(trainer._teacher.signals(inputs).hidden[-1][live], expected[live])
+    torch.testing.assert_close(trainer.session.teacher.forward(inputs).hidden[-1][live], expected[live])
 
 
 def test_thresholds_and_weights_are_clipped_apart(tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_published_steps_and_warm_up(tmp_path, count, per_epoch, total, warm):
     found = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     assert (per_epoch, total) == (found[1], found[-1])
     trainer.create_optimizer_and_scheduler(total)
-    for scheduler in (trainer.lr_scheduler, trainer._teacher._scheduler):
+    for scheduler in (trainer.lr_scheduler, trainer.session.teacher.trained._schedule):
         factor = scheduler.lr_lambdas[0]
         assert (factor(0), factor(warm), factor(total)) == (0, 1, 0)
         assert factor(warm - 1) < 1 > factor(warm + 1)

@@ -9,10 +9,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import hf_compress as hc
-from hf_compress.training import guided, snapshots
+from hf_compress.training import snapshots
 from hf_compress.training.arguments import sort_snapshots
 from hf_compress.training.snapshots import SnapshotTeacher
-from hf_compress.training.teachers import MicroBatch
 from tests.guided_setup import Watch, dense, linear, same, trained, trainer_of, weights
 
 
@@ -36,7 +35,7 @@ def test_which_snapshot_guides_which_update(monkeypatch, updates, count, table):
         ladder = SnapshotTeacher(folders, Rung("run/0"))
         ladder.set_length(updates)
         for step in order:
-            ladder.begin(MicroBatch(step, 0, 1, 1, 10))
+            ladder.turn_to(step)
             assert ladder.model.folder == f"run/{table[step]}"
     with pytest.raises(ValueError, match=f"at most the {count - 1} updates of the training, got {count}"):
         SnapshotTeacher(folders, Rung("run/0")).set_length(count - 1)
@@ -53,7 +52,6 @@ def test_the_ladder_is_climbed_one_at_a_time(tmp_path, ladder, monkeypatch):
         return model
 
     monkeypatch.setattr(snapshots, "open_snapshot", watched)
-    monkeypatch.setattr(guided, "open_snapshot", watched)
     trainer = trainer_of("snapshots", tmp_path, linear(0).double(), teacher_snapshots=[ladder], ordered=True)
     guides = []
     trainer.add_callback(Watch(lambda _: guides.append(weights(trainer.teacher_model))))

@@ -27,7 +27,7 @@ def server():
     """A clean server process that has imported everything; each training forks from it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.crash_program", "transformers.trainer", "hf_compress.training.guided"]
+        ["tests.crash_program", "transformers.trainer", "hf_compress.training.joint_teacher"]
     )  # fmt: skip
     return context
 

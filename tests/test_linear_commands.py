@@ -23,6 +23,7 @@ import hf_compress as hc
 from hf_compress.cli.main import main
 from hf_compress.stages import finetune
 from hf_compress.training.distillation import DistillationTrainer
+from hf_compress.training.joint_teacher import JointTeacherTrainer
 from tests.rounding import assert_equal_to_rounding
 
 
@@ -200,11 +201,11 @@ def test_guided_training(inside, saved, tokenizer, capsys, line):
 def test_a_joint_teacher_without_head_gets_the_students(inside, monkeypatch):
     seen = []
 
-    def keep(self, teacher, real=DistillationTrainer._set_teacher):
-        seen.append({name: value.clone() for name, value in teacher.state_dict().items()})
-        real(self, teacher)
+    def keep(self, model, *args, real=JointTeacherTrainer.make_teacher):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return real(self, model, *args)
 
-    monkeypatch.setattr(DistillationTrainer, "_set_teacher", keep)
+    monkeypatch.setattr(JointTeacherTrainer, "make_teacher", keep)
     assert main(f"{JOINT} --max_steps 1 --save_teacher false --save_strategy no".split()) == 0
     student = reopened("start").state_dict()
     for name in ("classifier", "bert.pooler.dense"):

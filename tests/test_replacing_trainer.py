@@ -10,7 +10,7 @@ import transformers
 from transformers import BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainingArguments
 
 import hf_compress as hc
-from hf_compress.training.opening import auto_class_of
+from hf_compress.training.given_teacher import auto_class_of
 from hf_compress.training.trainer import CompressionTrainer
 from tests.crash_program import Rows, pad
 from tests.test_distilled_positions import batch_of, language_model

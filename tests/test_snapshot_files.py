@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
-from hf_compress.training.snapshots import check_ladder, open_snapshot
+from hf_compress.training.snapshots import check_snapshots, open_snapshot
 from tests.guided_setup import dense, linear, trainer_of
 
 
@@ -109,7 +109,7 @@ def test_later_snapshots_are_not_opened_before_their_turn(tmp_path, ladder, monk
     folders = [str(tmp_path / "ladder" / f"checkpoint-{number}") for number in (2, 9, 10)]
     first = open_snapshot(folders[0])
     monkeypatch.setattr("hf_compress.training.snapshots.open_snapshot", None)
-    check_ladder(folders, first)
+    check_snapshots(folders, first)
 
 
 def test_what_the_files_lack_is_named(tmp_path):

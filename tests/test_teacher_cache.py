@@ -184,8 +184,8 @@ def test_a_repeated_text_has_one_answer(tmp_path):
     rows[5] = rows[0]
     batches = [pad(rows[:4]), pad(rows[4:])]
     trainer = trainer_of(tmp_path, teacher_cache_dir=str(tmp_path / "cache"))
-    first = [trainer._teacher.signals(batch).logits[0] for batch in batches]
-    again = [trainer._teacher.signals(batch).logits[0] for batch in batches]
+    first = [trainer.session.teacher.forward(batch).logits[0] for batch in batches]
+    again = [trainer.session.teacher.forward(batch).logits[0] for batch in batches]
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert torch.equal(first[1][1], first[0][0])
@@ -198,7 +198,7 @@ def test_inputs_that_the_teacher_does_not_take_do_not_count(tmp_path):
     trainer = trainer_of(tmp_path / "a", teacher=teacher, teacher_cache_dir=str(tmp_path / "cache"))
     batch = pad([Rows()[index] for index in range(4)])
     variants = [batch, {**batch, "token_type_ids": batch["attention_mask"]}, {**batch, "labels": 1 - batch["labels"]}]
-    seen = [trainer._teacher.signals(variant).logits[0] for variant in variants]
+    seen = [trainer.session.teacher.forward(variant).logits[0] for variant in variants]
     assert len(trainer.teacher_cache) == 4
     assert all(torch.equal(stored, seen[0]) for stored in seen)
 

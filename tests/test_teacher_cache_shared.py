@@ -15,6 +15,7 @@ import torch
 
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.fingerprints import example_keys
+from hf_compress.training.signals import Wanted
 from hf_compress.training.teachers import FixedTeacher
 from tests.cache_program import teacher
 from tests.crash_program import Rows, pad
@@ -41,10 +42,10 @@ def assert_whole(folder):
     """Every example is stored, with what the teacher says."""
     cache = TeacherCache.of(teacher(), str(folder), LAYOUT)
     rows = [Rows()[index] for index in range(64)]
-    cached, live = FixedTeacher(teacher(), (2,), cache=cache), FixedTeacher(teacher(), (2,))
+    cached, live = FixedTeacher(teacher(), Wanted((2,)), cache=cache), FixedTeacher(teacher(), Wanted((2,)))
     for place in range(0, 64, 8):
         batch = pad(rows[place : place + 8])
-        seen, expected = cached.signals(batch), live.signals(batch)
+        seen, expected = cached.forward(batch), live.forward(batch)
         torch.testing.assert_close(seen.logits[0], expected.logits[0], rtol=0, atol=1e-5)
         where = batch["attention_mask"].bool()
         torch.testing.assert_close(seen.hidden[0][where], expected.hidden[0][where], rtol=0, atol=1e-5)
@@ -74,9 +75,9 @@ def test_many_open_and_extend_a_cold_cache_at_once(tmp_path):
     def work(turn):
         try:
             cache = TeacherCache.of(speakers[turn], str(tmp_path / "cache"), LAYOUT)
-            speaker = FixedTeacher(speakers[turn], (2,), cache=cache)
+            speaker = FixedTeacher(speakers[turn], Wanted((2,)), cache=cache)
             for place in range(0, 64, 8):
-                speaker.signals(pad((rows * 2)[(place + 8 * turn) % 64 :][:8]))
+                speaker.forward(pad((rows * 2)[(place + 8 * turn) % 64 :][:8]))
         except BaseException as error:
             errors.append(error)
 
@@ -105,7 +106,7 @@ time.sleep(600)
 def test_a_killed_writer_leaves_no_lock_and_no_part(tmp_path):
     batch = pad([Rows()[index] for index in range(8)])
     cache = TeacherCache.of(teacher(), str(tmp_path), LAYOUT)
-    FixedTeacher(teacher(), (2,), cache=cache).signals(batch)
+    FixedTeacher(teacher(), Wanted((2,)), cache=cache).forward(batch)
     cache._database.close()
     writer = start("-c", _WRITER, tmp_path / "outputs.sqlite")
     assert writer.stdout.readline() == "written\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForTokenClassification, PretrainedConfig
 
-from hf_compress.training.fitting import label_order
+from hf_compress.training.teacher_fit import label_order
 from hf_compress.training.teachers import FixedTeacher
 from tests.crash_program import pad
 from tests.guided_setup import ROWS, dense, linear, same, trained, trainer_of, weights
@@ -82,8 +82,8 @@ def test_labels_of_tokens_are_permuted_too():
              "intermediate_size": 16, **named(NAMES)}  # fmt: skip
     teacher, batch = BertForTokenClassification(BertConfig(**sizes)), pad(ROWS[:4])
     other = permuted(teacher)
-    seen = FixedTeacher(other, label_order=label_order(teacher.config, other.config)).signals(batch).logits[0]
-    torch.testing.assert_close(seen, FixedTeacher(teacher).signals(batch).logits[0], rtol=0, atol=1e-6)
+    seen = FixedTeacher(other, label_order=label_order(teacher.config, other.config)).forward(batch).logits[0]
+    torch.testing.assert_close(seen, FixedTeacher(teacher).forward(batch).logits[0], rtol=0, atol=1e-6)
 
 
 def ladder_of(folder, models):

@@ -76,9 +76,9 @@ def test_interruptions_leave_no_trace(tmp_path, linear_ladder, mode, patterns):
 def test_opening_a_snapshot_takes_no_random_numbers(tmp_path, linear_ladder):
     """A resumed run opens one that the unbroken run opened earlier."""
     trainer = trainer_of("snapshots", tmp_path, linear(0), teacher_snapshots=linear_ladder)
-    trainer._teacher.set_length(3)
+    trainer.session.teacher.set_length(3)
     before = torch.get_rng_state()
     for step in range(3):
-        trainer._teacher.begin(type("Place", (), {"step": step})())
-    assert trainer._teacher.index == 2
+        trainer.session.teacher.turn_to(step)
+    assert trainer.session.teacher.index == 2
     assert torch.equal(torch.get_rng_state(), before)

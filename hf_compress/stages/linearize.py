@@ -39,7 +39,8 @@ from hf_compress.stages.models import (
 )
 from hf_compress.tasks.sources import DataArguments, Task, load_task
 from hf_compress.training.arguments import JointTeacherArguments, SnapshotTeacherArguments
-from hf_compress.training.guided import JointTeacherTrainer, SnapshotTeacherTrainer
+from hf_compress.training.joint_teacher import JointTeacherTrainer
+from hf_compress.training.snapshot_teacher import SnapshotTeacherTrainer
 
 
 logger = logging.getLogger(__name__)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset, Subset
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.ranges import check_ranges
 
 
@@ -29,6 +31,8 @@ def check_training(args: TrainingArguments) -> None:
         ValueError: Names the field, the value and the rule.
     """
     check_ranges(args)
+    if isinstance(args, DistillationArguments):
+        args.check()
     if args.gradient_accumulation_steps < 1:
         raise ValueError(
             f"gradient_accumulation_steps is {args.gradient_accumulation_steps}: it must be at least 1, the number of "
@@ -130,6 +134,24 @@ def check_labels_are_numbers(trainer: Trainer) -> None:
                 f"train_dataset holds texts in the column {name!r}: map them to numbers, for example with "
                 "model.config.label2id."
             )
+
+
+@contextlib.contextmanager
+def missing_labels_named(inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Say what a batch holds when a model that is called in the block gives no loss for it.
+
+    Raises:
+        ValueError: Names the columns and the remedy.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "did not return a loss" not in str(error):
+            raise
+        raise ValueError(
+            f"The model gave no loss: its batches hold {', '.join(inputs)} and no labels. Name their column "
+            "'label' or 'labels' in the data set; columns of other names are dropped."
+        ) from error
 
 
 class Preflight(TrainerCallback):

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_compress.core.architectures import base_of
+from hf_compress.core.errors import one_line
 from hf_compress.core.saving import complete_or_absent
 from hf_compress.folder_card import FILE as CARD
 from hf_compress.folder_card import add_compression, may_be_replaced, write_card
@@ -27,6 +28,7 @@ from hf_compress.training.checkpoint_checks import (
 from hf_compress.training.checkpoint_parts import CheckpointPart
 from hf_compress.training.checkpoint_writer import CheckpointWriter, replace_pickled_arguments
 from hf_compress.training.epoch_order import EpochOrder
+from hf_compress.training.saved_names import accept_saved_names_
 
 
 logger = logging.getLogger(__name__)
@@ -79,6 +81,12 @@ class ResumableTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.init_hf_repo`, with errors in one line."""
+        # Which errors its client raises depends on its release.
+        with one_line("push_to_hub is set, but the hub cannot be used", Exception):
+            super().init_hf_repo(*args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As `Trainer.create_model_card`, with what was done to the model; a README.md of somebody else stays."""
         file = Path(str(self.args.output_dir), CARD)
@@ -108,10 +116,10 @@ class ResumableTrainer(Trainer):
         folder = self._get_output_dir(trial)
         with self.checkpoints.training(folder, resume_from_checkpoint, origin, self.teacher_origins()) as checkpoint:
             self._resumed = checkpoint
-            if checkpoint is None:
-                return super().train(None, trial, *args, **kwargs)
             if self.model_init is None:
                 self.require_resumable(self._core())
+            if checkpoint is None:
+                return super().train(None, trial, *args, **kwargs)
             logger.info("Training continues from %s.", checkpoint)
             return super().train(str(checkpoint), trial, *args, **kwargs)
 
@@ -124,6 +132,7 @@ class ResumableTrainer(Trainer):
         Raises:
             ValueError: Names the part that does not fit.
         """
+        accept_saved_names_(model)
         if self._resumed is None:
             return
         config = saved_config(self._resumed)
@@ -136,7 +145,7 @@ class ResumableTrainer(Trainer):
     def require_same_training(self, config: PretrainedConfig, saved: PretrainedConfig) -> None:
         """Raise `ValueError` when a checkpoint with the config `saved` is of another kind of training."""
 
-    def begin_training(self, num_updates: int) -> None:
+    def begin_training(self, num_updates: int, updates_per_epoch: int) -> None:
         """Called before the optimizer is made, when the length of the training is known."""
         if self._resumed is not None:
             for part in self.checkpoint_parts():
@@ -145,7 +154,7 @@ class ResumableTrainer(Trainer):
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.set_initial_training_values`, which counts the updates; then the training begins."""
         values = super().set_initial_training_values(*args, **kwargs)
-        self.begin_training(num_updates=values[-1])
+        self.begin_training(num_updates=values[-1], updates_per_epoch=values[1])
         return values
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:

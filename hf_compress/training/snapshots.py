@@ -1,4 +1,4 @@
-"""A ladder of saved teachers: opened one at a time, all of them checked before the training begins."""
+"""Saved states of a teacher: opened one at a time, all of them checked before the training begins."""
 
 from __future__ import annotations
 
@@ -10,27 +10,54 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from hf_compress.api import apply_implied, check_finite
 from hf_compress.core.errors import BROKEN_FILE, one_line
 from hf_compress.core.loaded import require_complete
-from hf_compress.training.teachers import FixedTeacher, MicroBatch
+from hf_compress.training.signals import Wanted
+from hf_compress.training.teachers import FixedTeacher
 
 
 logger = logging.getLogger(__name__)
 
+# Fields of a config in which all snapshots must agree.
 _SHAPE = ("architectures", "num_labels", "id2label", "vocab_size", "hidden_size", "num_hidden_layers")
 
 
+class SnapshotFolders:
+    """The folders of a teacher's saved states, from the youngest to the finished model.
+
+    Args:
+        folders: In order of age.
+    """
+
+    def __init__(self, folders: list[str]) -> None:
+        self.folders = folders
+
+    def open(self, student: PreTrainedModel) -> PreTrainedModel:
+        """The first snapshot.
+
+        Raises:
+            ValueError: If it cannot be opened, or a later one could not take its place.
+        """
+        first = open_snapshot(self.folders[0])
+        check_snapshots(self.folders, first)
+        return first
+
+    def origins(self) -> dict[str, str]:
+        """Name of each snapshot -> its folder."""
+        return {f"the teacher's state {number}": folder for number, folder in enumerate(self.folders)}
+
+
 class SnapshotTeacher(FixedTeacher):
-    """A ladder of saved models, used one after the other for equal shares of the training.
+    """A series of saved models, used one after the other for equal shares of the training.
 
     Args:
         folders: In order of age.
         model: The first of them, opened, on the device where all shall run.
-        states, needs_logits, dropout, label_order: As for `FixedTeacher`.
+        wanted, dropout, label_order: As for `FixedTeacher`.
 
     Source:
         CALD specification 3.3: with n snapshots and T updates, update s is guided by number
@@ -41,19 +68,21 @@ class SnapshotTeacher(FixedTeacher):
         self,
         folders: list[str],
         model: PreTrainedModel,
-        states: tuple[int, ...] = (),
-        needs_logits: bool = True,
+        wanted: Wanted | None = None,
         dropout: bool = False,
         label_order: list[int] | None = None,
     ) -> None:
-        super().__init__(model, states, needs_logits, dropout, label_order=label_order)
+        super().__init__(model, wanted, dropout, label_order=label_order)
         self.folders = folders
         self.device = model.device
         self.index = 0
-        self.share: int | None = None
+        self.share = 1
+
+    def begin(self, trainer: Trainer, num_updates: int) -> None:
+        self.set_length(num_updates)
 
     def set_length(self, num_updates: int) -> None:
-        """Divide the training among the snapshots.
+        """Divide a training among the snapshots.
 
         Raises:
             ValueError: If there are more snapshots than updates.
@@ -65,15 +94,14 @@ class SnapshotTeacher(FixedTeacher):
             )
         self.share = num_updates // len(self.folders)
 
-    def begin(self, place: MicroBatch) -> None:
-        super().begin(place)
-        index = min(place.step // self.share, len(self.folders) - 1)
+    def turn_to(self, update: int) -> None:
+        index = min(update // self.share, len(self.folders) - 1)
         if index != self.index:
             # The old one goes before the new one comes: there is never room needed for two.
-            self.model = None
+            del self.model
             self.model = open_snapshot(self.folders[index]).to(self.device).requires_grad_(False)
             self.index = index
-            logger.info("Update %d: the teacher is now %s.", place.step, self.folders[index])
+            logger.info("Update %d: the teacher is now %s.", update, self.folders[index])
 
 
 def open_snapshot(folder: str) -> PreTrainedModel:
@@ -97,7 +125,7 @@ def _opening(folder: str) -> AbstractContextManager[None]:
     return one_line(f"teacher_snapshots must be saved models, got {folder!r}", *BROKEN_FILE)
 
 
-def check_ladder(folders: list[str], first: PreTrainedModel) -> None:
+def check_snapshots(folders: list[str], first: PreTrainedModel) -> None:
     """Find out now what would end the training when a later snapshot's turn comes.
 
     Args:

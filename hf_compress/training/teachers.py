@@ -1,77 +1,20 @@
-"""Teachers: where the targets of a student come from. A teacher never enters the student's state, optimizer or DDP."""
+"""Teachers answer: where the targets of a student come from. They never enter its state, optimizer or DDP."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from hf_compress.core.batches import accepted_arguments
 from hf_compress.core.forward_state import forward_state
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.fingerprints import example_keys
-
-
-# Output fields that are compared with the student's, by task head.
-_LOGIT_FIELDS = (("start_logits", "end_logits"), ("logits",))
-
-
-@dataclass(frozen=True)
-class Signals:
-    """What a model computed that can be compared.
-
-    Args:
-        logits: One tensor, or two for question answering.
-        hidden: The requested hidden states, [B, S, D] each.
-    """
-
-    logits: tuple[Tensor, ...]
-    hidden: tuple[Tensor, ...]
-
-
-def logits_of(outputs: Any) -> tuple[Tensor, ...]:
-    """The logits of a model output, start and end logits for question answering.
-
-    Raises:
-        ValueError: If it has none (a base model without a task head).
-    """
-    for fields in _LOGIT_FIELDS:
-        if all(getattr(outputs, field, None) is not None for field in fields):
-            return tuple(getattr(outputs, field) for field in fields)
-    raise ValueError(f"The model must return logits, got {type(outputs).__name__} with {', '.join(outputs.keys())}.")
-
-
-def signals_of(outputs: Any, states: tuple[int, ...], needs_logits: bool) -> Signals:
-    """What of a model's outputs is compared, cut from its graph.
-
-    The copies also turn inference tensors, which cannot be saved for a backward pass, into ordinary ones.
-    """
-    logits = tuple(t.detach().clone() for t in logits_of(outputs)) if needs_logits else ()
-    return Signals(logits, tuple(outputs.hidden_states[index].detach().clone() for index in states))
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Where in the training a micro-batch stands.
-
-    Args:
-        step: Finished updates of the student.
-        index: Of the micro-batch in its update.
-        length: Micro-batches in this update; the last one of an epoch may have fewer.
-        accumulation: Micro-batches in an ordinary update.
-        updates_per_epoch: Updates of the student in an epoch.
-    """
-
-    step: int
-    index: int
-    length: int
-    accumulation: int
-    updates_per_epoch: int
+from hf_compress.training.signals import Answers, Batch, Signals, Wanted
+from hf_compress.training.windows import Window
 
 
 class Teacher:
@@ -79,102 +22,119 @@ class Teacher:
 
     Args:
         model: The network that computes the targets at this moment.
-        states: Indices into `hidden_states` (0 is the embeddings) that students compare with.
-        needs_logits: Whether the outputs are compared.
+        wanted: Which of its answers students compare with.
     """
 
     cache: TeacherCache | None = None
 
-    def __init__(self, model: PreTrainedModel, states: tuple[int, ...] = (), needs_logits: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, wanted: Wanted | None = None) -> None:
         self.model = model
-        self.states = states
-        self.needs_logits = needs_logits
-        self.place: MicroBatch | None = None
+        self.wanted = wanted or Wanted()
 
-    def begin(self, place: MicroBatch) -> None:
-        """Called before each training micro-batch; without it, `signals` is asked by an evaluation."""
-        self.place = place
-
-    def signals(self, inputs: Mapping[str, Any]) -> Signals:
-        """The targets for a batch, outside of any graph.
+    def begin(self, trainer: Trainer, num_updates: int) -> None:
+        """Called when a training begins, before its optimizer is made.
 
         Args:
-            inputs: A batch as the teacher's tokenizer made it, with labels where there are any; entries its forward
-                does not name are dropped.
+            trainer: The student's.
+            num_updates: The length of the training.
+
+        Raises:
+            ValueError: If the teacher cannot guide such a training.
+        """
+
+    def turn_to(self, update: int) -> None:
+        """Called before each update that the teacher guides, with the number of those that are finished."""
+
+    def forward(self, batch: Batch, training: bool = False) -> Signals:
+        """The targets for a batch, outside of any graph. Changes nothing that a training depends on.
+
+        Args:
+            batch: As the teacher's tokenizer made it; entries that its forward does not name are dropped, and labels.
+            training: Whether the student is being trained on the batch, or evaluated.
         """
         raise NotImplementedError
 
-    def end(self, place: MicroBatch) -> None:
-        """Called after the student's backward pass of that micro-batch."""
-        self.place = None
+    def save(self, folder: Path, process: int, shared: bool) -> None:
+        """Write whatever changes during training into a folder of a checkpoint; as for `CheckpointPart`."""
 
-    def save(self, folder: Path, process: int = 0) -> None:
-        """Write whatever changes during training into an existing checkpoint.
+    def load(self, folder: Path, process: int) -> None:
+        """Read what `save` wrote; as for `CheckpointPart`."""
+
+
+class Learner(Teacher):
+    """A teacher that is trained beside its student."""
+
+    def learn(self, window: Window, student: Answers) -> dict[str, Tensor]:
+        """Learn from the micro-batches of one update, before the student does.
+
+        Where students imitate the weights from before this step, the answers that were computed on the way go into
+        `window.answers`; otherwise the teacher is asked again, with its new weights.
 
         Args:
-            folder: For the teacher's files.
-            process: The number of this one; the first writes what all share, each what is its own.
-        """
+            window: The micro-batches.
+            student: What the student answers to a batch of its own, before its update.
 
-    def load(self, folder: Path, process: int = 0) -> None:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: If it is not there.
+        Returns:
+            Name -> [N] values to be averaged and logged, for instance one for each micro-batch.
         """
+        raise NotImplementedError
+
+    @property
+    def learning_rate(self) -> float:
+        """Of its next step."""
+        raise NotImplementedError
 
 
 class FixedTeacher(Teacher):
-    """A frozen model, run without gradients, optionally remembered on disk.
+    """A frozen model, run without gradients; a cache may keep its answers on disk.
 
     Args:
         model: Put in eval mode and frozen; its device follows the batches.
-        states: Indices into `hidden_states` (0 is the embeddings) that students compare with.
-        needs_logits: Whether the outputs are compared.
+        wanted: Which of its answers students compare with.
         dropout: Run the teacher in train mode during training; evaluations are never random.
-        cache: Where to remember outputs, as the teacher gives them.
-        label_order: For each of the student's labels its place among the teacher's, see `label_order`. None: the same.
+        cache: Where its answers are kept, as the teacher gives them.
+        label_order: For each of the student's labels its index among the teacher's, see `label_order`. None: the same.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        states: tuple[int, ...] = (),
-        needs_logits: bool = True,
+        wanted: Wanted | None = None,
         dropout: bool = False,
         cache: TeacherCache | None = None,
         label_order: list[int] | None = None,
     ) -> None:
-        super().__init__(model.requires_grad_(False).eval(), states, needs_logits)
+        super().__init__(model.requires_grad_(False).eval(), wanted)
         self.dropout = dropout
         self.cache = cache
         self.label_order = label_order
 
-    def signals(self, inputs: Mapping[str, Any]) -> Signals:
-        arguments = accepted_arguments(self.model, inputs)
+    def forward(self, batch: Batch, training: bool = False) -> Signals:
+        arguments = accepted_arguments(self.model, batch)
         arguments.pop("labels", None)
-        given = self._forward(arguments) if self.cache is None else self._remembered(arguments)
+        dropout = self.dropout and training
+        given = self._computed(arguments, dropout) if self.cache is None else self._cached(self.cache, arguments)
         if self.label_order is None:
             return given
         return Signals(tuple(logits[..., self.label_order] for logits in given.logits), given.hidden)
 
-    def _remembered(self, arguments: Mapping[str, Any]) -> Signals:
+    def _cached(self, cache: TeacherCache, arguments: dict[str, Any]) -> Signals:
         keys = example_keys(arguments)
-        if (stored := self.cache.read(keys, arguments)) is None:
-            computed = self._forward(arguments)
-            self.cache.write(keys, arguments, computed.logits, computed.hidden)
+        if (stored := cache.read(keys, arguments)) is None:
+            computed = self._computed(arguments, dropout=False)
+            cache.write(keys, arguments, computed.logits, computed.hidden)
             # A text that came before keeps its first outputs: a run that was killed after this batch reads the same.
-            stored = self.cache.read(keys, arguments)
+            stored = cache.read(keys, arguments)
+            assert stored is not None
         return Signals(*stored)
 
-    def _forward(self, arguments: Mapping[str, Any]) -> Signals:
+    def _computed(self, arguments: dict[str, Any], dropout: bool) -> Signals:
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
         if self.model.device != device:
             self.model.to(device)
-        self.model.train(self.dropout and self.place is not None)
-        if self.states:
-            # A classifier that drops tokens leaves out what its head does not read; here it is compared.
-            arguments = {**arguments, **forward_state(self.model)}
+        self.model.train(dropout)
+        # A classifier that drops tokens leaves out what its head does not read; here it is compared.
+        state = forward_state(self.model, whole=True) if self.wanted.states else {}
         with torch.inference_mode():
-            outputs = self.model(**arguments, output_hidden_states=bool(self.states), return_dict=True)
-        return signals_of(outputs, self.states, self.needs_logits)
+            outputs = self.model(**arguments, **state, **self.wanted.arguments)
+        return self.wanted.of(outputs)

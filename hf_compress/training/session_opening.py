@@ -1,0 +1,73 @@
+"""How a given teacher becomes a session: it is opened, fitted to the student, and made to answer what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from hf_compress.api import apply_implied
+from hf_compress.training.arguments import DistillationArguments
+from hf_compress.training.compat import arithmetic_of
+from hf_compress.training.given_teacher import TeacherSource
+from hf_compress.training.layer_term import LayerTerm
+from hf_compress.training.signals import Wanted
+from hf_compress.training.teacher_fit import label_order, require_one_stack_of_layers, require_own_weights
+from hf_compress.training.teacher_session import TeacherSession
+from hf_compress.training.teachers import Teacher
+
+
+# (model, what is compared, for each of the student's labels its index among the teacher's) -> teacher
+MakeTeacher = Callable[[PreTrainedModel, Wanted, "list[int] | None"], Teacher]
+
+
+def open_session(
+    source: TeacherSource,
+    student: PreTrainedModel,
+    args: DistillationArguments,
+    make_teacher: MakeTeacher,
+    accelerator: Accelerator,
+) -> TeacherSession | None:
+    """Open a teacher and fit it to a student.
+
+    Args:
+        source: What the trainer was given.
+        student: Without what wraps it.
+        args: Say what is compared.
+        make_teacher: Makes the opened model the kind of teacher that guides the student.
+        accelerator: Of the student.
+
+    Returns:
+        None when nothing is compared.
+
+    Raises:
+        ValueError: If there is no teacher, it cannot be opened, or does not fit the student.
+    """
+    if not args.uses_teacher:
+        return None
+    teacher = source.open(student)
+    require_own_weights(student, teacher)
+    apply_implied(teacher)
+    order = label_order(student.config, teacher.config) if args.alpha_output else None
+    layers = _layer_term(student, teacher, args) if args.alpha_layer else None
+    if layers is not None:
+        # Outside the student, its maps are wrapped on their own: their gradients too are averaged over processes.
+        layers.prepare(lambda maps: accelerator.prepare_model(maps.to(args.device)))
+    wanted = Wanted(layers.teacher_states if layers else (), logits=args.alpha_output > 0)
+    made = make_teacher(teacher.to(args.device), wanted, order)
+    return TeacherSession(made, student, layers, args.max_distill_steps)
+
+
+def _layer_term(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments) -> LayerTerm:
+    ours, theirs = student.config, teacher.config
+    require_one_stack_of_layers(ours, theirs)
+    pairs = arithmetic_of(args.compat).matched_states(ours.num_hidden_layers, theirs.num_hidden_layers, args.layer_map)
+    return LayerTerm(
+        pairs,
+        (ours.hidden_size, theirs.hidden_size),
+        args.seed,
+        args.layer_normalize,
+        args.layer_reduction,
+        args.mask_padding,
+    )

@@ -1,0 +1,103 @@
+"""What a model answers that another one can learn from: its outputs and its hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+
+# A batch as a collator made it: the names of a model's inputs -> tensors.
+Batch = Mapping[str, Any]
+
+# Output fields that are compared with the student's, by task head.
+_LOGIT_FIELDS = (("start_logits", "end_logits"), ("logits",))
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a model computed that can be compared.
+
+    Args:
+        logits: One tensor, or two for question answering; empty when nobody asked for them.
+        hidden: The requested hidden states, [B, S, D] each.
+    """
+
+    logits: tuple[Tensor, ...]
+    hidden: tuple[Tensor, ...]
+
+
+# Runs a model on a batch, without gradients and without dropout.
+Answers = Callable[[Batch], Signals]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which of a model's answers are compared.
+
+    Args:
+        states: Indices into `hidden_states`, where 0 is the embeddings.
+        logits: Whether the outputs are compared.
+    """
+
+    states: tuple[int, ...] = ()
+    logits: bool = True
+
+    @property
+    def arguments(self) -> dict[str, bool]:
+        """What a model's forward must be told so that it gives them."""
+        return {"output_hidden_states": bool(self.states), "return_dict": True}
+
+    def of(self, outputs: ModelOutput) -> Signals:
+        """Take them from a model's outputs, detached.
+
+        The copies also turn inference tensors, which cannot be saved for a backward pass, into ordinary ones.
+
+        Raises:
+            ValueError: If the model has no logits and they are wanted.
+        """
+        logits = tuple(t.detach().clone() for t in logits_of(outputs)) if self.logits else ()
+        return Signals(logits, tuple(outputs.hidden_states[index].detach().clone() for index in self.states))
+
+
+def logits_of(outputs: ModelOutput) -> tuple[Tensor, ...]:
+    """The logits of a model output, start and end logits for question answering.
+
+    Raises:
+        ValueError: If it has none (a base model without a task head).
+    """
+    for fields in _LOGIT_FIELDS:
+        if all(getattr(outputs, field, None) is not None for field in fields):
+            return tuple(getattr(outputs, field) for field in fields)
+    raise ValueError(f"The model must return logits, got {type(outputs).__name__} with {', '.join(outputs.keys())}.")
+
+
+class StudentAnswers:
+    """What a student answers before its update: without dropout, without gradients, and without the labels.
+
+    Args:
+        model: The student as its trainer calls it.
+        read: Gives the entries of a batch that it reads.
+        wanted: Which of its answers are compared.
+    """
+
+    def __init__(
+        self, model: nn.Module, read: Callable[[Batch], Mapping[str, Any]], wanted: Wanted | None = None
+    ) -> None:
+        self.model = model
+        self.read = read
+        self.wanted = wanted or Wanted()
+
+    def __call__(self, batch: Batch) -> Signals:
+        inputs = {name: value for name, value in self.read(batch).items() if name != "labels"}
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return self.wanted.of(self.model(**inputs, **self.wanted.arguments))
+        finally:
+            self.model.train(training)

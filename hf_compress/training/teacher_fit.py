@@ -1,0 +1,124 @@
+"""Whether a teacher fits its student: labels, weights, layers, and the inputs that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_compress.core.batches import forward_names
+from hf_compress.core.labels import places_by_name, says_nothing
+from hf_compress.core.positions import most_tokens
+from hf_compress.training.collator import TEACHER_PREFIX, split_inputs
+from hf_compress.training.signals import Batch
+from hf_compress.training.windows import MicroBatch
+
+
+def label_order(student: PretrainedConfig, teacher: PretrainedConfig) -> list[int] | None:
+    """For each of the student's labels its index among the teacher's; None when both number them alike.
+
+    Labels are the same when their names are; names that only count them (LABEL_0, LABEL_1, ... or 0, 1, ...) fit all.
+
+    Raises:
+        ValueError: If outputs mean different things.
+    """
+    if student.num_labels != teacher.num_labels:
+        raise ValueError(f"The teacher must have the student's {student.num_labels} labels, got {teacher.num_labels}.")
+    ours, theirs = ([str(config.id2label[i]) for i in sorted(config.id2label)] for config in (student, teacher))
+    plain = [str(i) for i in range(len(ours))]
+    if says_nothing(ours) or says_nothing(theirs) or plain in (ours, theirs):
+        return None
+    found = [index for index in places_by_name(ours, theirs) if index is not None]
+    if sorted(found) != list(range(len(ours))):
+        raise ValueError(f"The teacher must have the student's labels {ours}, got {theirs}.")
+    return None if found == list(range(len(ours))) else found
+
+
+def require_own_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Refuse a teacher that is its student or shares weights with it: freezing it would freeze the student.
+
+    Raises:
+        ValueError: Says what they share.
+    """
+    if teacher is student:
+        raise ValueError(
+            "teacher_model must be another object than model, got the same (compress changes a model in place: "
+            "open the teacher a second time, or copy.deepcopy it first)."
+        )
+    theirs = {id(parameter) for parameter in teacher.parameters()}
+    common = [name for name, parameter in student.named_parameters() if id(parameter) in theirs]
+    if common:
+        raise ValueError(
+            f"teacher_model and model share {len(common)} parameters ({common[0]}, ...): freezing one would freeze "
+            "the other. Open the teacher a second time, or copy.deepcopy it first."
+        )
+
+
+def require_one_stack_of_layers(*configs: PretrainedConfig) -> None:
+    """Refuse to compare the layers of models that have two stacks of them.
+
+    Raises:
+        ValueError: If one is an encoder-decoder.
+    """
+    for config in configs:
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                "alpha_layer compares the layers of an encoder or of a decoder, "
+                f"but {config.model_type} has both. Set alpha_layer=0 and distil the outputs."
+            )
+
+
+def read_by_both(batch: Batch, student: PreTrainedModel, teacher: PreTrainedModel) -> MicroBatch:
+    """A collator's batch in the views of student and teacher.
+
+    Args:
+        batch: Entries `teacher_<name>` are the teacher's alone; without any, both read the same.
+        student, teacher: The models.
+
+    Raises:
+        ValueError: If the teacher does not know the tokens or positions, or cannot make its decoder's inputs.
+    """
+    ours, theirs = split_inputs(batch)
+    _check_inputs(student, teacher, theirs or ours, separate=bool(theirs))
+    labels = {"labels": ours["labels"]} if "labels" in ours else {}
+    return MicroBatch(ours, _with_decoder_inputs(teacher, {**theirs, **labels} if theirs else ours))
+
+
+def columns_of_teacher(rows: Any, teacher: PreTrainedModel | None) -> list[str]:
+    """The columns of a data set that a teacher may read though its student does not.
+
+    They are those named `teacher_<name>`, and what only the teacher's forward names (token types of a BERT that
+    teaches a DistilBERT).
+    """
+    columns = getattr(rows, "column_names", None) or []
+    own = [name for name in columns if name.startswith(TEACHER_PREFIX)]
+    return own + ([] if teacher is None else forward_names(teacher))
+
+
+def _check_inputs(student: PreTrainedModel, teacher: PreTrainedModel, inputs: Batch, separate: bool) -> None:
+    limit, ids = most_tokens(teacher), inputs.get("input_ids")
+    if limit is not None and ids is not None and ids.shape[-1] > limit:
+        raise ValueError(
+            f"The teacher must read inputs of {ids.shape[-1]} tokens, got one that reads {limit}. Shorten them "
+            "(max_length), or give it positions and fine-tune it (hf-compress finetune --max_positions)."
+        )
+    ours, theirs = (getattr(model.config, "vocab_size", None) for model in (student, teacher))
+    if not separate and ours != theirs:
+        raise ValueError(
+            f"The teacher must read the student's vocabulary ({ours} tokens), got {theirs}. "
+            "Give it its own columns teacher_input_ids, teacher_attention_mask (TeacherStudentCollator)."
+        )
+
+
+def _with_decoder_inputs(teacher: PreTrainedModel, batch: Mapping[str, Any]) -> Batch:
+    """A batch with the `decoder_input_ids` that an encoder-decoder makes from its labels, which it is not shown."""
+    if not getattr(teacher.config, "is_encoder_decoder", False) or "decoder_input_ids" in batch:
+        return batch
+    make = getattr(teacher, "prepare_decoder_input_ids_from_labels", None)
+    if make is None or batch.get("labels") is None:
+        raise ValueError(
+            f"A batch for the teacher, a {type(teacher).__name__}, must hold decoder_input_ids: use "
+            "DataCollatorForSeq2Seq(tokenizer, model=student)."
+        )
+    return {**batch, "decoder_input_ids": make(labels=batch["labels"])}

@@ -1,0 +1,101 @@
+"""One teacher in one training: asked for each micro-batch, saved and resumed with the student."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate.utils import send_to_device
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerState
+
+from hf_compress.training.layer_term import LayerTerm
+from hf_compress.training.signals import Answers, Batch, Signals
+from hf_compress.training.teacher_fit import read_by_both
+from hf_compress.training.teachers import Learner, Teacher
+from hf_compress.training.windows import Window
+
+
+# A folder whose name holds "optimizer" or "pytorch_model" would change how transformers reads the checkpoint.
+_FOLDER = "teacher"
+
+
+class TeacherSession:
+    """A teacher that fits its student, from the beginning of a training to its end. A part of every checkpoint.
+
+    Args:
+        teacher: Answers, and may learn.
+        student: The model that learns from it, without what wraps it.
+        layers: The layer term, when hidden states are compared.
+        last_update: The number of updates after which the teacher no longer guides; None: it always does.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: PreTrainedModel,
+        layers: LayerTerm | None = None,
+        last_update: int | None = None,
+    ) -> None:
+        self.teacher = teacher
+        self.student = student
+        self.layers = layers
+        self.last_update = last_update
+        self._window: Window | None = None
+        self._accumulation = self._updates_per_epoch = 1
+
+    def guides(self, update: int) -> bool:
+        """Whether the student still learns from the teacher after this many updates."""
+        return self.last_update is None or update < self.last_update
+
+    def begin(self, trainer: Trainer, num_updates: int, updates_per_epoch: int) -> None:
+        """Prepare the teacher for a training of this length; as for `Teacher.begin`."""
+        self._window, self._updates_per_epoch = None, updates_per_epoch
+        self._accumulation = trainer.args.gradient_accumulation_steps
+        self.teacher.begin(trainer, num_updates)
+
+    def begin_window(self, batches: Sequence[Batch], state: TrainerState, student: Answers) -> dict[str, Tensor]:
+        """Let a teacher that learns do so, before the student does.
+
+        Args:
+            batches: The micro-batches of an update, as the data loader gave them.
+            state: Of the student's training.
+            student: What the student answers.
+
+        Returns:
+            As from `Learner.learn`; empty for teachers that do not learn.
+        """
+        self.teacher.turn_to(state.global_step)
+        self._window = None
+        if not isinstance(self.teacher, Learner):
+            return {}
+        model = self.teacher.model
+        both = [read_by_both(send_to_device(batch, model.device), self.student, model) for batch in batches]
+        self._window = Window(state.global_step, both, self._accumulation, self._updates_per_epoch)
+        return self.teacher.learn(self._window, student)
+
+    def end_micro_batch(self) -> None:
+        """Called when the student has learned from a micro-batch of the window."""
+        if self._window is not None and self._window.answers:
+            self._window.answers.pop(0)
+
+    def answer(self, batch: Batch, training: bool) -> Signals:
+        """What the teacher says of a batch.
+
+        Args:
+            batch: As the collator made it.
+            training: Whether the student is being trained on it.
+        """
+        if training and self._window is not None and self._window.answers:
+            return self._window.answers[0]
+        return self.teacher.forward(read_by_both(batch, self.student, self.teacher.model).teacher, training)
+
+    def save(self, checkpoint: Path, process: int, shared: bool) -> None:
+        if self.layers is not None and shared:
+            self.layers.save(checkpoint)
+        self.teacher.save(checkpoint / _FOLDER, process, shared)
+
+    def load(self, checkpoint: Path, process: int) -> None:
+        self.teacher.load(checkpoint / _FOLDER, process)
+        if self.layers is not None:
+            self.layers.load(checkpoint)

@@ -1,0 +1,39 @@
+"""The terms of a loss that compare a student with its teacher."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from hf_compress.core.forward_state import state_in
+from hf_compress.training.arguments import DistillationArguments
+from hf_compress.training.collator import split_inputs
+from hf_compress.training.output_terms import output_term
+from hf_compress.training.signals import Batch, Signals, logits_of
+from hf_compress.training.teacher_session import TeacherSession
+
+
+def teacher_terms(
+    session: TeacherSession, targets: Signals, outputs: ModelOutput, batch: Batch, args: DistillationArguments
+) -> dict[str, Tensor]:
+    """The weighted distances between what a teacher and a student answer to a batch.
+
+    Args:
+        session: Says which hidden states are compared, and how.
+        targets: The teacher's answer.
+        outputs: The student's, with hidden states where the session compares them.
+        batch: As the collator made it, with the state of the student's forward pass.
+        args: Weights and temperature.
+
+    Raises:
+        ValueError: If the answers differ in shape.
+    """
+    inputs, terms = split_inputs(batch)[0], {}
+    if args.alpha_output:
+        distance = output_term(targets.logits, logits_of(outputs), session.student, inputs, args.temperature)
+        terms["output"] = args.alpha_output * distance
+    if session.layers is not None:
+        state = state_in(batch)
+        kept_after = None if state is None else state.kept_after
+        terms["layer"] = args.alpha_layer * session.layers(targets.hidden, outputs.hidden_states, inputs, kept_after)
+    return terms
