@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from hf_compress.training.checkpoints import readable
 from hf_compress.training.layer_matching import Projectors
 from hf_compress.training.losses import layer_distance
-from hf_compress.training.signals import Batch
 
 
 _FILE = "projectors.safetensors"
@@ -79,7 +78,7 @@ class LayerTerm:
         self,
         teacher: Sequence[Tensor],
         student: Sequence[Tensor],
-        inputs: Batch,
+        real: Tensor | None = None,
         kept_after: Callable[[int], Tensor | None] | None = None,
     ) -> Tensor:
         """The distance on a batch.
@@ -87,7 +86,7 @@ class LayerTerm:
         Args:
             teacher: Its `teacher_states`, [B, S, D] each.
             student: All of its hidden states.
-            inputs: The student's batch.
+            real: [B, S] bool of the positions that are not padding; None for all.
             kept_after: Layer -> [B, S] bool of the tokens that leave it; for students that drop some.
 
         Raises:
@@ -106,19 +105,21 @@ class LayerTerm:
         return layer_distance(
             [by_state[theirs] for _, theirs in self.pairs],
             [states[ours] for ours, _ in self.pairs],
-            [self._counted(ours, inputs, kept_after) for ours, _ in self.pairs],
+            [self._counted(ours, real, kept_after) for ours, _ in self.pairs],
             self.normalize,
             self.reduction,
         )
 
-    def _counted(self, state: int, inputs: Batch, kept_after: Callable[[int], Tensor | None] | None) -> Tensor | None:
+    def _counted(
+        self, state: int, real: Tensor | None, kept_after: Callable[[int], Tensor | None] | None
+    ) -> Tensor | None:
         """[B, S] of the positions at which a hidden state of the student is compared; None for all."""
-        real: Tensor | None = inputs.get("attention_mask") if self.mask_padding else None
+        real = real if self.mask_padding else None
         # A dropped token keeps the value it had: that of an earlier layer.
         live = None if kept_after is None or state == 0 else kept_after(state - 1)
         if live is None or real is None:
             return real if live is None else live
-        return live & real.bool()
+        return live & real
 
     def save(self, checkpoint: Path) -> None:
         """Write the maps into a checkpoint."""

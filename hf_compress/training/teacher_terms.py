@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from hf_compress.core.batches import layer_mask
 from hf_compress.core.forward_state import state_in
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.collator import split_inputs
@@ -35,5 +36,6 @@ def teacher_terms(
     if session.layers is not None:
         state = state_in(batch)
         kept_after = None if state is None else state.kept_after
-        terms["layer"] = args.alpha_layer * session.layers(targets.hidden, outputs.hidden_states, inputs, kept_after)
+        real = layer_mask(session.student, inputs) if "attention_mask" in inputs else None
+        terms["layer"] = args.alpha_layer * session.layers(targets.hidden, outputs.hidden_states, real, kept_after)
     return terms
