@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pandas
 
-from hf_compress.cli.options import REQUIRED, Option, read_group
-from hf_compress.cli.table import COMMANDS
+from hf_compress.cli.options import REQUIRED, Option, stage_groups
+from hf_compress.stages.table import STAGES
 from tests.test_bad_input import write_model
 
 
+COMMANDS = {stage.command: stage for stage in STAGES.values()}
 DATA = "--data_dir data --max_length 16"
 TRAINED = f"--model_name_or_path model --output_dir out {DATA} --use_cpu --max_steps 1 --save_strategy no"
 # A command line of each command that would work.
@@ -203,8 +204,8 @@ def _wrong_type(option: Option) -> str | None:
 
 
 def _ours(name: str) -> Iterator[Option]:
-    for kind in COMMANDS[name].kinds.values():
-        yield from read_group(kind).options
+    for group in stage_groups(COMMANDS[name]).values():
+        yield from group.options
 
 
 def _with(name: str, flag: str, value: str) -> str:

@@ -5,6 +5,7 @@ from transformers import TrainingArguments
 
 import hf_compress as hc
 from hf_compress.cli import commands
+from hf_compress.stages.table import STAGES
 
 
 PUBLISHED = {
@@ -47,8 +48,8 @@ def test_without_it_nothing_is_set(tmp_path):
 ])  # fmt: skip
 def test_the_command_takes_the_published_constants_where_they_are_left_out(monkeypatch, extra, decay, sampling):
     seen = []
-    monkeypatch.setattr(commands, "joint_distill", lambda parsed: seen.append(parsed.values[-1]))
+    monkeypatch.setattr(commands, "run_stage", lambda stage, arguments: seen.append(arguments.distillation) or {})
     line = f"--model_name_or_path a --teacher_name_or_path b --data_dir d --output_dir out --use_cpu {extra}"
-    commands.run("joint-distill", line.split())
+    commands.run(STAGES["joint_distill"], line.split())
     assert (seen[0].weight_decay, seen[0].train_sampling_strategy) == (decay, sampling)
     assert seen[0].teacher_schedule == ("stretched" if "compat" in extra else "own")

@@ -14,19 +14,20 @@ import torch
 import hf_compress
 from hf_compress.cli import commands
 from hf_compress.cli.errors import BadInput, is_bad_input
-from hf_compress.cli.help import command_help, usage
+from hf_compress.cli.help import command_help, topic_title, usage
 from hf_compress.cli.main import main
-from hf_compress.cli.options import REQUIRED, argument_texts, read_group
+from hf_compress.cli.options import REQUIRED, argument_texts, stage_groups
 from hf_compress.cli.parsing import build_parser, parse
-from hf_compress.cli.table import COMMANDS
+from hf_compress.stages.table import STAGES
 
 
+COMMANDS = {stage.command: stage for stage in STAGES.values()}
 OUTPUTS = ("achieved_sparsity", "heads_per_layer", "neurons_per_layer", "tolerance", "token_prune_stage")
 
 
 def ours(name):
     """The options of a command that are this package's own, by name."""
-    return {option.name: option for kind in COMMANDS[name].kinds.values() for option in read_group(kind).options}
+    return {option.name: option for group in stage_groups(COMMANDS[name]).values() for option in group.options}
 
 
 def last_line(capsys):
@@ -42,12 +43,12 @@ def test_every_flag_of_ours_is_explained(name):
         assert len(option.help.split()) >= 4, f"--{option.name}: {option.help!r} is no sentence"
         assert not option.help.startswith("Of "), f"--{option.name}: {option.help!r} starts in the middle"
         assert option.help.endswith("."), f"--{option.name}: {option.help!r}"
-        assert f"--{option.name} " in command_help(name)
+        assert f"--{option.name} " in command_help(COMMANDS[name])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_from_the_source_agrees_with_the_parser(name):
-    kinds = commands.dataclasses_of(name)
+    kinds = list(commands.kinds_of(COMMANDS[name]).values())
     actions = {action.dest: action for action in reversed(build_parser(kinds)._actions)}
     options = ours(name)
     for option in options.values():
@@ -82,7 +83,7 @@ def test_answers_without_importing_torch(line):
 def test_help_groups_ours_and_announces_the_rest(capsys):
     assert main(["distill", "--help"]) == 0
     text = capsys.readouterr().out
-    topics = [text.index(f"\n{topic}\n") for topic in COMMANDS["distill"].kinds]
+    topics = [text.index(f"\n{topic_title(topic)}:\n") for topic in stage_groups(COMMANDS["distill"])]
     assert topics == sorted(topics)
     assert text.index("--alpha_output") < text.index("--help_all")
     assert "--adam_beta1" not in text
@@ -163,7 +164,7 @@ def test_two_classes_with_one_field_are_refused():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_has_a_field_twice(name):
-    build_parser(commands.dataclasses_of(name))
+    build_parser(list(commands.kinds_of(COMMANDS[name]).values()))
 
 
 @pytest.mark.parametrize(("line", "expected"), [
@@ -261,8 +262,8 @@ FAULTS = [
 @pytest.mark.parametrize(("fault", "code"), FAULTS)
 @pytest.mark.parametrize("with_traceback", [False, True])
 def test_exit_codes(monkeypatch, capsys, fault, code, with_traceback):
-    monkeypatch.setattr(commands, "finetune", lambda parsed: fault())
-    line = ["finetune", "--model_name_or_path", "x", "--output_dir", "x", *["--traceback"] * with_traceback]
+    monkeypatch.setattr(commands, "run_stage", lambda stage, arguments: fault())
+    line = ["finetune", "--model_name_or_path", "x", "--output_dir", "y", *["--traceback"] * with_traceback]
     assert main(line) == code
     err = capsys.readouterr().err
     assert err.strip().splitlines()[-1].startswith("hf-compress: ")

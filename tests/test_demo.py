@@ -24,8 +24,8 @@ def place(tmp_path, monkeypatch):
     for split in ("train", "validation"):
         (tmp_path / "data" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo_stage, "report", lambda args, data: {})
-    monkeypatch.setattr("hf_compress.cli.commands._print_report", lambda folder: None)
+    monkeypatch.setattr(demo_stage, "report", lambda arguments: {})
+    monkeypatch.setattr("hf_compress.cli.output.print_report", lambda folder: None)
     return tmp_path
 
 

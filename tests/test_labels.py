@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, pipeline
 
 from hf_compress.cli.main import main
-from hf_compress.stages.evaluate import EvaluateArguments, evaluate_models
-from hf_compress.tasks.label_matching import match_labels
+from hf_compress.stages.arguments import DeviceArguments
+from hf_compress.stages.evaluate import Evaluate, EvaluateArguments, evaluate
+from hf_compress.tasks.labels import match_labels
 from hf_compress.tasks.sources import DataArguments, load_task
 from tests.labelled_models import TEXTS, write_perfect_model, write_rows
 
@@ -146,8 +147,8 @@ def perfect(tmp_path, monkeypatch):
 
 
 def measured(model):
-    data = DataArguments(data_dir="data", max_length=16)
-    return evaluate_models(EvaluateArguments([model], device="cpu"), data)[model]
+    data, device = DataArguments(data_dir="data", max_length=16), DeviceArguments("cpu")
+    return evaluate(Evaluate(evaluation=EvaluateArguments([model]), data=data, device=device))[model]
 
 
 TRAINING = "--data_dir data --max_length 16 --use_cpu --max_steps 1 --save_strategy no --output_dir out"
@@ -170,9 +171,7 @@ def test_a_perfect_model_is_perfect_in_every_command(perfect, tmp_path, line):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     if "eval_split" in results:
         assert (results["eval_accuracy"], results["eval_split"]) == (1.0, "validation")
-    [found] = evaluate_models(
-        EvaluateArguments(["out"], device="cpu"), DataArguments(data_dir="data", max_length=16)
-    ).values()
+    found = measured("out")
     assert found["accuracy"] == found["f1"] == 1.0
     answers = pipeline("text-classification", model="out", tokenizer="out", device="cpu")(TEXTS)
     assert [answer["label"] for answer in answers] == perfect
@@ -186,9 +185,7 @@ def test_the_positive_class_is_the_datas(perfect, tmp_path):
     (tmp_path / "data" / "train.tsv").unlink()
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["id2label"] == {"0": "up", "1": "down"}
-    [found] = evaluate_models(
-        EvaluateArguments(["model"], device="cpu"), DataArguments(data_dir="data", max_length=16)
-    ).values()
+    found = measured("model")
     pairs = [(perfect[i // 2] == "up", answer == "up") for i, answer in enumerate(perfect)]
     hits = sum(said and is_so for is_so, said in pairs)
     assert found["f1"] == pytest.approx(2 * hits / (sum(a for a, _ in pairs) + sum(b for _, b in pairs)))

@@ -21,7 +21,7 @@ from transformers import (
 
 import hf_compress as hc
 from hf_compress.cli.main import main
-from hf_compress.stages import finetune
+from hf_compress.stages import training
 from hf_compress.training.distillation import DistillationTrainer
 from hf_compress.training.joint_teacher import JointTeacherTrainer
 from tests.rounding import assert_equal_to_rounding
@@ -102,11 +102,11 @@ def saved(monkeypatch):
     """The models that a command has saved, as they were in memory."""
     models = []
 
-    def keep(directory, model, *args, real=finetune.save_stage):
+    def keep(directory, model, *args, real=training.save_stage):
         models.append(copy.deepcopy(model).eval())
         real(directory, model, *args)
 
-    monkeypatch.setattr(finetune, "save_stage", keep)
+    monkeypatch.setattr(training, "save_stage", keep)
     return models
 
 

@@ -16,7 +16,9 @@ from hf_compress.cli.main import main
 from hf_compress.core.devices import chosen_device
 from hf_compress.report import comparison
 from hf_compress.report.quality import standard_error
-from hf_compress.stages.evaluate import EvaluateArguments, ReportArguments, evaluate_models, report
+from hf_compress.stages.arguments import DeviceArguments, OutputArguments
+from hf_compress.stages.evaluate import Evaluate, EvaluateArguments, evaluate
+from hf_compress.stages.report import Report, ReportArguments, report
 from hf_compress.tasks.sequence_classification import ClassAnswers
 from hf_compress.tasks.sources import DataArguments
 from tests.labelled_models import TEXTS, write_perfect_model, write_rows
@@ -31,8 +33,14 @@ def data():
 
 
 def compare(*models, **changes):
-    settings = {"latency_batch_sizes": [4], "latency_repeats": 1, "latency_examples": 8, "device": "cpu", **changes}
-    return report(ReportArguments(list(models), "out", **settings), data())
+    settings = {"latency_batch_sizes": [4], "latency_repeats": 1, "latency_examples": 8, **changes}
+    comparison, device = ReportArguments(list(models), **settings), DeviceArguments("cpu")
+    return report(Report(comparison=comparison, data=data(), output=OutputArguments("out"), device=device))
+
+
+def measured(*models):
+    arguments = EvaluateArguments(list(models))
+    return evaluate(Evaluate(evaluation=arguments, data=data(), device=DeviceArguments("cpu")))
 
 
 @pytest.fixture
@@ -74,7 +82,7 @@ def test_each_model_reads_by_its_own_tokenizer(place, monkeypatch):
     assert found["models"][1]["standard_error"] == 0.0
     # Equal texts are timed.
     assert seen["model"] == seen["twin"]
-    alone = evaluate_models(EvaluateArguments(["model", "twin"], device="cpu"), data())
+    alone = measured("model", "twin")
     assert [each["accuracy"] for each in alone.values()] == [1.0, 1.0]
     assert "the same accuracy (1.0000)" in (place / "out" / "report.md").read_text()
 
@@ -279,7 +287,7 @@ def test_models_go_where_they_are_told(place, monkeypatch):
     moved = []
     original = PreTrainedModel.to
     monkeypatch.setattr(PreTrainedModel, "to", lambda self, *a, **k: moved.append(a[0]) or original(self, *a, **k))
-    evaluate_models(EvaluateArguments(["model"], device="cpu"), data())
+    measured("model")
     compare("model")
     assert moved[:2] == [torch.device("cpu")] * 2
     for line in (MEASURING[2], TRAINING[1]):

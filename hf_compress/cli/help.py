@@ -1,23 +1,27 @@
-"""What `--help` prints: our own flags by topic; those of `TrainingArguments` in one line."""
+"""What `--help` prints: our own options by topic first; those of `TrainingArguments` in two lines."""
 
 from __future__ import annotations
 
-import textwrap
+import argparse
 from typing import Any
 
-from hf_compress.cli.options import REQUIRED, Group, Option, read_group
-from hf_compress.cli.table import COMMANDS, Command
+from hf_compress.cli.options import REQUIRED, Group, Option, stage_groups
+from hf_compress.stages.table import Stage, all_stages
 
 
 _WIDTH = 100
+_INDENT = 6
 
 
 def usage() -> str:
     """The list of commands."""
-    lines = ["usage: hf-compress <command> [--config FILE.yaml] [--flag VALUE ...]", "", "commands:"]
-    width = max(map(len, COMMANDS))
-    lines += [f"  {name:{width}s} {command.summary}" for name, command in COMMANDS.items()]
-    lines += [
+    stages = all_stages().values()
+    width = max(len(stage.command) for stage in stages)
+    lines = [
+        "usage: hf-compress <command> [--config FILE.yaml] [--flag VALUE ...]",
+        "",
+        "commands:",
+        *(f"  {stage.command:{width}s} {stage.summary}" for stage in stages),
         "",
         "hf-compress <command> --help explains the flags of a command; --version prints the version.",
         "Exit codes: 0 done, 2 bad input (one line says what to change), 1 anything else.",
@@ -25,62 +29,76 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def command_help(name: str) -> str:
+def command_help(stage: Stage) -> str:
     """The flags of one command that are ours, each with its meaning and default."""
-    command = COMMANDS[name]
-    groups = {topic: read_group(kind) for topic, kind in command.kinds.items()}
-    lines = [
-        f"usage: hf-compress {name} [--config FILE.yaml] [--flag VALUE ...]",
-        "",
-        f"{command.summary[0].upper()}{command.summary[1:]}.",
-        *textwrap.wrap(command.note, _WIDTH),
-        "",
-        "General",
-        *_entry("--config FILE.yaml", "YAML file of 'name: value' lines for the flags below; flags win over it."),
-        *_entry("--traceback", "Print the Python traceback also for bad input."),
-    ]
+    groups = stage_groups(stage)
+    parser = argparse.ArgumentParser(
+        prog=f"hf-compress {stage.command}",
+        usage=" ".join(["%(prog)s", *_required(stage, groups), "[--config FILE.yaml] [--flag VALUE ...]"]),
+        description=f"{stage.summary[0].upper()}{stage.summary[1:]}. {stage.note}",
+        add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=_INDENT, width=_WIDTH),
+    )
+    general = parser.add_argument_group("General")
+    general.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="YAML file of 'name: value' lines for the flags below; flags win over it.",
+    )
+    general.add_argument("--traceback", action="store_true", help="Print the Python traceback also for bad input.")
     for topic, group in groups.items():
-        if group.options:
-            lines += ["", topic]
-            for option in group.options:
-                lines += _entry(_signature(option), f"{option.help} {_default(option, command)}")
+        section = parser.add_argument_group(topic_title(topic))
+        for option in group.options:
+            text = f"{option.help} {_default(option, stage)}".replace("%", "%%")
+            section.add_argument(f"--{option.name}", metavar=_kind(option), help=text)
     if any(group.training for group in groups.values()):
-        lines += ["", *_training(name, command, list(groups.values()))]
-    return "\n".join(lines)
+        # A topic without options of its own is not shown: this stands for it.
+        parser.add_argument_group("Training", _training(stage, groups))
+    return parser.format_help().rstrip()
 
 
-def _training(name: str, command: Command, groups: list[Group]) -> list[str]:
-    ours = {option.name for group in groups for option in group.options}
-    own = ", ".join(f"--{key} {value}" for key, value in command.defaults.items() if key not in ours)
-    lines = [
-        "Training: --output_dir, --num_train_epochs, --learning_rate, --seed and all others of "
-        f"transformers.TrainingArguments. `hf-compress {name} --help_all` lists them.",
-        f"This command's defaults among them: {own}.",
-    ]
-    return [part for line in lines for part in textwrap.wrap(line, _WIDTH, break_on_hyphens=False)]
+def topic_title(topic: str) -> str:
+    """How a topic is called in the help.
+
+    Example:
+        >>> topic_title("linear_attention")
+        'Linear attention'
+    """
+    return topic[0].upper() + topic[1:].replace("_", " ")
 
 
-def _entry(signature: str, text: str) -> list[str]:
-    body = textwrap.wrap(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
-    return [f"  {signature}", *body]
+def _required(stage: Stage, groups: dict[str, Group]) -> list[str]:
+    options = [option for group in groups.values() for option in group.options if option.name not in stage.defaults]
+    needed = [f"--{option.name} {_kind(option)}" for option in options if option.default is REQUIRED]
+    return needed + ["--output_dir TEXT"] * any(group.training for group in groups.values())
 
 
-def _signature(option: Option) -> str:
+def _training(stage: Stage, groups: dict[str, Group]) -> str:
+    ours = {option.name for group in groups.values() for option in group.options}
+    own = ", ".join(f"--{key} {value}" for key, value in stage.defaults.items() if key not in ours)
+    return (
+        "--output_dir (required), --num_train_epochs, --learning_rate, --seed and all others of "
+        f"transformers.TrainingArguments: hf-compress {stage.command} --help_all lists them. This command's defaults "
+        f"among them: {own}."
+    )
+
+
+def _kind(option: Option) -> str:
     kind = option.kind.removesuffix(" | None")
     if kind.startswith("Literal["):
-        kind = "|".join(part.strip().strip("'\"") for part in kind[len("Literal[") : -1].split(","))
-    elif kind.startswith(("list[", "tuple[")):
-        item = "JSON" if "dict" in kind else kind.partition("[")[2].rstrip("]").partition(",")[0].upper()
-        kind = f"{item} [{item} ...]"
-    elif kind == "bool":
-        kind = "true|false"
-    else:
-        kind = {"str": "TEXT", "int": "INTEGER", "float": "NUMBER"}.get(kind, kind.upper())
-    return f"--{option.name} {kind}"
+        return "|".join(part.strip().strip("'\"") for part in kind[len("Literal[") : -1].split(","))
+    if kind.startswith(("list[", "tuple[")):
+        item = "JSON" if "dict" in kind else _name(kind.partition("[")[2].rstrip("]").partition(",")[0])
+        return f"{item} [{item} ...]"
+    return _name(kind)
 
 
-def _default(option: Option, command: Command) -> str:
-    default: Any = command.defaults.get(option.name, option.default)
+def _name(kind: str) -> str:
+    return {"bool": "true|false", "str": "TEXT", "int": "INTEGER", "float": "NUMBER"}.get(kind, kind.upper())
+
+
+def _default(option: Option, stage: Stage) -> str:
+    default: Any = stage.defaults.get(option.name, option.default)
     if default is REQUIRED:
         return "(required)"
     if default is None or default in ("", [], ()):

@@ -13,7 +13,7 @@ from importlib import import_module
 from hf_compress import __version__
 from hf_compress.cli.errors import describe, fail, is_bad_input
 from hf_compress.cli.help import command_help, usage
-from hf_compress.cli.table import COMMANDS
+from hf_compress.stages.table import all_stages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,30 +49,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _answer(arguments: list[str]) -> int:
+    # No argparse sub-parsers: each would have to know its flags, that is import torch, before anybody knows which
+    # command was typed. The command is looked up in the table of stages; its parser is built after that.
     if not arguments:
         print(usage())
         return 2
     name, *rest = arguments
-    asks = [argument for argument in arguments if argument in ("-h", "--help", "--help_all", "--help-all")]
     if name == "--version":
         print(f"hf-compress {__version__}")
         return 0
-    if asks and (named := next((argument for argument in arguments if argument in COMMANDS), None)):
-        print(command_help(named))
-        if asks[0].startswith("--help") and asks[0] != "--help":
+    commands = {stage.command: stage for stage in all_stages().values()}
+    asks = [argument for argument in arguments if argument in ("-h", "--help", "--help_all", "--help-all")]
+    if asks and (named := next((argument for argument in arguments if argument in commands), None)):
+        print(command_help(commands[named]))
+        if asks[0] in ("--help_all", "--help-all"):
             print(f"\ntransformers.TrainingArguments\n{import_module('hf_compress.cli.commands').training_help()}")
         return 0
     if asks and name.startswith("-"):
         print(usage())
         return 0
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1, cutoff=0.5)
+    if name not in commands:
+        near = difflib.get_close_matches(name.replace("_", "-"), commands, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        return fail(f"command must be one of {', '.join(COMMANDS)}, got {name!r}.{hint}")
+        return fail(f"There is no command {name!r}, only {', '.join(commands)}.{hint}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("hf_compress").setLevel(logging.INFO)
     # The stages import torch and transformers, which takes seconds: help and typing errors above do not wait for it.
-    import_module("hf_compress.cli.commands").run(name, rest)
+    import_module("hf_compress.cli.commands").run(commands[name], rest)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""The flags of a command, read from the source of the dataclasses without importing them.
+"""The options of a command, read from the source of the dataclasses without importing them.
 
-Importing torch and transformers takes many seconds; help should not. A field's help text is its entry in the `Args` of
-the class's docstring; there is no second copy of it in the field.
+Importing torch and transformers takes many seconds; help should not. The text of an option is its entry in the `Args`
+of the class's docstring; there is no second copy of it in the field.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import dataclasses
 import inspect
 import re
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hf_compress.stages.table import Stage
 
-_ROOT = Path(__file__).resolve().parents[2]
+
 REQUIRED = object()
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One flag.
+    """One option.
 
     Args:
         name: The field's name.
@@ -38,15 +40,30 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The flags that fill one dataclass.
+    """The options that fill one dataclass.
 
     Args:
-        options: Its flags, those it inherits from our own classes first.
-        training: Whether the class also inherits the flags of `TrainingArguments`.
+        options: Its options, those it inherits from our own classes first.
+        training: Whether the class also inherits the options of `TrainingArguments`.
     """
 
     options: tuple[Option, ...]
     training: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    """What a source file defines and imports.
+
+    Args:
+        classes: Name -> class.
+        imports: Name -> `module.name` that it was imported from.
+        tree: The whole file.
+    """
+
+    classes: dict[str, ast.ClassDef]
+    imports: dict[str, str]
+    tree: ast.Module
 
 
 def argument_texts(docstring: str) -> dict[str, str]:
@@ -71,27 +88,39 @@ def argument_texts(docstring: str) -> dict[str, str]:
     return {name: " ".join(lines) for name, lines in texts.items()}
 
 
+def stage_groups(stage: Stage) -> dict[str, Group]:
+    """Topic -> options of a stage, in the order of the fields of its arguments class."""
+    module, _, name = stage.arguments.rpartition(".")
+    found = {}
+    for statement in _source(module).classes[name].body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            path = _defined_at(module, ast.unparse(statement.annotation))
+            if stage.method is not None and statement.target.id == "config":
+                path = _config_class(stage.method)
+            found[statement.target.id] = read_group(path or "")
+    return found
+
+
 def read_group(path: str) -> Group:
-    """The flags of a dataclass, from its source.
+    """The options of a dataclass, from its source.
 
     Args:
-        path: `package.module.Class`; a class outside this package has no flags of ours.
+        path: `package.module.Class`.
     """
     module, _, name = path.rpartition(".")
-    if not module.startswith("hf_compress."):
-        return Group((), True)
-    classes = _classes(module)
-    node = classes[name]
-    docstring = ast.get_docstring(node) or ""
+    if path.startswith("transformers."):
+        return Group((), name == "TrainingArguments")
+    if not module:
+        return Group((), False)
+    node = _source(module).classes[name]
     inherited: dict[str, Option] = {}
     training = False
     for base in map(ast.unparse, node.bases):
-        if base in classes:
-            parent = read_group(f"{module}.{base}")
-            inherited.update({option.name: option for option in parent.options})
-            training = training or parent.training
-        training = training or base == "TrainingArguments"
-    texts = {option.name: option.help for option in inherited.values()} | argument_texts(docstring)
+        parent = read_group(_defined_at(module, base) or "")
+        inherited.update({option.name: option for option in parent.options})
+        training = training or parent.training
+    texts = {option.name: option.help for option in inherited.values()}
+    texts |= argument_texts(ast.get_docstring(node) or "")
     for statement in node.body:
         option = _option(statement, texts)
         if option is not None:
@@ -99,32 +128,99 @@ def read_group(path: str) -> Group:
     return Group(tuple(inherited.values()), training)
 
 
+def _config_class(method: str) -> str | None:
+    """The path of a method's config class.
+
+    Args:
+        method: `module:NAME`, where `NAME = Method(..., config_class=X)`.
+    """
+    module, _, name = method.partition(":")
+    for node in _source(module).tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Call):
+            for keyword in node.value.keywords:
+                if keyword.arg == "config_class":
+                    return _defined_at(module, ast.unparse(keyword.value))
+    imported = _source(module).imports.get(name)
+    return _config_class(":".join(imported.rsplit(".", 1))) if imported else None
+
+
+def _defined_at(module: str, name: str) -> str | None:
+    """`module.Class` where the class that a module calls so is defined; None where only an import would tell."""
+    found = _source(module)
+    if name in found.classes:
+        return f"{module}.{name}"
+    place = found.imports.get(name)
+    if place is None or place.startswith("transformers."):
+        return place
+    above, _, own = place.rpartition(".")
+    return _defined_at(above, own) if above.partition(".")[0] == module.partition(".")[0] or _is_ours(above) else None
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == __name__.partition(".")[0]
+
+
 @cache
-def _classes(module: str) -> dict[str, ast.ClassDef]:
-    source = (_ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
-    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+def _source(module: str) -> _Module:
+    tree = ast.parse(_file_of(module).read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    imports = {
+        alias.asname or alias.name: f"{_absolute(node, module)}.{alias.name}"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    return _Module(classes, imports, tree)
+
+
+def _absolute(node: ast.ImportFrom, module: str) -> str:
+    """The module that `from ... import` names, relative or not."""
+    if not node.level:
+        return node.module or ""
+    package = module if _file_of(module).name == "__init__.py" else module.rpartition(".")[0]
+    for _ in range(node.level - 1):
+        package = package.rpartition(".")[0]
+    return f"{package}.{node.module}" if node.module else package
+
+
+def _file_of(module: str) -> Path:
+    top, *rest = module.split(".")
+    # Looks for a top-level package without importing it.
+    spec = find_spec(top)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"No source of the module {module!r} can be found: is its package still installed?")
+    if not rest:
+        return Path(spec.origin)
+    place = Path(spec.origin).parent.joinpath(*rest)
+    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
 
 def _option(statement: ast.stmt, texts: dict[str, str]) -> Option | None:
-    """The flag that a statement in a class body declares, if it declares one."""
+    """The option that a statement in a class body declares, if it declares one."""
     if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
         return None
     kind, name, value = ast.unparse(statement.annotation), statement.target.id, statement.value
-    if kind.startswith("ClassVar"):
+    if kind.partition("[")[0].rpartition(".")[2] == "ClassVar":
         return None
     default: Any = REQUIRED
     if isinstance(value, ast.Call) and ast.unparse(value.func).rpartition(".")[2] == "field":
         keywords = {keyword.arg: keyword.value for keyword in value.keywords}
-        if "metadata" in keywords and ast.literal_eval(keywords["metadata"]).get("output"):
+        if "metadata" in keywords and _value(keywords["metadata"]).get("output"):
             return None
         if "default_factory" in keywords:
             factory = keywords["default_factory"]
-            empty = {"list": [], "dict": {}}
-            default = (
-                ast.literal_eval(factory.body) if isinstance(factory, ast.Lambda) else empty[ast.unparse(factory)]
-            )
+            empty: dict[str, Any] = {"list": [], "dict": {}}
+            default = _value(factory.body) if isinstance(factory, ast.Lambda) else empty[ast.unparse(factory)]
         elif "default" in keywords:
-            default = ast.literal_eval(keywords["default"])
+            default = _value(keywords["default"])
     elif value is not None:
-        default = ast.literal_eval(value)
+        default = _value(value)
     return Option(name, kind, default, texts.get(name, ""))
+
+
+def _value(node: ast.expr) -> Any:
+    """What an expression evaluates to; its text where only running it would tell."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)

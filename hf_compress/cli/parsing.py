@@ -169,13 +169,19 @@ def _config_file(arguments: Sequence[str]) -> str | None:
     return found
 
 
-def parse(kinds: Sequence[type], arguments: Sequence[str], defaults: Mapping[str, Any]) -> Parsed:
+def parse(
+    kinds: Sequence[type],
+    arguments: Sequence[str],
+    defaults: Mapping[str, Any],
+    defaults_when: Mapping[tuple[str, Any], Mapping[str, Any]] | None = None,
+) -> Parsed:
     """Fill dataclasses from `--config file.yaml` and flags; flags win over YAML, YAML over defaults.
 
     Args:
         kinds: Dataclasses whose fields are the options.
-        arguments: What stands after the command.
+        arguments: What follows the command.
         defaults: Values that replace the dataclasses' own defaults for this command.
+        defaults_when: (option, value) -> further defaults while that option has that value.
 
     Raises:
         BadInput: Unknown option, wrong value, missing required option.
@@ -197,11 +203,20 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], defaults: Mapping[str
         _reject_unknown(list(content), list(hints), where)
         preset.update({name: (value, where) for name, value in content.items()})
         given.update(content)
-    typed = _typed(parser, {name: preset[name] for name in preset if name not in flags}, hints)
-    _refuse_empty(typed)
-    namespace, rest = parser.parse_known_args([*typed, *arguments])
-    if rest:
-        raise BadInput(f"{rest[0]!r} belongs to no option.")
+
+    def parsed() -> argparse.Namespace:
+        typed = _typed(parser, {name: preset[name] for name in preset if name not in flags}, hints)
+        _refuse_empty(typed)
+        namespace, rest = parser.parse_known_args([*typed, *arguments])
+        if rest:
+            raise BadInput(f"{rest[0]!r} belongs to no option.")
+        return namespace
+
+    namespace = parsed()
+    for (name, value), further in (defaults_when or {}).items():
+        if getattr(namespace, name, None) == value:
+            preset.update({k: (v, "defaults") for k, v in further.items() if k in hints and k not in given})
+    namespace = parsed()
     return Parsed(tuple(_construct(kind, namespace) for kind in kinds), frozenset(given - {"config"}))
 
 

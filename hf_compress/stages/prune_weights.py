@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,19 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_compress.api import compress, steps_of
 from hf_compress.core.architectures import layers_of
 from hf_compress.core.cost import count_cost
-from hf_compress.core.saving import require_own_folder, write_json
+from hf_compress.core.saving import write_json
 from hf_compress.methods.weight_pruning import WeightPruningCallback, WeightPruningConfig, slim
 from hf_compress.methods.weight_pruning.sparsity import sparsity_by_layer
 from hf_compress.report.sparsity import element_ratio, matrices_of
-from hf_compress.stages.finetune import add_teacher_columns, model_folders, prepare, run, trainer_arguments
+from hf_compress.stages.arguments import (
+    CalibrationArguments,
+    DeviceArguments,
+    OptionalTeacherArguments,
+    StageArguments,
+)
 from hf_compress.stages.models import ModelArguments, open_model, save_stage
-from hf_compress.tasks.inputs import calibration_batches, check_draw
+from hf_compress.stages.training import add_teacher_columns, prepare, run_training, trainer_arguments
+from hf_compress.tasks.inputs import calibration_batches
 from hf_compress.tasks.sources import DataArguments
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.distillation import DistillationTrainer
@@ -32,89 +37,78 @@ class PruningArguments:
     """What goes on beside pruning.
 
     Args:
-        teacher_name_or_path: Hub name or folder of the fine-tuned dense model that teaches. Left out: no teacher.
         do_prune: Whether to prune. False trains in the same way without pruning, for comparison.
         slim: Cut dead channels and heads out of the pruned model, which makes its layers smaller; needs a channel
             pattern.
-        calibration_samples: How many training examples pruning looks at when nothing is trained (`num_train_epochs=0`)
-            and the criterion needs data; they are drawn without replacement.
-        calibration_seed: Random seed of the draw of those examples.
     """
 
-    teacher_name_or_path: str = ""
     do_prune: bool = True
     slim: bool = False
-    calibration_samples: int = 512
-    calibration_seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_draw(self.calibration_samples, self.calibration_seed)
 
 
-def prune_weights(
-    model_args: ModelArguments,
-    pruning: PruningArguments,
-    data: DataArguments,
-    args: DistillationArguments,
-    config: WeightPruningConfig,
-    given: Collection[str] = (),
-) -> dict[str, Any]:
-    """Fine-tune a classifier with `WeightPruningCallback`, or prune it at once; evaluate and save it.
+@dataclass(frozen=True, kw_only=True)
+class PruneWeights(StageArguments):
+    """What `prune_weights` takes.
 
     Args:
-        model_args: What to start from, usually a fine-tuned classifier.
-        pruning: Teacher, and whether to prune at all.
+        model: What to start from, usually a fine-tuned model.
+        pruning: Pattern, sparsity, schedule.
+        also: Whether to prune at all, and what comes after.
+        calibration: Which training examples are looked at when nothing is trained and the criterion needs data.
+        teacher: Teaches while the model is pruned.
         data: The task.
-        args: Everything about training; weights of the losses where there is a teacher. `num_train_epochs=0`: the
-            target is reached at once, without training, which `wanda` and `sparsegpt` demand.
-        config: Pattern, sparsity, schedule.
-        given: Names of the settings that the user wrote; those that would change nothing are refused.
+        device: Where the training runs.
+        distillation: Everything about training, and the weights of the losses where there is a teacher.
+            `num_train_epochs=0`: the target is reached at once, without training, which `wanda` and `sparsegpt`
+            demand.
+    """
+
+    model: ModelArguments
+    pruning: WeightPruningConfig
+    also: PruningArguments = field(default_factory=PruningArguments)
+    calibration: CalibrationArguments = CalibrationArguments()
+    teacher: OptionalTeacherArguments = field(default_factory=OptionalTeacherArguments)
+    data: DataArguments
+    device: DeviceArguments = DeviceArguments()
+    distillation: DistillationArguments
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the target is reached without training."""
+        return self.also.do_prune and self.distillation.num_train_epochs == 0 and self.distillation.max_steps <= 0
+
+
+def prune_weights(arguments: PruneWeights) -> dict[str, Any]:
+    """Fine-tune a model with `WeightPruningCallback`, or prune it at once; evaluate and save it.
 
     Returns:
-        Metrics of the validation split, seconds of training or pruning, sparsity by layer; with `slim` the cost
-        before and after.
+        Metrics of the validation split, seconds of training or pruning, sparsity by prunable weight; with `slim` the
+        cost before and after.
 
     Raises:
         ValueError: If model, teacher and data do not fit together, the schedule does not fit the training, or the
             target is not reached; with `slim`, if the pattern leaves no whole channel or the model cannot be cut.
     """
-    if pruning.slim and not (pruning.do_prune and config.prunes_channels):
-        raise ValueError(
-            "slim must go with do_prune and a pattern 'Nxchannel', 'channelxN' or 'mha', got "
-            f"pattern={config.pattern!r}: others leave no whole channel to cut out."
-        )
-    at_once = pruning.do_prune and args.num_train_epochs == 0 and args.max_steps <= 0
-    if at_once and pruning.teacher_name_or_path:
-        raise ValueError(
-            f"teacher_name_or_path must be empty with num_train_epochs=0, got {pruning.teacher_name_or_path!r}: "
-            "nothing is taught."
-        )
-    if pruning.do_prune and not at_once:
-        _require_training(config, args)
-    if not pruning.teacher_name_or_path and not at_once and (args.alpha_layer or not args.alpha_task):
-        raise ValueError(
-            f"teacher_name_or_path must be given with alpha_task={args.alpha_task:g} and "
-            f"alpha_layer={args.alpha_layer:g}: without a teacher, only the labels teach."
-        )
-    _require_effect(pruning, at_once, given)
-    require_own_folder(args.output_dir, model_folders(model_args, pruning.teacher_name_or_path))
-    task, tokenizer, model, rows = prepare(model_args, data, args.seed, trains=not at_once)
-    if pruning.slim:
+    _require_sense(arguments)
+    config, args, slims = arguments.pruning, arguments.distillation, arguments.also.slim
+    teacher_name = arguments.teacher.teacher_name_or_path
+    task, tokenizer, model, rows = prepare(arguments.model, arguments.data, args.seed, trains=not arguments.at_once)
+    if slims:
         # Hours of training later would be late to learn that a model cannot be cut.
         layers_of(model)
     common = trainer_arguments(task, model, tokenizer, args, rows)
-    if at_once:
-        return _prune_at_once(common, pruning, config)
-    if pruning.do_prune:
+    if arguments.at_once:
+        return _prune_at_once(common, arguments)
+    if arguments.also.do_prune:
         common["callbacks"] = [WeightPruningCallback(config)]
-    if pruning.teacher_name_or_path and args.uses_teacher:
-        teacher = open_model(pruning.teacher_name_or_path, task)
-        add_teacher_columns(common, task, data, pruning.teacher_name_or_path)
-        trainer = DistillationTrainer(teacher_model=teacher, **common)
+    if teacher_name and args.uses_teacher:
+        teacher = open_model(teacher_name, task)
+        add_teacher_columns(common, task, arguments.data, teacher_name)
+        trainer: CompressionTrainer = DistillationTrainer(teacher_model=teacher, **common)
     else:
         trainer = CompressionTrainer(**common)
-    results = run(trainer, model, tokenizer, args)
-    results.update(_zeros(model, config, pruning.slim))
+    results = run_training(trainer, model, tokenizer, args)
+    results.update(_zeros(model, config, slims))
     if trainer.is_world_process_zero():
         if results.get("slimmed"):
             save_stage(args.output_dir, model, tokenizer, results)
@@ -122,16 +116,34 @@ def prune_weights(
     return results
 
 
-def _require_effect(pruning: PruningArguments, at_once: bool, given: Collection[str]) -> None:
-    """Refuse written settings that nothing would read."""
-    taught = {field.name for field in dataclasses.fields(DistillationArguments)}
-    taught -= {field.name for field in dataclasses.fields(TrainingArguments)} | {"alpha_task"}
+def _require_sense(arguments: PruneWeights) -> None:
+    """Refuse options that contradict each other, or that were written and would change nothing."""
+    pruning, config, args, at_once = arguments.also, arguments.pruning, arguments.distillation, arguments.at_once
+    teacher = arguments.teacher.teacher_name_or_path
+    if pruning.slim and not (pruning.do_prune and config.prunes_channels):
+        raise ValueError(
+            "slim must go with do_prune and a pattern 'Nxchannel', 'channelxN' or 'mha', got "
+            f"pattern={config.pattern!r}: others leave no whole channel to cut out."
+        )
+    if at_once and teacher:
+        raise ValueError(
+            f"teacher_name_or_path must be empty with num_train_epochs=0, got {teacher!r}: nothing is taught."
+        )
+    if pruning.do_prune and not at_once:
+        _require_training(config, args)
+    if not teacher and not at_once and (args.alpha_layer or not args.alpha_task):
+        raise ValueError(
+            f"teacher_name_or_path must be given with alpha_task={args.alpha_task:g} and "
+            f"alpha_layer={args.alpha_layer:g}: without a teacher, only the labels teach."
+        )
+    taught = {entry.name for entry in dataclasses.fields(DistillationArguments)}
+    taught -= {entry.name for entry in dataclasses.fields(TrainingArguments)} | {"alpha_task"}
     rules = (
-        (taught, bool(pruning.teacher_name_or_path), "a teacher (teacher_name_or_path)"),
+        (taught, bool(teacher), "a teacher (teacher_name_or_path)"),
         ({"calibration_samples", "calibration_seed"}, at_once, "pruning without training (num_train_epochs=0)"),
     )
     for names, effective, needs in rules:
-        for name in sorted(names & set(given)):
+        for name in sorted(names & arguments.chosen()):
             if not effective:
                 raise ValueError(f"{name} must go with {needs}: nothing else reads it.")
 
@@ -167,7 +179,8 @@ def _require_training(config: WeightPruningConfig, args: DistillationArguments) 
             )
 
 
-def _prune_at_once(common: dict[str, Any], pruning: PruningArguments, config: WeightPruningConfig) -> dict[str, Any]:
+def _prune_at_once(common: dict[str, Any], arguments: PruneWeights) -> dict[str, Any]:
+    config, draw = arguments.pruning, arguments.calibration
     # The trainer puts the model on its device and evaluates it.
     trainer = CompressionTrainer(**common)
     model, tokenizer = common["model"], common["processing_class"]
@@ -175,14 +188,14 @@ def _prune_at_once(common: dict[str, Any], pruning: PruningArguments, config: We
     batches = None
     if any(entry.needs_gradients or entry.needs_inputs for entry in config.resolved()):
         rows = common["train_dataset"].remove_columns("length")
-        batches = calibration_batches(rows, tokenizer, pruning.calibration_samples, pruning.calibration_seed)
-        results.update(calibration_samples=pruning.calibration_samples, calibration_seed=pruning.calibration_seed)
+        batches = calibration_batches(rows, tokenizer, draw.calibration_samples, draw.calibration_seed)
+        results.update(calibration_samples=draw.calibration_samples, calibration_seed=draw.calibration_seed)
     start = time.perf_counter()
     compress(model, config, data=batches)
     results["prune_seconds"] = round(time.perf_counter() - start, 3)
     if trainer.eval_dataset is not None:
         results.update(trainer.evaluate(), eval_split=str(trainer.eval_dataset.split))
-    results.update(_zeros(model, config, pruning.slim))
+    results.update(_zeros(model, config, arguments.also.slim))
     if trainer.is_world_process_zero():
         save_stage(trainer.args.output_dir, model, tokenizer, results)
     return results

@@ -1,0 +1,174 @@
+"""What a command prints when its stage is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hf_compress.stages.arguments import StageArguments
+from hf_compress.stages.table import Stage
+
+
+def print_results(stage: Stage, arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    """Print what a person wants to know of a stage's results.
+
+    Args:
+        stage: That was run.
+        arguments: Its arguments.
+        results: What it returned.
+    """
+    _PRINTERS.get(stage.name, _print_compressed if stage.method else _print_trained)(arguments, results)
+
+
+def _print_metrics(results: Mapping[str, Any]) -> None:
+    for name, value in results.items():
+        if isinstance(value, int | float):
+            print(f"{name:32s} {value:.4f}" if isinstance(value, float) else f"{name:32s} {value}")
+
+
+def _print_saved(arguments: StageArguments, hint: str = "") -> None:
+    print(f"saved to {arguments.option('output_dir')}{hint}")
+
+
+def _print_trained(arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    _print_metrics(results)
+    _print_saved(arguments)
+
+
+def _print_cost(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    print(f"{'':24s}{'before':>14s}{'after':>14s}")
+    print(f"{'parameters':24s}{before['params']:14,d}{after['params']:14,d}")
+    if before["nonzero_params"] - before["params"] != after["nonzero_params"] - after["params"]:
+        print(f"{'non-zero parameters':24s}{before['nonzero_params']:14,d}{after['nonzero_params']:14,d}")
+    if before["macs"] is not None and after["macs"] is not None:
+        print(f"{'multiply-accumulates':24s}{before['macs']:14.4g}{after['macs']:14.4g}")
+
+
+def _print_sizes(step: Mapping[str, Any]) -> None:
+    for title, key in (("heads", "heads_per_layer"), ("neurons", "neurons_per_layer")):
+        print(f"{title + ' left by layer':24s}{' '.join(map(str, step[key]))}")
+
+
+def _print_compressed(arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    step = dict(results["step"])
+    print(f"{step.pop('method')}: {json.dumps(step)}")
+    _print_cost(results["before"], results["after"])
+    print(f"{results['seconds']:.1f} s; ", end="")
+    _print_saved(arguments)
+
+
+def _print_pruned_structure(arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    _print_cost(results["before"], results["after"])
+    _print_sizes(results["step"])
+    print(f"{results['mac_ratio']:.4f} of the arithmetic kept, {results['seconds']:.1f} s; ", end="")
+    _print_saved(arguments)
+
+
+def _print_pruned_weights(arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    print(sparsity_line(results["sparsity_by_layer"]))
+    _print_metrics(results)
+    if "slimmed" in results:
+        _print_slimmed(results["slimmed"])
+    _print_saved(arguments)
+
+
+def sparsity_line(by_weight: Mapping[str, float]) -> str:
+    """The sparsity of all prunable weights in one line; `results.json` has each of them.
+
+    Example:
+        >>> sparsity_line({"query": 0.5, "key": 0.5})
+        'sparsity of 2 prunable weights: 0.5000 each (sparsity_by_layer in results.json)'
+        >>> sparsity_line({"query": 0.25, "key": 0.75, "value": 0.5})
+        'sparsity of 3 prunable weights: 0.2500 to 0.7500, median 0.5000 (sparsity_by_layer in results.json)'
+    """
+    values = sorted(by_weight.values())
+    if not values:
+        return "no weight was prunable"
+    spread = f"{values[0]:.4f} to {values[-1]:.4f}, median {median(values):.4f}"
+    if f"{values[0]:.4f}" == f"{values[-1]:.4f}":
+        spread = f"{values[0]:.4f} each"
+    return f"sparsity of {len(values)} prunable weights: {spread} (sparsity_by_layer in results.json)"
+
+
+def _print_slimmed(slimmed: Mapping[str, Any] | None) -> None:
+    if slimmed is None:
+        print("slim: nothing to remove: no neuron and no whole head is zero; the zeros stay in ordinary weights")
+        return
+    print("slim:")
+    _print_cost(slimmed["before"], slimmed["after"])
+    _print_sizes(slimmed)
+
+
+def _print_linearized(arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    print(f"parameters {results['params']['before']:,d} -> {results['params']['after']:,d}")
+    if "texts" in results:
+        texts = results["texts"]
+        print(
+            f"texts of this task ({texts['median_tokens']} tokens in the median, {texts['longest_tokens']} at most): "
+            f"{texts['mac_ratio']:.3f} of the dense arithmetic"
+        )
+    for length, ratio in results["mac_ratio_by_length"].items():
+        verdict = "" if ratio < 1 else " (more than dense: too short for this projected_length)"
+        print(f"{length:6d} tokens: {ratio:.3f} of the dense arithmetic{verdict}")
+    _print_saved(arguments, "; train it with distill, joint-distill or snapshot-distill")
+
+
+def _print_evaluated(arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    for name, metrics in results.items():
+        print(name)
+        _print_metrics(metrics)
+
+
+def _print_report(arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    print_report(arguments.option("output_dir"))
+
+
+def print_report(folder: str) -> None:
+    """Print the table of a report and where the rest of it is."""
+    print(Path(folder, "report.md").read_text(encoding="utf-8"))
+    print(f"table, report.json and plots are in {folder}")
+
+
+def _print_demo(arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    print_report(str(Path(arguments.option("output_dir"), "report")))
+    hint = recovery_hint(results.get("models", ()), results.get("metric", ""), results.get("num_examples", 0))
+    if hint:
+        print(hint)
+    reload = results["reload"]
+    weights = "bit-equal weights" if reload["weights_equal"] else "DIFFERENT weights"
+    logits = f"logits {'equal to rounding' if reload['equal'] else 'DIFFERENT'} (by {reload['logits_differ_by']:.1e})"
+    print(f"reloaded with plain from_pretrained in a fresh process: {weights}, {logits}")
+    print(f"{results['minutes']} minutes")
+
+
+def recovery_hint(models: Sequence[Mapping[str, Any]], metric: str, num_examples: int) -> str:
+    """Why the demo's recovered model may measure no better than the pruned one; empty where it does.
+
+    Args:
+        models: Of the report: dense, pruned, recovered.
+        metric: That the report shows.
+        num_examples: That it was computed on.
+    """
+    if len(models) < 3:
+        return ""
+    dense, pruned, recovered = (model["metrics"][metric] for model in models[:3])
+    error = max(model["standard_error"] or 0.0 for model in models[1:3])
+    if recovered - pruned > 2 * error or abs(dense - pruned) > 2 * error:
+        return ""
+    return (
+        f"Pruning lost no more than chance on these {num_examples} texts (one text is {1 / num_examples:.4f}): there "
+        "was nothing for recovery to win back. A deeper cut shows what it does: try --mac_ratio 0.3."
+    )
+
+
+_PRINTERS: dict[str, Callable[[StageArguments, Mapping[str, Any]], None]] = {
+    "structured_pruning": _print_pruned_structure,
+    "weight_pruning": _print_pruned_weights,
+    "linformer": _print_linearized,
+    "evaluate": _print_evaluated,
+    "report": _print_report,
+    "demo": _print_demo,
+}

@@ -1,0 +1,177 @@
+"""The argument groups that stages share, and what every stage checks before it does any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from hf_compress.core.devices import chosen_device
+from hf_compress.core.saving import require_own_folder
+from hf_compress.tasks.inputs import check_draw
+from hf_compress.training.preflight import check_training
+
+
+# What options that name models are called, in every stage.
+MODEL_OPTIONS = ("model_name_or_path", "teacher_name_or_path", "teacher_snapshots", "models")
+
+
+@dataclass
+class OutputArguments:
+    """Where the result goes.
+
+    Args:
+        output_dir: Folder that receives the result: model, tokenizer and `results.json`, or the files of a report.
+    """
+
+    output_dir: str
+
+
+@dataclass(frozen=True)
+class DeviceArguments:
+    """Where the stage computes.
+
+    Args:
+        device: Where the stage computes: auto (the accelerator where there is one), cpu, or a device such as cuda.
+    """
+
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        chosen_device(self.device)
+
+    @property
+    def chosen(self) -> torch.device:
+        return chosen_device(self.device)
+
+
+@dataclass
+class TeacherArguments:
+    """Which model teaches.
+
+    Args:
+        teacher_name_or_path: Hub name or folder of the model that teaches, usually the fine-tuned dense one.
+    """
+
+    teacher_name_or_path: str
+
+    def __post_init__(self) -> None:
+        if not self.teacher_name_or_path:
+            raise ValueError("teacher_name_or_path must name the model that teaches, got nothing.")
+
+
+@dataclass
+class OptionalTeacherArguments:
+    """Which model teaches, if any.
+
+    Args:
+        teacher_name_or_path: Hub name or folder of the fine-tuned dense model that teaches. Left out: no teacher.
+    """
+
+    teacher_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        self.teacher_name_or_path = self.teacher_name_or_path or None
+
+
+@dataclass(frozen=True)
+class CalibrationArguments:
+    """Which examples a method looks at when nothing is trained.
+
+    Args:
+        calibration_samples: How many training examples the method looks at; they are drawn without replacement.
+        calibration_seed: Random seed of the draw of those examples.
+    """
+
+    calibration_samples: int = 512
+    calibration_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_draw(self.calibration_samples, self.calibration_seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageArguments:
+    """What a stage takes: one dataclass for each topic; their fields are the options of the command.
+
+    Making one checks what holds for all stages: that the training would train something, that it runs where
+    `device` says, and that the result overwrites none of the models that the stage reads.
+
+    Args:
+        given: Names of the options that the user wrote; None: those that differ from their defaults. An option that
+            would change nothing is refused when it was written.
+
+    Raises:
+        ValueError: If one of these does not hold.
+    """
+
+    given: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        training = self.training_arguments
+        if training is not None:
+            check_training(training)
+            _check_device(self.option("device"), training)
+        for folder in self.folders_written():
+            require_own_folder(folder, self.models_read())
+
+    def groups(self) -> dict[str, Any]:
+        """Topic -> its filled dataclass."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "given"}
+
+    def option(self, name: str) -> Any:
+        """The value of an option in whichever group has it; None where none has."""
+        return next((getattr(group, name) for group in self.groups().values() if hasattr(group, name)), None)
+
+    @property
+    def training_arguments(self) -> TrainingArguments | None:
+        return next((group for group in self.groups().values() if isinstance(group, TrainingArguments)), None)
+
+    def models_read(self) -> dict[str, str]:
+        """Option -> hub name or folder, of the models that the stage opens."""
+        found: dict[str, str] = {}
+        for name in MODEL_OPTIONS:
+            value = self.option(name)
+            if isinstance(value, str):
+                found[name] = value
+            else:
+                found.update({f"{name} ({each})": each for each in value or ()})
+        return found
+
+    def folders_written(self) -> list[str]:
+        folder = self.option("output_dir")
+        return [] if folder is None else [folder]
+
+    def chosen(self) -> frozenset[str]:
+        """Names of the options that the user wrote, equal to the default or not."""
+        return self.given if self.given is not None else frozenset(self._changed())
+
+    def _changed(self) -> Iterator[str]:
+        for group in self.groups().values():
+            for field in dataclasses.fields(group):
+                default = field.default
+                if field.default_factory is not dataclasses.MISSING:
+                    default = field.default_factory()
+                if field.init and getattr(group, field.name) != default:
+                    yield field.name
+
+
+def _check_device(device: str | None, training: TrainingArguments) -> None:
+    """Refuse a device that is not the one where `Trainer` puts the model."""
+    if device in (None, "auto"):
+        return
+    wanted, used = chosen_device(device), training.device
+    if wanted.type != used.type:
+        raise ValueError(
+            f"device is {device!r}, but these training arguments run on {used.type} (use_cpu is {training.use_cpu}): "
+            "leave use_cpu or device out."
+        )
+    if wanted.index is not None and (wanted.index != (used.index or 0) or training.n_gpu > 1):
+        raise ValueError(
+            f"device is {device!r}, but a training uses every accelerator that it sees: set CUDA_VISIBLE_DEVICES="
+            f"{wanted.index} and leave device out."
+        )

@@ -1,0 +1,76 @@
+"""Apply a method that has no stage of its own: open a model, compress it, save it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from hf_compress.api import compress, steps_of
+from hf_compress.core.cost import count_cost
+from hf_compress.core.method import MethodConfig
+from hf_compress.methods import METHODS
+from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
+from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage
+from hf_compress.tasks.inputs import calibration_batches
+from hf_compress.tasks.sources import DataArguments, load_task
+
+
+logger = logging.getLogger(__name__)
+
+_SEQ_LEN = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress(StageArguments):
+    """What the stage of a method without one of its own takes.
+
+    Args:
+        model: A fine-tuned model.
+        config: What the method makes of it; decides which method it is.
+        calibration: Which training examples the method looks at, if it looks at any.
+        data: The task; only read when the method looks at examples.
+        output: Where the compressed model goes.
+        device: Where it is computed.
+    """
+
+    model: ModelArguments
+    config: MethodConfig
+    calibration: CalibrationArguments = CalibrationArguments()
+    data: DataArguments
+    output: OutputArguments
+    device: DeviceArguments = DeviceArguments()
+
+
+def compress_model(arguments: Compress) -> dict[str, Any]:
+    """Compress a model by one method, without training, and save it.
+
+    Returns:
+        The recorded step, the cost before and after, and the seconds it took.
+
+    Raises:
+        ValueError: If the method cannot be applied, or model and data do not fit together.
+    """
+    method = next(method for method in METHODS.values() if method.config_class is type(arguments.config))
+    require_left_out(arguments.model, ("freeze_embeddings",), f"{method.name} trains nothing")
+    reads = method.needs_of(arguments.config).passes > 0
+    # A method that looks at no data must not ask for a task.
+    task = load_task(arguments.data) if reads else None
+    tokenizer, model = open_pair(arguments.model, task)
+    model.to(arguments.device.chosen)
+    results: dict[str, Any] = {}
+    batches = None
+    if task is not None:
+        task = fit_labels(task, model, arguments.model.model_name_or_path)
+        draw = arguments.calibration
+        rows = task.encode("train", tokenizer, arguments.data.max_length)
+        batches = calibration_batches(rows, tokenizer, draw.calibration_samples, draw.calibration_seed)
+        results = {"calibration_samples": draw.calibration_samples, "calibration_seed": draw.calibration_seed}
+    before = count_cost(model, _SEQ_LEN).to_dict()
+    start = time.perf_counter()
+    compress(model, arguments.config, data=batches)
+    results["seconds"] = round(time.perf_counter() - start, 3)
+    results |= {"step": steps_of(model)[-1], "before": before, "after": count_cost(model, _SEQ_LEN).to_dict()}
+    save_stage(arguments.output.output_dir, model, tokenizer, results)
+    return results

@@ -1,0 +1,156 @@
+"""Teach a student: by a fixed teacher, by one that is fine-tuned beside it, or by a teacher's saved states."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_compress.core.positions import most_tokens
+from hf_compress.stages.arguments import DeviceArguments, StageArguments, TeacherArguments
+from hf_compress.stages.models import ModelArguments, lengthen_, open_model
+from hf_compress.stages.training import add_teacher_columns, prepare, run_training, trainer_arguments
+from hf_compress.tasks.sources import DataArguments
+from hf_compress.training.arguments import DistillationArguments, JointTeacherArguments, SnapshotTeacherArguments
+from hf_compress.training.distillation import DistillationTrainer
+from hf_compress.training.joint_teacher import JointTeacherTrainer
+from hf_compress.training.snapshot_teacher import SnapshotTeacherTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(StageArguments):
+    """What `distill` takes.
+
+    Args:
+        model: The student.
+        teacher: The teacher. When it has another tokenizer, each example is encoded twice.
+        data: The task.
+        device: Where the training runs.
+        distillation: Weights of the losses and everything else about training.
+    """
+
+    model: ModelArguments
+    teacher: TeacherArguments
+    data: DataArguments
+    device: DeviceArguments = DeviceArguments()
+    distillation: DistillationArguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointDistill(StageArguments):
+    """What `joint_distill` takes.
+
+    Args:
+        model: The student, for example a linearized pretrained encoder.
+        teacher: The teacher before fine-tuning; when it has no head yet, it starts with the student's.
+        data: The task.
+        device: Where the training runs.
+        distillation: Losses, the teacher's learning rate and schedule, everything else about training.
+    """
+
+    model: ModelArguments
+    teacher: TeacherArguments
+    data: DataArguments
+    device: DeviceArguments = DeviceArguments()
+    distillation: JointTeacherArguments
+
+    def folders_written(self) -> list[str]:
+        return [self.distillation.output_dir, f"{self.distillation.output_dir}/teacher"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotDistill(StageArguments):
+    """What `snapshot_distill` takes.
+
+    Args:
+        model: The student, for example a linearized pretrained encoder.
+        data: The task.
+        device: Where the training runs.
+        distillation: Losses, the teacher's snapshots, everything else about training.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    device: DeviceArguments = DeviceArguments()
+    distillation: SnapshotTeacherArguments
+
+
+def distill(arguments: Distill) -> dict[str, Any]:
+    """Teach a (compressed) student what a fixed teacher knows, evaluate it and save it.
+
+    Returns:
+        Metrics of the validation split (of `test` where there is none) and the training time in seconds.
+
+    Raises:
+        ValueError: If student, teacher and data do not fit together, or the loss is not finite.
+    """
+    args, name = arguments.distillation, arguments.teacher.teacher_name_or_path
+    teaches = name if args.uses_teacher else None
+    task, tokenizer, student, rows = prepare(arguments.model, arguments.data, args.seed, teacher=teaches)
+    common = trainer_arguments(task, student, tokenizer, args, rows)
+    teacher = None
+    if args.uses_teacher:
+        teacher = open_model(name, task)
+        add_teacher_columns(common, task, arguments.data, name)
+    return run_training(DistillationTrainer(teacher_model=teacher, **common), student, tokenizer, args)
+
+
+def joint_distill(arguments: JointDistill) -> dict[str, Any]:
+    """Train a student beside a teacher that is fine-tuned on the same batches (trajectory guided).
+
+    Returns:
+        Metrics of the validation split (of `test` where there is none) and the training time in seconds.
+
+    Raises:
+        ValueError: If student, teacher and data do not fit together, or a loss is not finite.
+    """
+    args, name = arguments.distillation, arguments.teacher.teacher_name_or_path
+    task, tokenizer, student, rows = prepare(arguments.model, arguments.data, args.seed)
+    common = trainer_arguments(task, student, tokenizer, args, rows)
+    teacher = None
+    if args.uses_teacher:
+        teacher = open_model(name, task, fresh_head=True)
+        _share_new_head_(teacher, student, name)
+        longest, limit = most_tokens(student), most_tokens(teacher)
+        if longest is not None and limit is not None and limit < longest:
+            # It is fine-tuned here, so it learns the positions that it was not pretrained for.
+            logger.info("The teacher's %d positions are continued periodically up to %d.", limit, longest)
+            lengthen_(teacher, longest)
+        add_teacher_columns(common, task, arguments.data, name)
+    return run_training(JointTeacherTrainer(teacher_model=teacher, **common), student, tokenizer, args)
+
+
+def _share_new_head_(teacher: PreTrainedModel, student: PreTrainedModel, teacher_name: str) -> None:
+    """Give a teacher the student's values where its own files have none: both start from one head and pooler."""
+    _, loaded = type(teacher).from_pretrained(teacher_name, config=teacher.config, output_loading_info=True)
+    ours, theirs = teacher.state_dict(), student.state_dict()
+    values = {
+        name: theirs[name]
+        for name in loaded["missing_keys"]
+        if name in theirs and theirs[name].shape == ours[name].shape
+    }
+    if values:
+        teacher.load_state_dict(values, strict=False)
+        logger.info("The teacher starts with the student's head (%d tensors).", len(values))
+
+
+def snapshot_distill(arguments: SnapshotDistill) -> dict[str, Any]:
+    """Train a student on the saved states of a teacher's fine-tuning, one after the other (waypoint guided).
+
+    Returns:
+        Metrics of the validation split (of `test` where there is none) and the training time in seconds.
+
+    Raises:
+        ValueError: If student, teachers and data do not fit together, or the loss is not finite.
+    """
+    args = arguments.distillation
+    task, tokenizer, student, rows = prepare(arguments.model, arguments.data, args.seed)
+    common = trainer_arguments(task, student, tokenizer, args, rows)
+    if args.uses_teacher:
+        add_teacher_columns(common, task, arguments.data, args.teacher_snapshots[0])
+    return run_training(SnapshotTeacherTrainer(**common), student, tokenizer, args)

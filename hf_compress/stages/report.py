@@ -1,0 +1,82 @@
+"""Compare a dense model with compressed ones on a task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_compress.report.comparison import compare_models
+from hf_compress.stages.arguments import DeviceArguments, OutputArguments, StageArguments
+from hf_compress.stages.evaluate import opened_task
+from hf_compress.stages.models import measured
+from hf_compress.tasks.sources import DataArguments
+
+
+@dataclass
+class ReportArguments:
+    """Which models are compared and how.
+
+    Args:
+        models: Hub names or folders of the models to compare; the first is the dense baseline.
+        split: Which split is measured: train, validation or test. Left out: validation, or test where there is none.
+        latency_batch_sizes: Batch sizes whose latency is timed.
+        latency_repeats: How many rounds are timed; the models take turns in each.
+        latency_examples: How many examples are timed, evenly spread over the lengths.
+    """
+
+    models: list[str]
+    split: str | None = None
+    latency_batch_sizes: list[int] = field(default_factory=lambda: [1, 32])
+    latency_repeats: int = 7
+    latency_examples: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(StageArguments):
+    """What `report` takes.
+
+    Args:
+        comparison: Which models are compared and how.
+        data: The task.
+        output: Where table, JSON and plots go.
+        device: Where the models run.
+    """
+
+    comparison: ReportArguments
+    data: DataArguments
+    output: OutputArguments
+    device: DeviceArguments = DeviceArguments()
+
+
+def report(arguments: Report) -> dict[str, Any]:
+    """Compare a dense model with compressed ones and write `report.md`, `report.json` and plots.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        ValueError: If a model or the split cannot be opened or does not fit.
+    """
+    wanted = arguments.comparison
+    task, split = opened_task(arguments.data, wanted.split)
+    models, folders = {}, {}
+    for name in wanted.models:
+        label = Path(name).name or name
+        label = label if label not in models else name
+        if label in models:
+            raise ValueError(f"models must be different ones, got {name!r} twice.")
+        models[label] = measured(name, task, split, arguments.data.max_length, arguments.device.device)
+        folders[label] = name
+    return compare_models(
+        models,
+        None,
+        None,
+        task.name,
+        arguments.output.output_dir,
+        split=split,
+        folders=folders,
+        batch_sizes=wanted.latency_batch_sizes,
+        repeats=wanted.latency_repeats,
+        limit=wanted.latency_examples,
+    )

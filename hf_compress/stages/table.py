@@ -1,0 +1,171 @@
+"""All stages as one table, from which command line, help and recipes derive.
+
+Nothing here imports what it names: a list of commands must not wait for torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hf_compress.stages.arguments import StageArguments
+
+
+# Packages outside this one announce their methods here, as `name = module:METHOD`.
+METHOD_GROUP = "hf_compress.methods"
+_METHOD_FOLDERS = Path(__file__).resolve().parents[1] / "methods"
+
+# What suits fine-tuning of an encoder better than the defaults of TrainingArguments.
+_TRAINING = {
+    "learning_rate": 5e-5,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "train_sampling_strategy": "group_by_length",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "logging_steps": 50,
+    "report_to": "none",
+}
+# The published codes' own constants, and where a training runs.
+_TRAINING_WHEN = {
+    ("compat", "cald"): {"weight_decay": 0.0, "train_sampling_strategy": "random"},
+    ("compat", "ltp"): {"weight_decay": 0.0, "train_sampling_strategy": "random", "warmup_steps": 0},
+    ("device", "cpu"): {"use_cpu": True},
+}
+# The start of linear attention that kept most accuracy (methods/linformer/README.md).
+_LINEAR_START = {"initialization": "pooling", "slot_mask": True, "length_scaling": False}
+# What goes with the published random start.
+_PUBLISHED_LINEAR_START = {"slot_mask": False, "length_scaling": True}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing that can be done with models, by hand or in a recipe.
+
+    Args:
+        name: In recipes: the method's name, or what a training is called.
+        command: On the command line.
+        summary: Half a sentence for the list of commands.
+        arguments: Path of the dataclass that `run` takes, as `module.Class`; its fields are the topics of the help.
+        run: Path of the function, as `module.function`.
+        defaults: Values that replace the dataclasses' own defaults.
+        defaults_when: (option, value) -> further defaults while that option has that value.
+        note: What a person should know before the options.
+        method: Where the method of a generic stage is, as `module:METHOD`; its config is then the topic `config`.
+    """
+
+    name: str
+    command: str
+    summary: str
+    arguments: str
+    run: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults_when: Mapping[tuple[str, Any], Mapping[str, Any]] = field(default_factory=dict)
+    note: str = ""
+    method: str | None = None
+
+    @cached_property
+    def function(self) -> Callable[[Any], Mapping[str, Any]]:
+        """What `run` names; imports it."""
+        return _load(self.run)
+
+    @cached_property
+    def arguments_class(self) -> type[StageArguments]:
+        """What `arguments` names; imports it."""
+        return _load(self.arguments)
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _stage(name: str, command: str, summary: str, path: str, **more: Any) -> Stage:
+    """A stage of this package.
+
+    Args:
+        name, command, summary: Of the stage.
+        path: Module within `stages`, and its class of arguments and its function, as `module.Class.function`.
+        more: Other fields.
+    """
+    module, arguments, run = path.split(".")
+    place = f"hf_compress.stages.{module}"
+    return Stage(name, command, summary, f"{place}.{arguments}", f"{place}.{run}", **more)
+
+
+def _training(name: str, command: str, summary: str, path: str) -> Stage:
+    return _stage(name, command, summary, path, defaults=_TRAINING, defaults_when=_TRAINING_WHEN)
+
+
+_IN_ORDER = (
+    _stage(
+        "demo", "demo", "fine-tune, prune to half the arithmetic, recover, report, reload: offline, on real text",
+        "demo.Demo.demo", defaults={"output_dir": "demo_output"},
+    ),
+    _training("finetune", "finetune", "train a model on a task", "finetune.Finetune.finetune"),
+    _stage(
+        "structured_pruning", "prune-structure", "remove attention heads and neurons without retraining",
+        "prune_structure.PruneStructure.prune_structure",
+    ),
+    _training(
+        "token_pruning", "prune-tokens", "learn which tokens can be dropped on the way through the layers",
+        "prune_tokens.PruneTokens.prune_tokens",
+    ),
+    _training(
+        "weight_pruning", "prune-weights",
+        "set weights to zero in a pattern (N:M, blocks, channels): in training, with or without a teacher, or at once",
+        "prune_weights.PruneWeights.prune_weights",
+    ),
+    _training(
+        "distill", "distill", "teach a (compressed) student what a fine-tuned teacher knows", "distill.Distill.distill"
+    ),
+    _training(
+        "joint_distill", "joint-distill", "teach a student by a teacher that is fine-tuned at the same time",
+        "distill.JointDistill.joint_distill",
+    ),
+    _stage(
+        "linformer", "linearize", "replace softmax attention by linear attention (Linformer)",
+        "linearize.Linearize.linearize", defaults=_LINEAR_START,
+        defaults_when={("initialization", "normal"): _PUBLISHED_LINEAR_START},
+        note="The defaults are the start that kept most accuracy: 82 points, as the dense model, after training on "
+        "short sentences, where the published random start (--initialization normal) reached 64. Linear attention "
+        "saves arithmetic only on texts longer than about twice --projected_length; name the task to have them "
+        "measured.",
+    ),
+    _training(
+        "snapshot_distill", "snapshot-distill", "teach a student by the saved states of a teacher's fine-tuning",
+        "distill.SnapshotDistill.snapshot_distill",
+    ),
+    _stage("evaluate", "evaluate", "measure saved models on a task", "evaluate.Evaluate.evaluate"),
+    _stage(
+        "report", "report", "compare dense and compressed models: quality, size, arithmetic, measured latency",
+        "report.Report.report",
+    ),
+)  # fmt: skip
+STAGES: dict[str, Stage] = {stage.name: stage for stage in _IN_ORDER}
+
+
+def _generic(name: str, method: str) -> Stage:
+    return _stage(
+        name, name.replace("_", "-"), f"apply the method {name} at once, without training",
+        "compress.Compress.compress_model", method=method,
+    )  # fmt: skip
+
+
+def all_stages() -> dict[str, Stage]:
+    """`STAGES`, and a generic stage for each method that has none of its own, in this package or outside it."""
+    folders = (path.parent.name for path in _METHOD_FOLDERS.glob("*/__init__.py"))
+    methods = {name: f"{METHOD_GROUP}.{name}:METHOD" for name in sorted(folders)}
+    methods |= {point.name: point.value for point in entry_points(group=METHOD_GROUP)}
+    return STAGES | {name: _generic(name, place) for name, place in methods.items() if name not in STAGES}

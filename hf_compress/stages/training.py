@@ -1,0 +1,160 @@
+"""What the stages that train share: inputs that fit together, a teacher's own inputs, training and saving."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_compress.core.positions import most_tokens
+from hf_compress.report.quality import training_metrics
+from hf_compress.stages.models import (
+    ModelArguments,
+    check_vocabulary,
+    fit_labels,
+    freeze_embeddings_,
+    has_tokenizer,
+    head_config,
+    open_pair,
+    open_tokenizer,
+    save_stage,
+)
+from hf_compress.tasks.sources import DataArguments, load_task
+from hf_compress.tasks.task import Task
+from hf_compress.training.collator import TEACHER_PREFIX, TeacherStudentCollator
+from hf_compress.training.trainer import CompressionTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+def _splits(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> dict[str, Any]:
+    train = task.encode("train", tokenizer, data.max_length)
+    rows = {"train": train.add_column("length", [len(ids) for ids in train["input_ids"]])}
+    if task.evaluation_split is not None:
+        rows["evaluation"] = task.encode(task.evaluation_split, tokenizer, data.max_length)
+    return rows
+
+
+def prepare(
+    model_args: ModelArguments, data: DataArguments, seed: int, trains: bool = True, teacher: str | None = None
+) -> tuple[Task, PreTrainedTokenizerBase, PreTrainedModel, dict[str, Any]]:
+    """Task, tokenizer, model and tokenized splits that fit together.
+
+    Args:
+        model_args, data: Where they are.
+        seed: Of a new head.
+        trains: Whether the model is trained: then it may get a new head, and the task's label names.
+        teacher: Hub name or folder of a classifier whose labels a new head shall have.
+
+    Returns:
+        The task has the model's label ids.
+
+    Raises:
+        ValueError: If they do not fit together.
+    """
+    task = load_task(data)
+    task.require_trainable()
+    headless = head_config(model_args.model_name_or_path, task) is None
+    taught = head_config(teacher, task) if teacher and headless else None
+    if taught is not None:
+        task = task.matched(taught)
+    set_seed(seed)
+    tokenizer, model = open_pair(model_args, task, fresh_head=trains)
+    task = fit_labels(task, model, model_args.model_name_or_path)
+    if trains:
+        model.config.update(task.names_for(model.config))
+    if task.evaluation_split is None:
+        logger.warning("The task has neither a validation nor a test split: nothing is measured.")
+    else:
+        logger.info("Models are measured on the %s split.", task.evaluation_split)
+    if model_args.freeze_embeddings:
+        freeze_embeddings_(model)
+    rows = _splits(task, tokenizer, data)
+    longest, limit = max(len(ids) for split in rows.values() for ids in split["input_ids"]), most_tokens(model)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"max_length must be at most the model's {limit} positions, got {data.max_length} and examples of "
+            f"{longest} tokens. Or give it more (max_positions)."
+        )
+    return task, tokenizer, model, rows
+
+
+def trainer_arguments(
+    task: Task,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    rows: dict[str, Any],
+) -> dict[str, Any]:
+    """What every trainer of a classification task takes; all but `args` comes from `prepare`."""
+    return {
+        "model": model,
+        "args": args,
+        "train_dataset": rows["train"],
+        "eval_dataset": rows.get("evaluation"),
+        "data_collator": task.collator(tokenizer),
+        "processing_class": tokenizer,
+        **training_metrics(task),
+    }
+
+
+def run_training(
+    trainer: CompressionTrainer, model: PreTrainedModel, tokenizer: Any, args: TrainingArguments
+) -> dict[str, Any]:
+    """Train (or go on training), evaluate, save; returns the results that were written."""
+    resume = args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "1", "yes"):
+        resume = True
+    elif isinstance(resume, str) and resume.lower() in ("false", "0", "no"):
+        resume = None
+    outcome = trainer.train(resume_from_checkpoint=resume)
+    results = {"train_seconds": outcome.metrics["train_runtime"], "train_loss": outcome.metrics["train_loss"]}
+    if trainer.eval_dataset is not None:
+        results.update(trainer.evaluate(), eval_split=str(trainer.eval_dataset.split))
+    if trainer.is_world_process_zero():
+        save_stage(args.output_dir, model, tokenizer, results)
+    return results
+
+
+def add_teacher_columns(common: dict[str, Any], task: Task, data: DataArguments, teacher_name: str) -> None:
+    """Encode every example a second time for a teacher that has another tokenizer; otherwise change nothing.
+
+    A folder without tokenizer (plain `save_pretrained`) holds a teacher that reads the student's tokens.
+
+    Args:
+        common: What `trainer_arguments` made; datasets and collator are replaced in it.
+        task, data: Where the texts are.
+        teacher_name: Hub name or folder of the teacher and its tokenizer.
+
+    Raises:
+        ValueError: If that tokenizer belongs to another model.
+    """
+    if not has_tokenizer(teacher_name):
+        logger.info("%s has no tokenizer: it reads the student's tokens.", teacher_name)
+        return
+    tokenizer = open_tokenizer(teacher_name)
+    check_vocabulary(AutoConfig.from_pretrained(teacher_name), tokenizer)
+    if tokenizer.get_vocab() == common["processing_class"].get_vocab():
+        return
+    common["data_collator"] = TeacherStudentCollator(common["data_collator"], DataCollatorWithPadding(tokenizer))
+    for name, column in (("train", "train_dataset"), (task.evaluation_split, "eval_dataset")):
+        if common[column] is not None:
+            common[column] = _with_teacher_columns(name, common[column], task, tokenizer, data)
+
+
+def _with_teacher_columns(
+    name: str, rows: Any, task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments
+) -> Any:
+    encoded = task.teacher_columns(name, tokenizer, data.max_length)
+    for column in encoded.column_names:
+        rows = rows.add_column(f"{TEACHER_PREFIX}{column}", encoded[column][:])
+    return rows
