@@ -13,9 +13,11 @@ from hf_compress.core.cost import Cost, count_cost
 from hf_compress.report.comparison import compare_models
 from hf_compress.report.latency import Latency
 from hf_compress.report.machine import environment
+from hf_compress.report.markdown import render_markdown
 from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency
 from hf_compress.report.quality import evaluate_model
-from hf_compress.report.table import Entry, build_report, bytes_on_disk, render_markdown, verdict
+from hf_compress.report.table import Entry, build_report, bytes_on_disk
+from hf_compress.report.verdicts import verdict
 
 
 PNG = b"\x89PNG\r\n\x1a\n"

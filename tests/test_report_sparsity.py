@@ -10,9 +10,10 @@ import torch
 import hf_compress as hc
 from hf_compress.cli.main import main
 from hf_compress.core.cost import Cost
+from hf_compress.report.markdown import render_markdown
 from hf_compress.report.plots import plot_sparsity
 from hf_compress.report.sparsity import element_ratio, grid_of, has_zeros, matrices_of
-from hf_compress.report.table import Entry, build_report, render_markdown
+from hf_compress.report.table import Entry, build_report
 
 
 KINDS = [

@@ -17,14 +17,15 @@ from hf_compress.core.cost import Cost, count_cost, count_size
 from hf_compress.core.forward_state import carries_state
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.saving import write_json
+from hf_compress.folder_card import steps_with_settings
 from hf_compress.report.changes import changed_answers
 from hf_compress.report.latency import batches_by_length, batches_of, measure_latency
 from hf_compress.report.machine import environment
+from hf_compress.report.markdown import render_markdown
 from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency, plot_sparsity
 from hf_compress.report.quality import Measured, evaluated, standard_error, task_of_rows
 from hf_compress.report.sparsity import Matrix, has_zeros, matrices_of
-from hf_compress.report.table import Entry, build_report, bytes_on_disk, render_markdown
-from hf_compress.tasks.answers import Answers
+from hf_compress.report.table import Entry, build_report, bytes_on_disk
 from hf_compress.tasks.inputs import length_sorted
 
 
@@ -159,7 +160,8 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
             matrices=matrices_of(each.model),
             seq_len=seq_len,
             standard_error=None if answers is baseline else standard_error(baseline, answers, metric),
-            changes=None if answers is baseline else changed_answers(baseline, answers, text_of),
+            changes=None if answers is baseline else changed_answers(baseline, answers, text_of, each.names),
+            steps=[{"method": m, "settings": values} for m, values in steps_with_settings(each.model.config)],
         )
 
 

@@ -1,0 +1,156 @@
+"""A report as Markdown, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from hf_compress.report.machine import describe
+from hf_compress.report.sparsity import Matrix, grid_of, has_zeros
+
+
+_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def _or_blank(template: str, value: float | None) -> str:
+    return "-" if value is None else template.format(value)
+
+
+def _short(value: float | None) -> str:
+    """Three digits and a unit: 12.3M."""
+    if value is None:
+        return "-"
+    for size, unit in _UNITS:
+        # The rounded number decides: 999.9 k reads 1.00 M.
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:.3g}{unit}" if value < 99.95 * size else f"{value / size:.0f}{unit}"
+    return f"{value:.0f}"
+
+
+def _megabytes(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.1f} MB"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown that can also be read in a terminal; the first column is text, the others are numbers."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    aligned = ["left", *["right"] * (len(header) - 1)]
+    return tabulate(cells, header, tablefmt="pipe", colalign=aligned, disable_numparse=True).splitlines()
+
+
+def render_markdown(report: dict[str, Any]) -> str:
+    """The report for people: quality and size, speed, one verdict a batch size, and where it was measured."""
+    metric, models = report["metric"], report["models"]
+    quality = [
+        [
+            m["name"], f"{m['metrics'][metric]:.4f}", _short(m["cost"]["params"]),
+            _short(m["cost"]["nonzero_params"]), _short(m["cost"]["macs"]), _or_blank("{:.3f}", m["mac_ratio"]),
+            _megabytes(m["disk_bytes"]),
+        ]
+        for m in models
+    ]  # fmt: skip
+    speed = [
+        [
+            m["name"], str(t["batch_size"]), f"{1e3 * t['p50']:.2f}", f"{1e3 * t['p95']:.2f}",
+            f"{t['throughput']:.1f}", _megabytes(t["peak_memory"]),
+            _or_blank("{:.2f}x", m["mac_ratio"] and 1 / m["mac_ratio"]),
+            f"{t['speedup']['median']:.2f}x ({t['speedup']['low']:.2f} to {t['speedup']['high']:.2f})",
+        ]
+        for place in range(len(models[0]["latency"]))
+        for m in models
+        for t in [m["latency"][place]]
+    ]  # fmt: skip
+    lines = [
+        f"# {report['task']}: {report['baseline']} against compressed models",
+        "",
+        f"{report['num_examples']} examples{' of the ' + report['split'] + ' split' if report['split'] else ''}; "
+        f"MACs of a sequence: {report['seq_len']:.1f} tokens on average.",
+        "",
+        *_table(["model", metric, "params", "non-zero", "MACs", "MACs kept", "on disk"], quality),
+    ]
+    if speed:
+        header = ["model", "batch", "p50 ms", "p95 ms", "examples/s", "memory", "fewer MACs", "measured speed-up"]
+        lines += ["", *_table(header, speed)]
+    done = [f"- {m['name']}: {'; '.join(map(_step, m['steps']))}" for m in models if m["steps"]]
+    if done:
+        lines += ["", "## What was done", "", *done]
+    sentences = [f"- {m['name']}: {sentence}" for m in models for sentence in m["verdicts"]]
+    if sentences:
+        lines += ["", "## Verdict", "", *sentences]
+    lines += [*_changes(models), *_zeros(models)]
+    return "\n".join([*lines, "", "## How it was measured", "", *_measurement(report)]) + "\n"
+
+
+def _step(step: dict[str, Any]) -> str:
+    """A step of a model's record: the method and the settings that describe it."""
+    settings = (f"{name}={_setting(value)}" for name, value in step["settings"].items())
+    return f"{step['method']} ({', '.join(settings)})" if step["settings"] else str(step["method"])
+
+
+def _setting(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _changes(models: Sequence[dict[str, Any]]) -> list[str]:
+    """How many answers each model changed, and examples that only the baseline answers rightly."""
+    changed = [(m["name"], m["changes"]) for m in models if m["changes"]]
+    if not changed:
+        return []
+    keys = ("both_right", "lost", "gained", "both_wrong")
+    counts = [[name, *(str(found[key]) for key in keys)] for name, found in changed]
+    lines = ["", "## Answers that changed", "", *_table(["model", *(key.replace("_", " ") for key in keys)], counts)]
+    examples = [
+        [name, row["text"], row["label"], row["answer"]] for name, found in changed for row in found["examples"]
+    ]
+    if examples:
+        header = ["model", "example that was lost", "right answer", "its answer"]
+        lines += ["", *_table(header, examples)]
+    return lines
+
+
+def _zeros(models: Sequence[dict[str, Any]]) -> list[str]:
+    """Sparsity of each layer's matrices, for the models that have zeros."""
+    lines = []
+    for model in models:
+        matrices = [Matrix(**matrix) for matrix in model["matrices"]]
+        if not has_zeros(matrices):
+            continue
+        if not lines:
+            lines += [
+                "",
+                "## Zeros in weights",
+                "",
+                "Element-wise ratio: zeros over all linear and convolution weights.",
+            ]
+        layers, kinds, cells = grid_of(matrices)
+        rows = [
+            [str(layer), *("-" if cell is None else f"{cell:.4f}" for cell in row)]
+            for layer, row in zip(layers, cells, strict=True)
+        ]
+        outside = [f"{m.kind} {m.zeros / max(m.weights, 1):.4f}" for m in matrices if m.layer is None]
+        lines += ["", f"{model['name']}: element-wise ratio {model['element_sparsity']:.4f}"]
+        lines[-1] += f" (outside the layers: {', '.join(outside)})" if outside else ""
+        lines += ["", *_table(["layer", *kinds], rows)] if rows else []
+    return lines
+
+
+def _measurement(report: dict[str, Any]) -> list[str]:
+    place, timed = report["environment"], [t for model in report["models"] for t in model["latency"]]
+    lines = [
+        f"- {describe(place)}",
+        f"- Python {place['python']}, torch {place['torch']}, transformers {place['transformers']}",
+    ]
+    if timed:
+        keys = ("threads", "dtype", "attention", "device")
+        threads, dtype, attention, device = (", ".join(sorted({str(t[key]) for t in timed})) for key in keys)
+        # Token pruning and linear attention register an attention of this name.
+        attention = attention.replace("hf_compress", "hf_compress's own")
+        lines += [
+            f"- {threads} thread{'' if threads == '1' else 's'}, {dtype}, {attention} attention, on {device}",
+            f"- Models took turns on the same length-sorted batches, {timed[0]['repeats']} rounds; "
+            "p50 and p95 are a batch's; speed-up: median (range) of the ratios of rounds",
+            f"- Memory: {timed[0]['memory_kind']}",
+        ]
+    return lines

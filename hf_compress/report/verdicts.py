@@ -1,0 +1,55 @@
+"""What a comparison of two models comes to, as plain sentences."""
+
+from __future__ import annotations
+
+
+# A median below this is called "not faster": repeats of one and the same model differ by about as much.
+_FASTER = 1.05
+
+
+def verdict(batch_size: int, speedup: float, mac_ratio: float | None) -> str:
+    """One plain sentence: what was measured beside what the arithmetic promises.
+
+    Args:
+        batch_size: Of the measurement.
+        speedup: Measured, above 1 is faster than the baseline.
+        mac_ratio: Multiply-accumulates kept, of the baseline's; None: not counted.
+
+    Example:
+        >>> verdict(32, 1.8, 0.5)
+        'batch 32: 1.80x faster measured, 2.00x fewer MACs'
+        >>> verdict(1, 0.98, 0.5)
+        'NOT faster at batch 1: 0.98x measured, 2.00x fewer MACs'
+    """
+    if mac_ratio is None:
+        promised = "MACs not counted"
+    elif abs(mac_ratio - 1) < 0.005:
+        promised = "the same MACs"
+    else:
+        promised = f"{1 / mac_ratio:.2f}x fewer MACs" if mac_ratio < 1 else f"{mac_ratio:.2f}x more MACs"
+    if speedup < _FASTER:
+        return f"NOT faster at batch {batch_size}: {speedup:.2f}x measured, {promised}"
+    return f"batch {batch_size}: {speedup:.2f}x faster measured, {promised}"
+
+
+def quality_verdict(metric: str, before: float, after: float, error: float | None = None) -> str:
+    """One plain clause: what quality was lost or gained, and whether that is more than chance.
+
+    Args:
+        metric: Its name.
+        before, after: Of the baseline and of the model.
+        error: Standard error of the difference; None: not known.
+
+    Example:
+        >>> quality_verdict("accuracy", 0.77, 0.53, 0.02)
+        'LOST 0.2400 accuracy (0.7700 -> 0.5300, standard error 0.0200)'
+        >>> quality_verdict("accuracy", 0.92, 0.915, 0.01)
+        'accuracy 0.9200 -> 0.9150 (a difference within two standard errors of 0.0100)'
+    """
+    change, numbers = after - before, f"{before:.4f} -> {after:.4f}"
+    if change == 0:
+        return f"the same {metric} ({after:.4f})"
+    if error is not None and abs(change) <= 2 * error:
+        return f"{metric} {numbers} (a difference within two standard errors of {error:.4f})"
+    known = f", standard error {error:.4f}" if error is not None else ""
+    return f"{'LOST' if change < 0 else 'gained'} {abs(change):.4f} {metric} ({numbers}{known})"
