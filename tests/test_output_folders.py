@@ -75,7 +75,7 @@ def test_a_joint_teacher_does_not_lie_where_the_trained_one_goes(place, monkeypa
 
 def test_a_report_that_cannot_be_written_is_refused_before_any_model_runs(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    monkeypatch.setattr("hf_compress.stages.evaluate._opened", None)
+    monkeypatch.setattr("hf_compress.stages.report.opened_task", None)
     assert main(f"report --models model other --output_dir file/deeper {DATA}".split()) == 2
     assert "is a file" in capsys.readouterr().err.strip().splitlines()[-1]
 
@@ -83,7 +83,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_model_runs(place,
 @pytest.mark.parametrize("name", COMMANDS)
 def test_unusable_outputs_are_found_before_any_work(place, monkeypatch, capsys, name):
     monkeypatch.chdir(place)
-    monkeypatch.setattr("hf_compress.stages.finetune.load_task", None)
+    monkeypatch.setattr("hf_compress.stages.training.load_task", None)
     monkeypatch.setattr("hf_compress.stages.prune_structure.load_task", None)
     monkeypatch.setattr("hf_compress.stages.linearize.open_pair", None)
     flag, rest = COMMANDS[name]

@@ -71,7 +71,7 @@ def _answer(arguments: list[str]) -> int:
     if name not in commands:
         near = difflib.get_close_matches(name.replace("_", "-"), commands, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        return fail(f"There is no command {name!r}, only {', '.join(commands)}.{hint}")
+        return fail(f"command must be one of {', '.join(commands)}, got {name!r}.{hint}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("hf_compress").setLevel(logging.INFO)
     # The stages import torch and transformers, which takes seconds: help and typing errors above do not wait for it.

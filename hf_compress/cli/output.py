@@ -49,7 +49,7 @@ def _print_cost(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
 
 def _print_sizes(step: Mapping[str, Any]) -> None:
     for title, key in (("heads", "heads_per_layer"), ("neurons", "neurons_per_layer")):
-        print(f"{title + ' left by layer':24s}{' '.join(map(str, step[key]))}")
+        print(f"{title + ' left by layer':23s}{' '.join(map(str, step[key]))}")
 
 
 def _print_compressed(arguments: StageArguments, results: Mapping[str, Any]) -> None:

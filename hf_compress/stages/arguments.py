@@ -139,7 +139,8 @@ class StageArguments:
             if isinstance(value, str):
                 found[name] = value
             else:
-                found.update({f"{name} ({each})": each for each in value or ()})
+                title = "the model {}" if name == "models" else f"{name} ({{}})"
+                found.update({title.format(each): each for each in value or ()})
         return found
 
     def folders_written(self) -> list[str]:
