@@ -12,7 +12,7 @@ from transformers import BertConfig, pipeline
 from hf_compress.cli.main import main
 from hf_compress.stages.arguments import DeviceArguments
 from hf_compress.stages.evaluate import Evaluate, EvaluateArguments, evaluate
-from hf_compress.tasks.labels import match_labels
+from hf_compress.tasks.label_matching import match_labels
 from hf_compress.tasks.sources import DataArguments, load_task
 from tests.labelled_models import TEXTS, write_perfect_model, write_rows
 

@@ -26,6 +26,7 @@ from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency, plo
 from hf_compress.report.quality import Measured, evaluated, standard_error, task_of_rows
 from hf_compress.report.sparsity import Matrix, has_zeros, matrices_of
 from hf_compress.report.table import Entry, build_report, bytes_on_disk
+from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.inputs import length_sorted
 
 
@@ -160,7 +161,7 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
             matrices=matrices_of(each.model),
             seq_len=seq_len,
             standard_error=None if answers is baseline else standard_error(baseline, answers, metric),
-            changes=None if answers is baseline else changed_answers(baseline, answers, text_of, each.names),
+            changes=None if answers is baseline else changed_answers(baseline, answers, text_of),
             steps=[{"method": m, "settings": values} for m, values in steps_with_settings(each.model.config)],
         )
 

@@ -13,8 +13,9 @@ from hf_compress.core.method import MethodConfig
 from hf_compress.methods import METHODS
 from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
 from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage
+from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import calibration_batches
-from hf_compress.tasks.sources import DataArguments, load_task
+from hf_compress.tasks.sources import load_task
 
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from hf_compress.stages.finetune import Finetune, finetune
 from hf_compress.stages.models import ModelArguments, open_model
 from hf_compress.stages.prune_structure import PruneStructure, prune_structure
 from hf_compress.stages.report import Report, ReportArguments, report
-from hf_compress.tasks.sources import DataArguments
+from hf_compress.tasks.arguments import DataArguments
 from hf_compress.training.arguments import DistillationArguments
 
 

@@ -12,7 +12,7 @@ from hf_compress.core.positions import most_tokens
 from hf_compress.stages.arguments import DeviceArguments, StageArguments, TeacherArguments
 from hf_compress.stages.models import ModelArguments, lengthen_, open_model
 from hf_compress.stages.training import add_teacher_columns, prepare, run_training, trainer_arguments
-from hf_compress.tasks.sources import DataArguments
+from hf_compress.tasks.arguments import DataArguments
 from hf_compress.training.arguments import DistillationArguments, JointTeacherArguments, SnapshotTeacherArguments
 from hf_compress.training.distillation import DistillationTrainer
 from hf_compress.training.joint_teacher import JointTeacherTrainer

@@ -15,8 +15,9 @@ from hf_compress.report.quality import evaluated
 from hf_compress.stages.arguments import DeviceArguments, StageArguments
 from hf_compress.stages.models import measured
 from hf_compress.tasks.answers import Answers
+from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.sequence_classification import ClassAnswers
-from hf_compress.tasks.sources import DataArguments, load_task
+from hf_compress.tasks.sources import load_task
 from hf_compress.tasks.task import Task
 
 

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from hf_compress.stages.arguments import DeviceArguments, StageArguments
 from hf_compress.stages.models import ModelArguments
 from hf_compress.stages.training import prepare, run_training, trainer_arguments
-from hf_compress.tasks.sources import DataArguments
+from hf_compress.tasks.arguments import DataArguments
 from hf_compress.training.trainer import CompressionTrainer
 
 

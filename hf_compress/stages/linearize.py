@@ -26,7 +26,9 @@ from hf_compress.stages.models import (
     require_left_out,
     save_stage,
 )
-from hf_compress.tasks.sources import DataArguments, Task, load_task
+from hf_compress.tasks.arguments import DataArguments
+from hf_compress.tasks.sources import load_task
+from hf_compress.tasks.task import Task
 
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ from hf_compress.core.cost import count_cost
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
 from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
 from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage
+from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import calibration_batches
-from hf_compress.tasks.sources import DataArguments, load_task
+from hf_compress.tasks.sources import load_task
 
 
 @dataclass(frozen=True, kw_only=True)

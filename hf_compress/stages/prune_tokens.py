@@ -15,7 +15,7 @@ from hf_compress.methods.token_pruning.callbacks import StageSwitchCallback, Thr
 from hf_compress.stages.arguments import DeviceArguments, OptionalTeacherArguments, StageArguments
 from hf_compress.stages.models import ModelArguments, open_model
 from hf_compress.stages.training import add_teacher_columns, prepare, run_training, trainer_arguments
-from hf_compress.tasks.sources import DataArguments
+from hf_compress.tasks.arguments import DataArguments
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.distillation import DistillationTrainer
 

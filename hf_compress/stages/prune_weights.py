@@ -25,8 +25,8 @@ from hf_compress.stages.arguments import (
 )
 from hf_compress.stages.models import ModelArguments, open_model, save_stage
 from hf_compress.stages.training import add_teacher_columns, prepare, run_training, trainer_arguments
+from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import calibration_batches
-from hf_compress.tasks.sources import DataArguments
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.distillation import DistillationTrainer
 from hf_compress.training.trainer import CompressionTrainer

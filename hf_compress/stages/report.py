@@ -10,7 +10,7 @@ from hf_compress.report.comparison import compare_models
 from hf_compress.stages.arguments import DeviceArguments, OutputArguments, StageArguments
 from hf_compress.stages.evaluate import opened_task
 from hf_compress.stages.models import measured
-from hf_compress.tasks.sources import DataArguments
+from hf_compress.tasks.arguments import DataArguments
 
 
 @dataclass

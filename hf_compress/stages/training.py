@@ -27,7 +27,8 @@ from hf_compress.stages.models import (
     open_tokenizer,
     save_stage,
 )
-from hf_compress.tasks.sources import DataArguments, load_task
+from hf_compress.tasks.arguments import DataArguments
+from hf_compress.tasks.sources import load_task
 from hf_compress.tasks.task import Task
 from hf_compress.training.collator import TEACHER_PREFIX, TeacherStudentCollator
 from hf_compress.training.trainer import CompressionTrainer
