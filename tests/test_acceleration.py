@@ -143,13 +143,13 @@ def test_kept_dense_where_it_measures_slower(sparse, batches, clock, caplog):
     assert "All 19 linear layers stay dense: sparse kernels are not faster here" in caplog.text
     assert f"(encoder.layer.0.attention.self.query: {reason})." in caplog.text
     assert_equal_to_rounding(logits_of(sparse, batch)[0], dense)
-    assert all(type(block.ffn_out.module) is nn.Linear for block in layers_of(sparse))
+    assert all(type(layer.ffn_out.module) is nn.Linear for layer in layers_of(sparse))
 
 
 @mkl
 def test_layers_may_win_where_the_model_does_not(sparse, batches, clock, monkeypatch):
     clock(dense=1.0, packed=2.0)
-    monkeypatch.setattr(acceleration, "_measured_layer", lambda *_: 2.0)
+    monkeypatch.setattr(acceleration, "_measured_linear", lambda *_: 2.0)
     (batch,) = batches(sparse.config, count=1)
     result = hc.accelerate_for_inference(sparse, batch)
     assert (result.packed, packed_names(sparse), result.speedup) == ([], [], 0.5)

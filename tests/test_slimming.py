@@ -21,40 +21,40 @@ HEAD = "sequence_classification"
 CHANNELS = {"pattern": "1xchannel", "criterion": "magnitude", "target_sparsity": 0.5, "scope": "local"}
 
 
-def zero_neurons_(block, neurons, where):
-    """Make neurons dead at their entrance (all entrances of a gated block) or at their exit."""
+def zero_neurons_(layer, neurons, where):
+    """Make neurons dead at their entrance (all entrances of a gated layer) or at their exit."""
     if where == "out":
-        block.ffn_out.weight.data[:, neurons] = 0
+        layer.ffn_out.weight.data[:, neurons] = 0
         return
-    for role, projection in block.projections.items():
+    for role, projection in layer.projections.items():
         if role in NEURON_ROLES:
             projection.weight.data[neurons] = 0
 
 
-def zero_units_(block, units, where):
+def zero_units_(layer, units, where):
     """Make attention units dead: their value rows or their output columns."""
     if where == "out":
-        block.attention_out.weight.data[:, unit_columns(units, block.unit_size)] = 0
+        layer.attention_out.weight.data[:, unit_columns(units, layer.unit_size)] = 0
         return
-    block.projection(Role.VALUE).weight.data[unit_columns(units, block.head_size)] = 0
+    layer.projection(Role.VALUE).weight.data[unit_columns(units, layer.head_size)] = 0
 
 
 def masked(model, where):
     """A model with dead heads and neurons, different ones in each layer, and what must be left of it."""
     heads, neurons = [], []
-    for block in layers_of(model):
-        gone_heads, gone_neurons = ([1], []) if block.index else ([0], [])
-        gone_neurons = list(range(block.index, block.num_neurons, 3))
-        zero_units_(block, gone_heads, where)
-        zero_neurons_(block, gone_neurons, where)
-        heads.append(block.num_units - len(gone_heads))
-        neurons.append(block.num_neurons - len(gone_neurons))
+    for layer in layers_of(model):
+        gone_heads, gone_neurons = ([1], []) if layer.index else ([0], [])
+        gone_neurons = list(range(layer.index, layer.num_neurons, 3))
+        zero_units_(layer, gone_heads, where)
+        zero_neurons_(layer, gone_neurons, where)
+        heads.append(layer.num_units - len(gone_heads))
+        neurons.append(layer.num_neurons - len(gone_neurons))
     return model, heads, neurons
 
 
 def sizes(model):
-    blocks = layers_of(model)
-    return [block.num_units for block in blocks], [block.num_neurons for block in blocks]
+    layers = layers_of(model)
+    return [layer.num_units for layer in layers], [layer.num_neurons for layer in layers]
 
 
 def assert_close(model, other, batch):
@@ -115,9 +115,9 @@ def test_without_a_bias_to_fold_into_a_constant_neuron_stays(batches):
     config = copy.deepcopy(_opt_without_biases())
     torch.manual_seed(0)
     dense = AutoModel.from_config(config).eval().double()
-    blocks = layers_of(dense)
-    zero_neurons_(blocks[0], [0, 1], "in")
-    zero_neurons_(blocks[1], [2], "out")
+    layers = layers_of(dense)
+    zero_neurons_(layers[0], [0, 1], "in")
+    zero_neurons_(layers[1], [2], "out")
     slimmed = hc.slim(copy.deepcopy(dense))
     assert sizes(slimmed)[1] == [64, 63]
     assert_close(slimmed, dense, batches(config, count=1)[0])
@@ -162,9 +162,9 @@ def test_biases_of_a_gated_block(batches):
 def test_a_head_of_two_halves(model, batches):
     """Some positions have no value rows, the others no output columns: the head is dead all the same."""
     dense = model("bert").double()
-    block = layers_of(dense)[1]
-    block.projection(Role.VALUE).weight.data[8:12] = 0
-    block.attention_out.weight.data[:, 12:16] = 0
+    layer = layers_of(dense)[1]
+    layer.projection(Role.VALUE).weight.data[8:12] = 0
+    layer.attention_out.weight.data[:, 12:16] = 0
     slimmed = hc.slim(copy.deepcopy(dense))
     assert sizes(slimmed)[0] == [4, 3, 4]
     assert_close(slimmed, dense, batches(dense.config, count=1)[0])
@@ -172,10 +172,10 @@ def test_a_head_of_two_halves(model, batches):
 
 def test_parts_of_heads_stay(model, caplog):
     dense = model("bert")
-    for block in layers_of(dense):
+    for layer in layers_of(dense):
         for role in (Role.QUERY, Role.KEY):
-            block.projection(role).weight.data[:24] = 0
-        block.projection(Role.VALUE).weight.data[:7] = 0
+            layer.projection(role).weight.data[:24] = 0
+        layer.projection(Role.VALUE).weight.data[:7] = 0
     before = copy.deepcopy(dense.state_dict())
     with caplog.at_level(logging.WARNING):
         assert hc.slim(dense) is dense
@@ -186,9 +186,9 @@ def test_parts_of_heads_stay(model, caplog):
 
 def test_one_of_each_always_stays(model, batches):
     dense = model("distilbert").double()
-    for block in layers_of(dense):
-        block.ffn_out.weight.data.zero_()
-        block.projection(Role.VALUE).weight.data.zero_()
+    for layer in layers_of(dense):
+        layer.ffn_out.weight.data.zero_()
+        layer.projection(Role.VALUE).weight.data.zero_()
     slimmed = hc.slim(copy.deepcopy(dense))
     assert sizes(slimmed) == ([1, 1], [1, 1])
     assert_close(slimmed, dense, batches(dense.config, count=1)[0])

@@ -226,11 +226,11 @@ def test_every_trajectory_is_accounted_for(goldens):
     assert names == set(EXACT) | {"snipm_1x1_local_cos_adamw", "progressive_4x1_sgd"}
 
 
-def test_stages_go_on_after_the_last_update(goldens):
+def test_increments_go_on_after_the_last_update(goldens):
     """The original stops them at `end_step`, here that of the last update: a quarter of its zeros never comes."""
     case, archive = trajectory(goldens, "progressive_4x1_sgd")
     different = replay(case, archive)
-    # Half of 64 blocks came out as 31 there: until the next update's stages have levelled it, one block is apart.
+    # Half of 64 blocks came out as 31 there: until the next update's increments have levelled it, one block is apart.
     assert {entry for entry in different if entry[0] <= 35} == {(step, "fc1", 4) for step in range(20, 30)}
     assert min(step for step, _, _ in different if step >= 30) == case["config"]["end_step"] + 2
     # 0.75 of 32 blocks in each of two layers: 192 weights, of which the original's masks hold 172.

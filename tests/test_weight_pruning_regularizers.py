@@ -104,7 +104,7 @@ def test_layers_without_gradient_are_left_alone():
     assert torch.equal(model[1].weight, before)
 
 
-def test_stages_come_with_an_optimizer_that_keeps_nothing():
+def test_increments_come_with_an_optimizer_that_keeps_nothing():
     """Plain SGD has no state before the first zeros; the reference is the order of the magnitudes at the update."""
     torch.manual_seed(0)
     layer = nn.Linear(8, 4, bias=False)

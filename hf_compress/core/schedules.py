@@ -1,4 +1,4 @@
-"""Schedules: pure functions from the number of an update to a value, so that nothing has to be saved or restored."""
+"""Schedules: functions from the number of a pruning update to a sparsity, so that nothing has to be saved."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ DECAYS: dict[str, Callable[[float, float, float], float]] = {
 
 
 def sparsity_at(decay: str, update: int, num_updates: int, target: float, start: float = 0.0) -> float:
-    """Sparsity after an update of a gradual schedule.
+    """Sparsity after a pruning update of a gradual schedule.
 
     Args:
-        decay: A key of `DECAYS`. `exp` removes the same fraction of what is left at each update; `cos` and `cube`
-            begin slowly.
-        update: Zero-based; update 0 leaves the start value.
-        num_updates: Number of the last update; from there on the value is the target itself, not a float near it.
+        decay: A key of `DECAYS`. `exp` removes the same fraction of what is left at each pruning update; `cos`
+            and `cube` begin slowly.
+        update: Zero-based number of the pruning update; number 0 leaves the start value.
+        num_updates: Number of the last one; from there on the value is the target itself, not a float near it.
         target: The last value, in [0, 1).
         start: The first value, in [0, 1).
 
@@ -60,18 +60,18 @@ def sparsity_at(decay: str, update: int, num_updates: int, target: float, start:
 
 @dataclass(frozen=True)
 class SparsitySchedule:
-    """Which sparsity is due at the beginning of which training step.
+    """Which sparsity is due before which update of a training.
 
     Args:
-        decay: A key of `DECAYS`; `oneshot` has a single update, at `start`.
-        target: Sparsity after the last update.
-        start: Zero-based step of update 0.
-        end: No update comes after this step.
-        frequency: Steps between updates.
+        decay: A key of `DECAYS`; `oneshot` has a single pruning update, at `start`.
+        target: Sparsity after the last pruning update.
+        start: `global_step` of pruning update 0.
+        end: No pruning update comes after this `global_step`.
+        frequency: Optimizer steps between pruning updates.
 
     Example:
         >>> schedule = SparsitySchedule("linear", target=0.5, start=2, end=7, frequency=2)
-        >>> [schedule.due(step) for step in range(8)]
+        >>> [schedule.due(global_step) for global_step in range(8)]
         [None, None, 0.0, None, 0.25, None, 0.5, None]
         >>> schedule.in_force(5)
         0.25
@@ -85,24 +85,24 @@ class SparsitySchedule:
 
     @property
     def num_updates(self) -> int:
-        """Number of the last update."""
+        """Number of the last pruning update."""
         return 0 if self.decay == "oneshot" else max(0, (self.end - self.start) // self.frequency)
 
     @property
     def last(self) -> int:
-        """Step of the last update."""
+        """`global_step` of the last pruning update."""
         return self.start + self.num_updates * self.frequency
 
-    def due(self, step: int) -> float | None:
-        """The sparsity that the update of this step brings, None when there is no update."""
-        update, rest = divmod(step - self.start, self.frequency)
+    def due(self, global_step: int) -> float | None:
+        """The sparsity that the pruning update before this optimizer step brings; None when there is none."""
+        update, rest = divmod(global_step - self.start, self.frequency)
         if rest or not 0 <= update <= self.num_updates:
             return None
         return sparsity_at(self.decay, update, self.num_updates, self.target)
 
-    def in_force(self, step: int) -> float:
-        """The sparsity that the updates before this step have brought."""
-        if step <= self.start:
+    def in_force(self, global_step: int) -> float:
+        """The sparsity that the pruning updates at earlier optimizer steps have brought."""
+        if global_step <= self.start:
             return 0.0
-        update = min((step - 1 - self.start) // self.frequency, self.num_updates)
+        update = min((global_step - 1 - self.start) // self.frequency, self.num_updates)
         return sparsity_at(self.decay, update, self.num_updates, self.target)

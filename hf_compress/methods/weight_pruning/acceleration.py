@@ -63,7 +63,7 @@ def _fastest(
     return {name: min(seconds) for name, seconds in taken.items()}
 
 
-def _shapes(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str, Any]) -> dict[str, torch.Size]:
+def _shapes(model: nn.Module, linears: Mapping[str, nn.Linear], inputs: Mapping[str, Any]) -> dict[str, torch.Size]:
     """The largest input each layer gets in one forward pass; layers that do not run are missing."""
     shapes: dict[str, torch.Size] = {}
 
@@ -74,7 +74,7 @@ def _shapes(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[s
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    hooks = [linear.register_forward_pre_hook(note(name)) for name, linear in linears.items()]
     try:
         model(**inputs)
     finally:
@@ -84,22 +84,22 @@ def _shapes(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[s
 
 
 @torch.inference_mode()
-def _measured_layer(layer: nn.Linear, pack: Pack, shape: torch.Size, repeats: int) -> float:
+def _measured_linear(linear: nn.Linear, pack: Pack, shape: torch.Size, repeats: int) -> float:
     """Dense over packed time of one layer."""
-    inputs = torch.randn(shape, dtype=layer.weight.dtype, device=layer.weight.device)
+    inputs = torch.randn(shape, dtype=linear.weight.dtype, device=linear.weight.device)
     runs = {
-        "dense": lambda: F.linear(inputs, layer.weight, layer.bias),
-        "packed": lambda: pack.form.linear(inputs, pack.matrix, layer.bias),
+        "dense": lambda: F.linear(inputs, linear.weight, linear.bias),
+        "packed": lambda: pack.form.linear(inputs, pack.matrix, linear.bias),
     }
     taken = _fastest(runs, inputs.device, repeats)
     return taken["dense"] / taken["packed"]
 
 
-def _eligible(layers: Mapping[str, nn.Linear], form: Format) -> tuple[dict[str, Pack], dict[str, str]]:
+def _eligible(linears: Mapping[str, nn.Linear], form: Format) -> tuple[dict[str, Pack], dict[str, str]]:
     packs: dict[str, Pack] = {}
     reasons: dict[str, str] = {}
-    for name, layer in layers.items():
-        weight = layer.weight
+    for name, linear in linears.items():
+        weight = linear.weight
         reason = "its weight was made in inference mode" if weight.is_inference() else form.obstacle(weight)
         if reason is None:
             try:
@@ -111,8 +111,8 @@ def _eligible(layers: Mapping[str, nn.Linear], form: Format) -> tuple[dict[str, 
     return packs, reasons
 
 
-def _zeros(layer: nn.Linear) -> float:
-    return 1 - int(layer.weight.count_nonzero()) / layer.weight.numel()
+def _zeros(linear: nn.Linear) -> float:
+    return 1 - int(linear.weight.count_nonzero()) / linear.weight.numel()
 
 
 def accelerate_for_inference(
@@ -152,35 +152,35 @@ def accelerate_for_inference(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
-    layers = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, PackedLinear)}
-    if not layers:
+    linears = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, PackedLinear)}
+    if not linears:
         raise ValueError(f"model must have plain torch.nn.Linear layers, got {type(model).__name__} without any.")
-    device = next(iter(layers.values())).weight.device
+    device = next(iter(linears.values())).weight.device
     form = format_for(device)
-    packs, reasons = _eligible(layers, form)
+    packs, reasons = _eligible(linears, form)
     if not packs:
-        name = max(layers, key=lambda name: _zeros(layers[name]))
+        name = max(linears, key=lambda name: _zeros(linears[name]))
         where = "the CPU" if device.type == "cpu" else device.type
         raise ValueError(f"No layer can be accelerated on {where}; of the sparsest one, {name!r}, {reasons[name]}.")
-    for layer in layers.values():
-        unpack_(layer)
+    for linear in linears.values():
+        unpack_(linear)
     model.eval()
     if batch is None:
         taken: dict[str, float] = {}
     else:
         tensors = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value) and key != "labels"}
-        packs, slow, taken = _measure(model, layers, packs, accepted_arguments(model, tensors), repeats, min_speedup)
+        packs, slow, taken = _measure(model, linears, packs, accepted_arguments(model, tensors), repeats, min_speedup)
         reasons = {**slow, **reasons}
     for name, pack in packs.items():
-        set_pack_(layers[name], pack)
+        set_pack_(linears[name], pack)
     result = Acceleration(form.name, list(packs), reasons, taken.get("dense"), taken.get("packed"))
-    logger.log(logging.INFO if packs else logging.WARNING, "%s", _sentence(result, len(layers)))
+    logger.log(logging.INFO if packs else logging.WARNING, "%s", _sentence(result, len(linears)))
     return result
 
 
 def _measure(
     model: nn.Module,
-    layers: Mapping[str, nn.Linear],
+    linears: Mapping[str, nn.Linear],
     packs: dict[str, Pack],
     inputs: Mapping[str, Tensor],
     repeats: int,
@@ -190,12 +190,12 @@ def _measure(
     slow: dict[str, str] = {}
     faster: dict[str, Pack] = {}
     with torch.inference_mode():
-        shapes = _shapes(model, {name: layers[name] for name in packs}, inputs)
+        shapes = _shapes(model, {name: linears[name] for name in packs}, inputs)
     for name, pack in packs.items():
         if name not in shapes:
             slow[name] = "it does not run on the example batch"
             continue
-        ratio = _measured_layer(layers[name], pack, shapes[name], repeats)
+        ratio = _measured_linear(linears[name], pack, shapes[name], repeats)
         if ratio < min_speedup:
             slow[name] = f"measured {ratio:.2f} times as fast as dense on inputs of shape {tuple(shapes[name])}"
         else:
@@ -205,14 +205,14 @@ def _measure(
         return {}, slow, {}
 
     def switch(name: str) -> None:
-        for layer, pack in faster.items():
-            set_pack_(layers[layer], pack if name == "packed" else None)
+        for fast, pack in faster.items():
+            set_pack_(linears[fast], pack if name == "packed" else None)
 
     with torch.inference_mode():
         runs = dict.fromkeys(("dense", "packed"), lambda: model(**inputs))
         taken = _fastest(runs, next(iter(packs.values())).matrix.device, repeats, before=switch)
     for name in faster:
-        unpack_(layers[name])
+        unpack_(linears[name])
     ratio = taken["dense"] / taken["packed"]
     if ratio < min_speedup:
         slow.update(dict.fromkeys(faster, f"the whole model measured {ratio:.2f} times as fast as dense"))

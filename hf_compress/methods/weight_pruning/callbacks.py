@@ -106,7 +106,7 @@ class WeightPruningCallback(MethodCallback):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._pruner is None:
+        if self._pruner is None or optimizer is None:
             return
         # Known when every callback has begun.
         self._pruner.leave(decided_elsewhere(optimizer, self))
@@ -162,5 +162,5 @@ class WeightPruningCallback(MethodCallback):
             self._forget()
 
     def _record(self, model: nn.Module | None) -> None:
-        if self._pruner is not None and getattr(model, "config", None) is not None:
+        if self._pruner is not None and model is not None and getattr(model, "config", None) is not None:
             record_step(model, self.config, self._pruner.achieved_sparsity())

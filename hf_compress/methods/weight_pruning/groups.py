@@ -25,13 +25,14 @@ def _bodies(model: nn.Module) -> tuple[str, ...]:
 
 def _word_weights(model: nn.Module) -> set[nn.Parameter | None]:
     """Weights of embeddings, which a linear module may share, and of the module that scores words."""
-    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), nn.Module):
-        modules.append(model.get_output_embeddings())
+    modules: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if isinstance(model, PreTrainedModel):
+        scorer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        modules += [scorer] if isinstance(scorer, nn.Module) else []
     return {module._parameters.get("weight") for module in modules}
 
 
-def _select(model: PreTrainedModel, config: WeightPruningConfig, taken: set[nn.Parameter]) -> list[PrunableWeight]:
+def _select(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Parameter]) -> list[PrunableWeight]:
     everything = config.op_names is None and config.excluded_op_names is None
     bodies, words = _bodies(model), _word_weights(model)
     found = []
@@ -67,10 +68,10 @@ def _heads_of(layer: TransformerLayer) -> dict[str, HeadUnits]:
     return heads
 
 
-def _select_heads(
-    model: PreTrainedModel, config: WeightPruningConfig, taken: set[nn.Parameter]
-) -> list[PrunableWeight]:
+def _select_heads(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Parameter]) -> list[PrunableWeight]:
     """The weights of every attention where the names of all of its modules are selected."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"pattern='mha' needs a model of transformers, got {type(model).__name__}.")
     names = {module: name for name, module in model.named_modules()}
     found = []
     for layer in layers_of(model):
@@ -80,17 +81,17 @@ def _select_heads(
             continue
         if any(matches(names[module], config.excluded_op_names or ()) for module in modules.values()):
             continue
-        weights = {module.weight for module in modules.values()}
-        if taken.isdisjoint(weights):
-            taken.update(weights)
+        weights = {path: module.get_parameter("weight") for path, module in modules.items()}
+        if taken.isdisjoint(weights.values()):
+            taken.update(weights.values())
             found += [
-                PrunableWeight(names[module], module.weight, isinstance(module, Conv1D), heads[path], layer.index)
+                PrunableWeight(names[module], weights[path], isinstance(module, Conv1D), heads[path], layer.index)
                 for path, module in modules.items()
             ]
     return found
 
 
-def selected(model: PreTrainedModel, config: WeightPruningConfig) -> list[WeightGroup]:
+def selected(model: nn.Module, config: WeightPruningConfig) -> list[WeightGroup]:
     """The weights that a config selects: one group for each local config; no weight is in two, and one may be empty.
 
     Raises:
@@ -106,7 +107,7 @@ def selected(model: PreTrainedModel, config: WeightPruningConfig) -> list[Weight
     return groups
 
 
-def groups_of(model: PreTrainedModel, config: WeightPruningConfig) -> list[WeightGroup]:
+def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[WeightGroup]:
     """The weights that a config selects for pruning.
 
     Raises:
@@ -125,7 +126,7 @@ def groups_of(model: PreTrainedModel, config: WeightPruningConfig) -> list[Weigh
     return groups
 
 
-def _selects_nothing(model: PreTrainedModel, config: WeightPruningConfig) -> str:
+def _selects_nothing(model: nn.Module, config: WeightPruningConfig) -> str:
     names = f"op_names={list(config.op_names)}" if config.op_names is not None else "op_names"
     without = f", excluded_op_names={list(config.excluded_op_names)}" if config.excluded_op_names else ""
     held = {type(m).__name__ for m in model.modules() if getattr(m._parameters.get("weight"), "ndim", 0) >= 2}

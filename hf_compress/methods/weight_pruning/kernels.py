@@ -1,7 +1,7 @@
-"""Sparse formats that torch has kernels for, and linear layers that hold their weight in one of them as well.
+"""Sparse formats that torch has kernels for, and linear modules that also hold their weight in one of them.
 
-The dense weight stays in its place beside the packed one. So saving, the record and training know nothing of this;
-what it costs is memory.
+The dense weight stays beside the packed one, so that saving, the record and training know nothing of this; the price
+is memory.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-# Zeros from which CSR pays: at 0.8 it breaks even with dense products, at 0.9 it wins (see the README).
+# Share of zeros from which CSR pays: at 0.8 it breaks even with dense products, at 0.9 it wins (see the README).
 _CSR_SPARSITY = 0.85
-# Tokens up to which it does for every shape tried; dense products gain more from large inputs.
+# Tokens up to which it pays for every shape tried; dense products gain more from large inputs.
 _CSR_ROWS = 128
-# Of 2:4 weights, such that both of torch's backends take them.
+# Both of torch's backends take 2:4 weights whose sizes are multiples of these.
 _ROWS, _COLUMNS = 32, 64
 
 
 def csr_obstacle(weight: Tensor) -> str | None:
     """Why a weight cannot use the CSR kernel, or None."""
-    if not torch.backends.mkl.is_available():
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return "this build of torch has no MKL, which holds the fast CSR kernel"
     if weight.dtype != torch.float32:
         return f"dtype must be float32 on the CPU, got {str(weight.dtype).removeprefix('torch.')}"
@@ -39,7 +39,7 @@ def two_of_four_obstacle(weight: Tensor, capability: tuple[int, int]) -> str | N
     """Why a weight cannot use sparse tensor cores, or None.
 
     Args:
-        weight: Of a linear layer.
+        weight: Of a linear module.
         capability: Compute capability of its device.
     """
     if capability < (8, 0):
@@ -115,62 +115,62 @@ def format_for(device: torch.device) -> Format:
 
 
 class Original:
-    """Notices that the weight a packed one was made of has changed.
+    """Notices when the dense weight behind a packed one has changed.
 
-    torch counts ordinary changes in place. It does not count those through `.data` or NumPy; reading the whole weight
+    torch counts ordinary in-place changes. It does not count those through `.data` or NumPy; reading the whole weight
     at every call would cost what packing gains, so on the CPU the largest value of every row and of every column is
-    looked at. What changes a few other values in this way goes unnoticed.
+    compared. A change of a few other values through `.data` or NumPy goes unnoticed.
     """
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: Tensor) -> None:
         self.weight, self.version, self.address, self.dtype = weight, weight._version, weight.data_ptr(), weight.dtype
-        self.places: tuple[Tensor, Tensor] | None = None
+        self.probes: tuple[Tensor, Tensor] | None = None
         # A GPU would have to be waited for.
         if weight.device.type == "cpu":
             sizes, (rows, columns) = weight.detach().abs(), weight.shape
-            self.places = (
+            self.probes = (
                 torch.cat([torch.arange(rows), sizes.argmax(0)]),
                 torch.cat([sizes.argmax(1), torch.arange(columns)]),
             )
-            self.values = weight.detach()[self.places]
+            self.values = weight.detach()[self.probes]
 
-    def is_still(self, weight: nn.Parameter) -> bool:
+    def is_still(self, weight: Tensor) -> bool:
         """Whether a layer's weight is this one, with the values it had."""
         return (
             weight is self.weight
             and weight._version == self.version
             and weight.dtype == self.dtype
             and weight.data_ptr() == self.address
-            and (self.places is None or torch.equal(weight.detach()[self.places], self.values))
+            and (self.probes is None or torch.equal(weight.detach()[self.probes], self.values))
         )
 
 
 @dataclass
 class Pack:
-    """A packed weight, and what it was made of."""
+    """A packed weight, and the dense one behind it."""
 
     form: Format
     matrix: Tensor
     original: Original
     max_rows: float
 
-    def fits(self, layer: nn.Linear, inputs: Tensor) -> bool:
-        weight = layer.weight
+    def fits(self, linear: nn.Linear, inputs: Tensor) -> bool:
+        weight = linear.weight
         return (
             inputs.device == self.matrix.device == weight.device
             and inputs.dtype == weight.dtype
-            and inputs.numel() <= self.max_rows * layer.in_features
+            and inputs.numel() <= self.max_rows * linear.in_features
             and not torch.is_autocast_enabled(inputs.device.type)
             and self.original.is_still(weight)
         )
 
-    def __deepcopy__(self, memo: dict) -> None:
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
         # A copy has weights of its own and runs dense until it is accelerated itself.
         return None
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer with a second, sparse form of its weight: used in evaluation without gradients, where it fits."""
+    """A linear module with a second, sparse form of its weight, used in evaluation without gradients where it fits."""
 
     pack: Pack | None
 
@@ -183,17 +183,19 @@ class PackedLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # Casting there and back leaves the same parameter with other values.
         self.pack = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
-def set_pack_(layer: nn.Linear, pack: Pack | None) -> None:
-    """Give a linear layer a packed weight; None: it runs dense for now."""
-    layer.__class__ = PackedLinear
-    object.__setattr__(layer, "pack", pack)
+def set_pack_(linear: nn.Linear, pack: Pack | None) -> None:
+    """Give a linear module a packed weight; None: it runs dense for now."""
+    linear.__class__ = PackedLinear
+    object.__setattr__(linear, "pack", pack)
 
 
-def unpack_(layer: nn.Linear) -> None:
-    """Make a layer an ordinary one again."""
-    if type(layer) is PackedLinear:
-        del layer.__dict__["pack"]
-        layer.__class__ = nn.Linear
+def unpack_(linear: nn.Linear) -> None:
+    """Make a module an ordinary linear one again."""
+    if type(linear) is PackedLinear:
+        del linear.__dict__["pack"]
+        # The subclass adds nothing but the pack.
+        linear.__class__ = nn.Linear  # type: ignore[assignment]

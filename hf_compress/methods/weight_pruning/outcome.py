@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
 
 from hf_compress.core.own_config import own_config_
 from hf_compress.core.record import append_step, record_of
@@ -17,7 +17,7 @@ def config_of(step: dict[str, Any]) -> WeightPruningConfig:
     return WeightPruningConfig(**{name: value for name, value in step.items() if name != "method"})
 
 
-def record_step(model: PreTrainedModel, config: WeightPruningConfig, achieved: float) -> None:
+def record_step(model: nn.Module, config: WeightPruningConfig, achieved: float) -> None:
     """Write a finished step into a model's config; a step that stands there already is written once.
 
     Args:
@@ -26,8 +26,9 @@ def record_step(model: PreTrainedModel, config: WeightPruningConfig, achieved: f
         achieved: Sparsity over all weights that the config selects.
     """
     own_config_(model)
+    model_config: Any = model.config
     completed = dataclasses.replace(config, achieved_sparsity=achieved)
-    record, steps = completed.to_record(), record_of(model.config)["steps"]
+    record, steps = completed.to_record(), record_of(model_config)["steps"]
     # A model that was opened from a checkpoint after the last pruning update carries the step already, maybe before
     # that of another callback. Records of older versions also hold the schedule.
     known = None
@@ -37,4 +38,4 @@ def record_step(model: PreTrainedModel, config: WeightPruningConfig, achieved: f
         if {**config_of(steps[index]).to_record(), "achieved_sparsity": achieved} == record:
             known = index
             break
-    append_step(model.config, NAME, completed, instead_of=known)
+    append_step(model_config, NAME, completed, instead_of=known)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
+from hf_compress.methods.weight_pruning.patterns import HeadUnits
 from hf_compress.methods.weight_pruning.prunable import PrunableWeight
 from hf_compress.methods.weight_pruning.selection import smallest
 
@@ -32,6 +33,13 @@ def plan_of(before: Tensor | None, after: Tensor) -> Tensor:
     """
     plan = after.to(torch.uint8)
     return plan if before is None else plan + 2 * before.to(torch.uint8)
+
+
+def _element_scores(config: WeightPruningConfig, prunable: PrunableWeight, kept: Tensor, plan: Tensor) -> Tensor:
+    """The score of its unit for each element, in the weight's shape."""
+    pattern = prunable.pattern(config)
+    assert not isinstance(pattern, HeadUnits), "the config allows no increments with heads"
+    return prunable.like_weight(pattern.expand(kept.float(), prunable.matrix(plan).shape))
 
 
 def masks_at(
@@ -69,7 +77,7 @@ def masks_at(
         return [plan % 2 == 1 for plan in plans]
     goes = [plan == _GOES for plan in plans]
     importance = [
-        prunable.like_weight(prunable.pattern(config).expand(kept.float(), prunable.matrix(plan).shape))
+        _element_scores(config, prunable, kept, plan)
         for prunable, kept, plan in zip(weights, scores, plans, strict=True)
     ]
     device = plans[0].device

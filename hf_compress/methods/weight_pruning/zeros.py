@@ -30,7 +30,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DECIDED: WeakKeyDictionary[Optimizer, dict[TrainerCallback, Collection[nn.Parameter]]] = WeakKeyDictionary()
 
 
-def decide(optimizer: Optimizer | None, callback: TrainerCallback, weights: Iterable[PrunableWeight]) -> None:
+def decide(optimizer: Optimizer, callback: TrainerCallback, weights: Iterable[PrunableWeight]) -> None:
     """Tell the other callbacks of a training which weights one of them prunes anew.
 
     Raises:
@@ -47,7 +47,7 @@ def decide(optimizer: Optimizer | None, callback: TrainerCallback, weights: Iter
     _DECIDED.setdefault(optimizer, {})[callback] = decided
 
 
-def decided_elsewhere(optimizer: Optimizer | None, callback: TrainerCallback) -> set[nn.Parameter]:
+def decided_elsewhere(optimizer: Optimizer, callback: TrainerCallback) -> set[nn.Parameter]:
     """The weights that other callbacks of a training prune anew."""
     by_callback = _DECIDED.get(optimizer, {})
     return {weight for other, weights in by_callback.items() if other is not callback for weight in weights}
@@ -110,7 +110,8 @@ class HeldZerosCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._zeros = Zeros()
-        self._zeros.hold_recorded(model)
+        if model is not None:
+            self._zeros.hold_recorded(model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
