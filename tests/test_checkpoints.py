@@ -158,6 +158,16 @@ def test_the_last_whole_checkpoint_is_resumed_from(tmp_path, broken, how, caplog
     assert (run / "checkpoint-best").is_dir()
 
 
+def test_the_optimizer_of_other_parameters_is_refused(tmp_path, broken):
+    shutil.copytree(broken[0], tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint-6" / "optimizer.pt"
+    state = torch.load(file, weights_only=True)
+    state["param_groups"].append({**state["param_groups"][0], "params": [99]})
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"its optimizer and schedule cannot be read: it trains groups of \[.*, 1\]"):
+        train(tmp_path / "run", resume=str(file.parent))
+
+
 def test_a_random_state_for_every_process(broken):
     folder = broken[0] / "checkpoint-6"
     (folder / "rng_state_0.pth").write_bytes((folder / "rng_state.pth").read_bytes())

@@ -254,6 +254,11 @@ def test_best_model_is_loaded_and_kept(tmp_path):
     assert len(list(tmp_path.glob("checkpoint-*"))) <= 2
 
 
+def test_a_layer_map_of_layers_that_are_not_compared_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"layer_map is \[0, 1\], but alpha_layer is 0"):
+        hc.DistillationArguments(str(tmp_path), layer_map=[0, 1], use_cpu=True)
+
+
 def test_layer_map_rules():
     assert match_layers(6, 6) == [(i, i) for i in range(6)]
     assert match_layers(3, 12) == [(0, 3), (1, 7), (2, 11)]

@@ -1,4 +1,4 @@
-"""How compressed models are taught: arguments on top of `TrainingArguments`."""
+"""Arguments of the trainers that distil, on top of `TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -8,22 +8,11 @@ import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-
-# What `compat="cald"` sets, in the arguments that have these fields: the constants of that code.
-_CALD = {
-    "layer_reduction": "sum",
-    "layer_normalize": False,
-    "layer_map": None,
-    "mask_padding": False,
-    "teacher_dropout": True,
-    "teacher_cache_dir": None,
-    "teacher_schedule": "stretched",
-    "max_grad_norm": 0.0,
-}
+from hf_compress.training.compat import follow_cald_
 
 
 @dataclass
@@ -34,28 +23,28 @@ class DistillationArguments(TrainingArguments):
 
     Args:
         alpha_task: Weight of the student's own loss on the labels.
-        alpha_output: Weight of the divergence of the student's outputs from the teacher's (mean squared error for
-            regression).
+        alpha_output: Weight of the divergence of the student's outputs from the teacher's (of their mean squared
+            difference in regression).
         alpha_layer: Weight of the distance between the student's and the teacher's hidden states.
         temperature: T, which softens both output distributions; must be above 0.
         layer_reduction: Whether the distances of the matched layers are averaged (`mean`) or added (`sum`).
         layer_normalize: Compare hidden states after a LayerNorm without parameters.
         mask_padding: Leave padding positions out of the distance of hidden states.
-        layer_map: For each student layer the zero-based teacher layer whose output it imitates, -1 for none. Left out:
-            evenly spread, last on last.
+        layer_map: For each student layer the zero-based teacher layer whose output it imitates, -1 for none. By
+            default teacher layers are spread evenly, and the last student layer imitates the last teacher layer.
         max_distill_steps: Number of updates with a teacher; afterwards only the task loss is used and the teacher no
             longer runs.
         teacher_dropout: Run the teacher with dropout in training; it never has dropout in evaluations.
-        teacher_cache_dir: Folder that stores the teacher's outputs once for each example.
+        teacher_cache_dir: Folder in which the teacher's outputs are stored, so that it runs once for each example.
         compat: `cald` trains as the published code of CALD does. The layer loss is the sum over all states, embeddings
             included, of raw mean squared errors over all positions, padding included (it sets `layer_reduction=sum`
             and `mask_padding=False`; `layer_normalize`, `layer_map` and `teacher_cache_dir` must be left out). The
             teacher has dropout (`teacher_dropout=True`), gradients are not clipped (`max_grad_norm=0`), a last,
             shorter group of accumulated micro-batches is divided by the full number of them, and a learning teacher
-            follows the student's schedule only in the updates in which it learns (`teacher_schedule=stretched`),
-            counted anew in every epoch. A value of these settings that is neither their default nor the published one
-            is refused. Learning rates, warm-up, weights of terms and weight decay (published: 0, which commands take
-            where it is left out) stay as given.
+            follows the student's schedule only in the updates in which it learns (`teacher_schedule=stretched`), which
+            are counted anew in every epoch. A value of these settings that is neither their default nor the published
+            one is refused. Learning rates, warm-up, weights of terms and weight decay stay as given (published weight
+            decay: 0, which the commands use by default).
 
     Raises:
         ValueError: Names the field, the rule and the value.
@@ -75,7 +64,7 @@ class DistillationArguments(TrainingArguments):
     compat: Literal["cald"] | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # of transformers
         self.check()
 
     def check(self) -> None:
@@ -100,22 +89,16 @@ class DistillationArguments(TrainingArguments):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         if self.compat == "cald":
-            self._follow_cald()
+            follow_cald_(self)
+        if self.layer_map is not None and not self.alpha_layer:
+            raise ValueError(
+                f"layer_map is {self.layer_map}, but alpha_layer is 0: no layers are compared. Set alpha_layer above "
+                "0, or leave layer_map out."
+            )
         if self.teacher_cache_dir and self.teacher_dropout:
             raise ValueError("teacher_cache_dir must be unset with teacher_dropout: its outputs differ every time.")
         if self.teacher_cache_dir and self.alpha_layer and not self.mask_padding:
             raise ValueError("teacher_cache_dir must go with mask_padding=True: padding is not stored.")
-
-    def _follow_cald(self) -> None:
-        defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
-        for name in (name for name in _CALD if name in defaults):
-            given = getattr(self, name)
-            if given not in (defaults[name], _CALD[name]):
-                raise ValueError(
-                    f"{name} must be left out or {_CALD[name]!r} with compat='cald', which trains as the published "
-                    f"code does, got {given!r}."
-                )
-            setattr(self, name, _CALD[name])
 
     @property
     def uses_teacher(self) -> bool:
@@ -128,15 +111,15 @@ class JointTeacherArguments(DistillationArguments):
     """Arguments of `JointTeacherTrainer`.
 
     Args:
-        teacher_learning_rate: Peak learning rate of the teacher; 0 never changes it.
-        teacher_update_cycle: The teacher learns from one in this many of the student's updates.
+        teacher_learning_rate: Peak learning rate of the teacher; with 0 its weights never change.
+        teacher_update_cycle: The teacher learns in one of this many updates of the student.
         teacher_schedule: How the teacher's learning rate changes. `own`: its warm-up and decay end with the training;
-            `stretched`: the student's schedule, advanced only when the teacher learns, so that it stops early (the
-            published behaviour, and that of `compat=cald`).
-        save_teacher: Save the trained teacher to `<output_dir>/teacher`. With `max_distill_steps` it stops learning
-            there too, and what is saved has not finished.
-        teacher_dropout: Run the teacher with dropout in training. On by default: a learning teacher runs once a batch,
-            for its own loss and for the targets, and without dropout it would not be trained as fine-tuning trains it.
+            `stretched`: the student's schedule, advanced only when the teacher learns, so that the training ends
+            before the decay does (as published, and with `compat=cald`).
+        save_teacher: Save the trained teacher to `<output_dir>/teacher`. With `max_distill_steps` the teacher stops
+            learning after that update, too, and is saved before its schedule has ended.
+        teacher_dropout: Run the teacher with dropout in training. On by default: a learning teacher runs once for each
+            batch, for its own loss and for the targets, and fine-tuning trains it with dropout.
 
     Raises:
         ValueError: Names the field, the rule and the value.
@@ -175,8 +158,8 @@ class SnapshotTeacherArguments(DistillationArguments):
     """Arguments of `SnapshotTeacherTrainer`.
 
     Args:
-        teacher_snapshots: One pattern such as `runs/dense/checkpoint-*`, or folders of saved teachers. When all names
-            end in a number they are sorted by it; otherwise they stay in the given order.
+        teacher_snapshots: One pattern such as `runs/dense/checkpoint-*`, or folders of saved teachers. Names that all
+            end in a number are sorted by it; others stay in the given order.
 
     Raises:
         ValueError: If nothing is found, some names end in a number and others do not, or a folder holds no model.
@@ -223,13 +206,14 @@ def arguments_like(kind: type[DistillationArguments], args: TrainingArguments | 
     if not isinstance(args, TrainingArguments):
         raise ValueError(f"args must be {kind.__name__} or TrainingArguments, got {type(args).__name__}.")
     # Not built again from its fields: those were completed when it was made, and a user may have changed them since.
-    found = copy.copy(args)
+    found: Any = copy.copy(args)
     found.__class__ = kind
     for entry in dataclasses.fields(kind):
         if entry.name not in vars(found):
             setattr(found, entry.name, entry.default)
     found.check()
-    return found
+    completed: DistillationArguments = found
+    return completed
 
 
 def _expand(name: str) -> list[str]:
@@ -246,9 +230,9 @@ def sort_snapshots(folders: list[str]) -> list[str]:
         >>> sort_snapshots(["run/epoch_10", "run/epoch_2"])
         ['run/epoch_2', 'run/epoch_10']
     """
-    numbers = [re.search(r"(\d+)$", Path(folder).name) for folder in folders]
-    if all(numbers):
-        return [folder for _, folder in sorted(zip(numbers, folders, strict=True), key=lambda x: int(x[0][1]))]
-    if any(numbers):
+    numbers = {folder: int(found[1]) for folder in folders if (found := re.search(r"(\d+)$", Path(folder).name))}
+    if len(numbers) == len(set(folders)):
+        return sorted(folders, key=lambda folder: numbers[folder])
+    if numbers:
         raise ValueError(f"teacher_snapshots must all end in a number or none of them, got {folders}.")
     return folders

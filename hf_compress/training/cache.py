@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -41,6 +41,15 @@ _TABLES = (
 _MEANING = {"version": "format", "fingerprint": "teacher", "layout": "set of outputs", "outputs": "set of outputs"}
 
 
+class _Output(TypedDict):
+    """One of the tensors that are stored for each example."""
+
+    kind: str
+    by_token: bool
+    shape: list[int]
+    dtype: str
+
+
 class TeacherCache:
     """The stored outputs of one teacher, which any number of processes may read and extend at once.
 
@@ -58,7 +67,7 @@ class TeacherCache:
         self.directory = Path(directory)
         self.hits = self.misses = 0
         self._verified: set[bytes] = set()
-        self._outputs: list[dict[str, Any]] | None = None
+        self._outputs: list[_Output] | None = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._refuse_other_files()
@@ -133,7 +142,7 @@ class TeacherCache:
 
     def __len__(self) -> int:
         with self._plain_errors():
-            return self._database.execute("SELECT count(*) FROM outputs").fetchone()[0]
+            return int(self._database.execute("SELECT count(*) FROM outputs").fetchone()[0])
 
     def read(
         self, keys: Sequence[bytes], inputs: Mapping[str, Any]
@@ -166,12 +175,12 @@ class TeacherCache:
         raw_batch = [_raw(values) for values in batch]
         for row, (key, (tokens, checksum, data)) in enumerate(zip(keys, found, strict=True)):
             raw, start = self._checked(key, data, checksum), 0
-            place = _places(live[row])
-            for values, output in zip(raw_batch, self._outputs, strict=True):
-                shape = (tokens, *values.shape[2:]) if output["by_token"] else values.shape[1:]
+            positions = _positions(live[row])
+            for memory, output in zip(raw_batch, self._outputs, strict=True):
+                shape = (tokens, *memory.shape[2:]) if output["by_token"] else memory.shape[1:]
                 count = math.prod(shape)
-                # Straight to its place in the batch: these copies are most of a cached step's cost.
-                values[row][place if output["by_token"] else ...] = raw[start : start + count].reshape(shape)
+                # Straight to its position in the batch: these copies are most of a cached step's cost.
+                memory[row][positions if output["by_token"] else ...] = raw[start : start + count].reshape(shape)
                 start += count
         device = inputs["input_ids"].device
         tensors: dict[str, list[Tensor]] = {"logits": [], "hidden": []}
@@ -204,7 +213,7 @@ class TeacherCache:
                     f"teacher_cache_dir must be unset for this teacher: its {kind} have shape {tuple(tensor.shape)} "
                     f"for inputs of shape {live.shape}, and only what belongs to a token can be stored."
                 )
-        outputs = [
+        outputs: list[_Output] = [
             {"kind": kind, "by_token": per_token, "shape": list(tensor.shape[1 + per_token :]),
              "dtype": str(tensor.dtype).removeprefix("torch.")}
             for (kind, tensor), per_token in zip(named, by_token, strict=True)
@@ -226,7 +235,7 @@ def _raw(tensor: Tensor) -> np.ndarray:
     return tensor.unsqueeze(-1).view(torch.uint8).numpy()
 
 
-def _places(live: np.ndarray) -> slice | np.ndarray:
+def _positions(live: np.ndarray) -> slice | np.ndarray:
     """Where the live tokens of an example stand; one slice when padding is on one side only."""
     found = np.flatnonzero(live)
     if len(found) and found[-1] - found[0] + 1 == len(found):

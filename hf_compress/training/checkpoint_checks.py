@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ def random_states_of(checkpoint: Path, process: int, num_processes: int) -> Mapp
     file = checkpoint / ("rng_state.pth" if num_processes == 1 else f"rng_state_{process}.pth")
     if not file.is_file():
         return None
-    with readable(checkpoint, _RANDOM), safe_globals():
+    with readable(checkpoint, _RANDOM), cast(Any, safe_globals)():
         found = torch.load(file, weights_only=True)
         if not isinstance(found, Mapping):
             raise ValueError(f"{file.name} holds a {type(found).__name__}, not random states by name.")
@@ -124,7 +124,8 @@ def saved_config(checkpoint: Path) -> PretrainedConfig | None:
     if not (checkpoint / CONFIG_NAME).is_file():
         return None
     with readable(checkpoint, CONFIG_NAME):
-        return AutoConfig.from_pretrained(checkpoint)
+        config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint)
+    return config
 
 
 def require_fitting_weights(checkpoint: Path, model: PreTrainedModel) -> None:

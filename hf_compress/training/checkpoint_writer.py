@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -31,7 +31,7 @@ def replace_pickled_arguments(folder: str | os.PathLike[str], args: TrainingArgu
     """Keep a training's arguments beside a model as JSON instead of `Trainer`'s pickle, which is code when read."""
     pickled = Path(folder, TRAINING_ARGS_NAME)
     if pickled.exists():
-        pickled.with_suffix(".json").write_text(args.to_json_string() + "\n")
+        pickled.with_suffix(".json").write_text(str(cast(Any, args).to_json_string()) + "\n")
         pickled.unlink()
 
 
@@ -56,7 +56,7 @@ class CheckpointWriter(TrainerCallback):
         self.wait = wait
         # Where `Trainer` shall write while a checkpoint is incomplete.
         self.staging: Path | None = None
-        self.folder = Path(args.output_dir)
+        self.folder = Path(str(args.output_dir))
         self.run = ""
         self._begins_at: Path | None = None
         self._goes_on = False
@@ -85,23 +85,25 @@ class CheckpointWriter(TrainerCallback):
             # A training that goes on may have read its model from its own folder.
             require_own_folder(folder, teachers if resume else {"the model": model, **teachers})
             own = {str(path.resolve()) for path in checkpoints_of(folder)}
-            for name, place in teachers.items():
-                if str(Path(place).resolve()) in own:
+            for name, origin in teachers.items():
+                if str(Path(origin).resolve()) in own:
                     raise ValueError(
-                        f"output_dir {str(folder)!r} holds {name} ({place}): this training would remove it as one of "
+                        f"output_dir {str(folder)!r} holds {name} ({origin}): this training would remove it as one of "
                         "its old checkpoints. Name another folder."
                     )
         with sole_training(folder) if self.args.should_save else nullcontext():
             last = last_whole_checkpoint(folder, self.args.world_size) if resume else None
             checkpoint = last if resume is True else Path(resume) if resume else None
             self._begins_at = checkpoint
-            self._goes_on = last is not None and last.resolve() == checkpoint.resolve()
+            self._goes_on = last is not None and checkpoint is not None and last.resolve() == checkpoint.resolve()
             yield checkpoint
 
     def _begin_run(self) -> None:
         root, checkpoint, earlier = self.folder, self._begins_at, checkpoints_of(self.folder)
         shutil.rmtree(root / _STAGING, ignore_errors=True)
-        known = (run_note(root).get("run") or run_note(checkpoint).get("run")) if self._goes_on else None
+        known = None
+        if self._goes_on and checkpoint is not None:
+            known = run_note(root).get("run") or run_note(checkpoint).get("run")
         self.run = known or secrets.token_hex(8)
         if earlier and not self._goes_on:
             logger.warning(
@@ -110,8 +112,8 @@ class CheckpointWriter(TrainerCallback):
             )  # fmt: skip
         # Where all checkpoints are of one run, it needs no name.
         if known is None and (checkpoint is not None or earlier or (root / RUN_FILE).exists()):
-            place = os.path.relpath(checkpoint, root) if checkpoint is not None else None
-            write_json(root / RUN_FILE, {"run": self.run, "resumed_from": place})
+            origin = os.path.relpath(checkpoint, root) if checkpoint is not None else None
+            write_json(root / RUN_FILE, {"run": self.run, "resumed_from": origin})
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, model: Any = None, **kwargs: Any

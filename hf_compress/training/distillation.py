@@ -19,7 +19,7 @@ from hf_compress.training.compat import arithmetic_of
 from hf_compress.training.given_teacher import GivenTeacher, TeacherSource
 from hf_compress.training.session_opening import open_session
 from hf_compress.training.signals import Batch, StudentAnswers, Wanted
-from hf_compress.training.teacher_fit import columns_of_teacher
+from hf_compress.training.teacher_fit import columns_of_both
 from hf_compress.training.teacher_session import TeacherSession
 from hf_compress.training.teacher_terms import teacher_terms
 from hf_compress.training.teachers import FixedTeacher, Teacher
@@ -39,9 +39,8 @@ class DistillationTrainer(CompressionTrainer):
         kwargs: As for `transformers.Trainer`.
 
     Raises:
-        ValueError: If the teacher is missing, has other labels, reads another vocabulary, or does not fit the
-            `layer_map`, shares weights with the student, or cannot be opened; if `alpha_layer` is to compare an
-            encoder-decoder.
+        ValueError: If the teacher is missing, cannot be opened or does not fit the student: in its labels, vocabulary
+            or layers, or because they share weights.
 
     Example:
         >>> trainer = DistillationTrainer(model=student, teacher_model=teacher, args=DistillationArguments("out"),
@@ -121,8 +120,8 @@ class DistillationTrainer(CompressionTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         # Private: `Trainer` has no public hook for the columns that a data set keeps. The teacher's must stay.
         super()._set_signature_columns_if_needed()
-        more = columns_of_teacher(self.train_dataset, self.teacher_model)
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *more]))
+        columns: Any = columns_of_both(self._signature_columns or [], self.train_dataset, self.teacher_model)
+        self._signature_columns = columns
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         samples, number = super().get_batch_samples(*args, **kwargs)

@@ -70,9 +70,9 @@ def example_keys(inputs: Mapping[str, Any]) -> list[bytes]:
     Raises:
         ValueError: If there is not one row of tokens for each example.
     """
-    ids = inputs.get("input_ids")
+    ids: Tensor | None = inputs.get("input_ids")
     live = None if ids is None else live_tokens(inputs).cpu()
-    if live is None or ids.ndim != 2 or live.shape != ids.shape:
+    if ids is None or live is None or ids.ndim != 2 or live.shape != ids.shape:
         found = {name: tuple(value.shape) for name, value in inputs.items() if torch.is_tensor(value)}
         raise ValueError(
             "teacher_cache_dir needs a batch with input_ids and attention_mask of shape [batch, tokens]; the teacher "

@@ -6,6 +6,7 @@ import copy
 import os
 from typing import Any, Protocol
 
+import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -84,6 +85,13 @@ def auto_class_of(model: PreTrainedModel) -> Any:
         f"teacher_model must be a model object for a student of class {type(model).__name__}: no Auto class has its "
         "kind of head."
     )
+
+
+def move_(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The same model, on a device. The annotation of `PreTrainedModel.to` takes models only."""
+    to: Any = model.to
+    to(device)
+    return model
 
 
 def open_teacher(name: str | os.PathLike[str], student: PreTrainedModel) -> PreTrainedModel:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -39,7 +41,7 @@ def match_layers(num_student: int, num_teacher: int, layer_map: list[int] | None
 
 
 class Projectors(nn.Module):
-    """One linear map a matched layer, from the student's width to the teacher's; trained, never part of the student.
+    """A linear map for each compared state, from the student's width to the teacher's; never part of the student.
 
     Args:
         states: Indices of the student's hidden states.
@@ -51,4 +53,5 @@ class Projectors(nn.Module):
         self.maps = nn.ModuleDict({str(s): nn.Linear(student_width, teacher_width, bias=False) for s in states})
 
     def forward(self, states: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        return {i: self.maps[str(i)](state.to(self.maps[str(i)].weight.dtype)) for i, state in states.items()}
+        weights = {index: cast(Tensor, self.maps[str(index)].weight) for index in states}
+        return {index: F.linear(state.to(weights[index].dtype), weights[index]) for index, state in states.items()}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers.trainer_pt_utils import find_batch_size
 
 from hf_compress.training.averages import Averages
 
@@ -37,7 +39,7 @@ class LossComposer:
             raise _not_finite({name: float(value.detach()) for name, value in terms.items()}, update)
         if training or len(terms) > 1:
             # As `Trainer` weighs losses: steps of a training alike, batches of an evaluation by their examples.
-            weight = 1 if training else num_examples or 1
+            weight = 1 if training else num_examples
             for name, value in terms.items():
                 self._seen(training).add(f"loss/{name}", value, weight)
         return loss
@@ -96,6 +98,12 @@ class LossComposer:
             yield
         finally:
             self.evaluates = False
+
+
+def batch_size_of(inputs: Mapping[str, Any]) -> int:
+    """The number of examples in a batch; 1 where nothing says."""
+    find: Any = find_batch_size
+    return find(inputs) or 1
 
 
 def _not_finite(terms: Mapping[str, float], update: int) -> ValueError:

@@ -30,7 +30,7 @@ def predicts_next_token(model: PreTrainedModel) -> bool:
     """Whether logits at one position are compared with the label of the next, as causal language models do."""
     if getattr(model.config, "is_encoder_decoder", False):
         return False
-    shifted = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    shifted = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
     return shifted or type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
@@ -46,7 +46,7 @@ def counted_positions(model: PreTrainedModel, shape: torch.Size, inputs: Mapping
         [B, S] bool. With labels for each token: where the student's own loss reads a label. Without: the real tokens,
         of sounds the real frames. None when nothing says which are real.
     """
-    labels = inputs.get("labels")
+    labels: Tensor | None = inputs.get("labels")
     # Labels of a CTC model are letters, its logits frames: that both are equally many says nothing.
     if labels is not None and labels.shape == shape and not _is_ctc(model):
         counted = labels != _IGNORED
@@ -54,7 +54,7 @@ def counted_positions(model: PreTrainedModel, shape: torch.Size, inputs: Mapping
             counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
         return counted
     if model.config.is_encoder_decoder:
-        mask = inputs.get("decoder_attention_mask")
+        mask: Tensor | None = inputs.get("decoder_attention_mask")
         return None if mask is None else mask.bool()
     return layer_mask(model, inputs) if "attention_mask" in inputs else None
 

@@ -8,9 +8,9 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
@@ -51,7 +51,7 @@ def _two_rows(data: Any) -> Any:
         return data.take(2)
     if isinstance(data, IterableDataset) or not has_length(data):
         return list(itertools.islice(data, 2))
-    return Subset(data, range(min(2, len(data))))
+    return Subset(cast("Dataset[Any]", data), range(min(2, len(data))))
 
 
 def _adds_metrics(trainer: Trainer, ours: type) -> bool:
@@ -101,8 +101,9 @@ def check_best_metric(trainer: Trainer, ours: type) -> None:
 
 def _metrics(trainer: Trainer, rows: Callable[[Any], Any]) -> set[str]:
     """The names of the metrics of an evaluation that leaves no trace; none where it fails."""
-    several = isinstance(trainer.eval_dataset, Mapping)
-    sets = trainer.eval_dataset if several else {"": trainer.eval_dataset}
+    given: Any = trainer.eval_dataset
+    several = isinstance(given, Mapping)
+    sets = given if several else {"": given}
     found: set[str] = set()
     handler = trainer.callback_handler
     callbacks, handler.callbacks = handler.callbacks, []
@@ -113,7 +114,7 @@ def _metrics(trainer: Trainer, rows: Callable[[Any], Any]) -> set[str]:
             with warnings.catch_warnings():
                 # Scores of two rows may be undefined.
                 warnings.simplefilter("ignore")
-                found.update(trainer.evaluation_loop(loader, "Check", metric_key_prefix=prefix).metrics)
+                found.update(trainer.evaluation_loop(loader, "Check", metric_key_prefix=prefix).metrics or ())
     except Exception as error:
         # Two rows may be too few for a metric, and a trainer may prepare what its loop needs in `evaluate`.
         logger.debug("metric_for_best_model is not checked: %s", error)

@@ -51,7 +51,8 @@ class ResumableTrainer(Trainer):
 
     def _core(self) -> PreTrainedModel:
         """The student without what wraps it: processes, adapters."""
-        return base_of(self.accelerator.unwrap_model(self.model))
+        core: PreTrainedModel = base_of(self.accelerator.unwrap_model(self.model))
+        return core
 
     @property
     def _engine(self) -> bool:

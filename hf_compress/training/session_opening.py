@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from hf_compress.api import apply_implied
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.compat import arithmetic_of
-from hf_compress.training.given_teacher import TeacherSource
+from hf_compress.training.given_teacher import TeacherSource, move_
 from hf_compress.training.layer_term import LayerTerm
 from hf_compress.training.signals import Wanted
 from hf_compress.training.teacher_fit import label_order, require_one_stack_of_layers, require_own_weights
@@ -55,7 +55,7 @@ def open_session(
         # Outside the student, its maps are wrapped on their own: their gradients too are averaged over processes.
         layers.prepare(lambda maps: accelerator.prepare_model(maps.to(args.device)))
     wanted = Wanted(layers.teacher_states if layers else (), logits=args.alpha_output > 0)
-    made = make_teacher(teacher.to(args.device), wanted, order)
+    made = make_teacher(move_(teacher, args.device), wanted, order)
     return TeacherSession(made, student, layers, args.max_distill_steps)
 
 

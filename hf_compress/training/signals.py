@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
 # A batch as a collator made it: the names of a model's inputs -> tensors.
@@ -61,7 +61,7 @@ class Wanted:
             ValueError: If the model has no logits and they are wanted.
         """
         logits = tuple(t.detach().clone() for t in logits_of(outputs)) if self.logits else ()
-        return Signals(logits, tuple(outputs.hidden_states[index].detach().clone() for index in self.states))
+        return Signals(logits, tuple(outputs["hidden_states"][index].detach().clone() for index in self.states))
 
 
 def logits_of(outputs: ModelOutput) -> tuple[Tensor, ...]:

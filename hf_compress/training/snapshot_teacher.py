@@ -54,16 +54,17 @@ class SnapshotTeacherTrainer(DistillationTrainer):
             raise ValueError(
                 f"args must be SnapshotTeacherArguments with teacher_snapshots, got {type(args).__name__}."
             )
-        if args.uses_teacher and len(args.teacher_snapshots) == 1:
+        folders = args.teacher_snapshots or []
+        if args.uses_teacher and len(folders) == 1:
             logger.warning(
                 "teacher_snapshots holds one state, %s: that is a fixed teacher. Keep more of its training "
                 "(save_total_limit) for a series.",
-                args.teacher_snapshots[0],
+                folders[0],
             )
         super().__init__(model, None, args, **kwargs)
 
     def teacher_source(self, given: PreTrainedModel | str | os.PathLike[str] | None) -> TeacherSource:
-        return SnapshotFolders(self.args.teacher_snapshots)
+        return SnapshotFolders(self.args.teacher_snapshots or [])
 
     def make_teacher(self, model: PreTrainedModel, wanted: Wanted, order: list[int] | None) -> Teacher:
-        return SnapshotTeacher(self.args.teacher_snapshots, model, wanted, self.args.teacher_dropout, order)
+        return SnapshotTeacher(self.args.teacher_snapshots or [], model, wanted, self.args.teacher_dropout, order)

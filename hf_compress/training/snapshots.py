@@ -6,6 +6,7 @@ import json
 import logging
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -16,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from hf_compress.api import apply_implied, check_finite
 from hf_compress.core.errors import BROKEN_FILE, one_line
 from hf_compress.core.loaded import require_complete
+from hf_compress.training.given_teacher import move_
 from hf_compress.training.signals import Wanted
 from hf_compress.training.teachers import FixedTeacher
 
@@ -99,7 +101,7 @@ class SnapshotTeacher(FixedTeacher):
         if index != self.index:
             # The old one goes before the new one comes: there is never room needed for two.
             del self.model
-            self.model = open_snapshot(self.folders[index]).to(self.device).requires_grad_(False)
+            self.model = move_(open_snapshot(self.folders[index]), self.device).requires_grad_(False)
             self.index = index
             logger.info("Update %d: the teacher is now %s.", update, self.folders[index])
 
@@ -115,7 +117,8 @@ def open_snapshot(folder: str) -> PreTrainedModel:
         kind = getattr(transformers, str((config.architectures or ["none"])[0]), None)
         if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
             raise ValueError(f"its config.json names no model class of transformers: {config.architectures}")
-        model, loaded = kind.from_pretrained(folder, output_loading_info=True)
+        opener: Any = kind
+        model, loaded = opener.from_pretrained(folder, output_loading_info=True)
         require_complete(loaded)
         check_finite(model)
         return apply_implied(model)

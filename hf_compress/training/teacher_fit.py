@@ -25,7 +25,7 @@ def label_order(student: PretrainedConfig, teacher: PretrainedConfig) -> list[in
     """
     if student.num_labels != teacher.num_labels:
         raise ValueError(f"The teacher must have the student's {student.num_labels} labels, got {teacher.num_labels}.")
-    ours, theirs = ([str(config.id2label[i]) for i in sorted(config.id2label)] for config in (student, teacher))
+    ours, theirs = (_label_names(config) for config in (student, teacher))
     plain = [str(i) for i in range(len(ours))]
     if says_nothing(ours) or says_nothing(theirs) or plain in (ours, theirs):
         return None
@@ -33,6 +33,11 @@ def label_order(student: PretrainedConfig, teacher: PretrainedConfig) -> list[in
     if sorted(found) != list(range(len(ours))):
         raise ValueError(f"The teacher must have the student's labels {ours}, got {theirs}.")
     return None if found == list(range(len(ours))) else found
+
+
+def _label_names(config: PretrainedConfig) -> list[str]:
+    names: Mapping[Any, str] = config.id2label or {}
+    return [str(names[index]) for index in sorted(names)]
 
 
 def require_own_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -85,15 +90,20 @@ def read_by_both(batch: Batch, student: PreTrainedModel, teacher: PreTrainedMode
     return MicroBatch(ours, _with_decoder_inputs(teacher, {**theirs, **labels} if theirs else ours))
 
 
-def columns_of_teacher(rows: Any, teacher: PreTrainedModel | None) -> list[str]:
-    """The columns of a data set that a teacher may read though its student does not.
+def columns_of_both(student: list[str], rows: Any, teacher: PreTrainedModel | None) -> list[str]:
+    """The columns of a data set that a student or its teacher reads.
 
-    They are those named `teacher_<name>`, and what only the teacher's forward names (token types of a BERT that
+    The teacher's are those named `teacher_<name>`, and what only its forward names (token types of a BERT that
     teaches a DistilBERT).
+
+    Args:
+        student: The columns that the student reads.
+        rows: The data set.
+        teacher: None where nothing is asked of one.
     """
     columns = getattr(rows, "column_names", None) or []
     own = [name for name in columns if name.startswith(TEACHER_PREFIX)]
-    return own + ([] if teacher is None else forward_names(teacher))
+    return list(dict.fromkeys([*student, *own, *([] if teacher is None else forward_names(teacher))]))
 
 
 def _check_inputs(student: PreTrainedModel, teacher: PreTrainedModel, inputs: Batch, separate: bool) -> None:

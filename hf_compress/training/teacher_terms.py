@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from hf_compress.core.batches import layer_mask
 from hf_compress.core.forward_state import state_in
@@ -37,5 +37,5 @@ def teacher_terms(
         state = state_in(batch)
         kept_after = None if state is None else state.kept_after
         real = layer_mask(session.student, inputs) if "attention_mask" in inputs else None
-        terms["layer"] = args.alpha_layer * session.layers(targets.hidden, outputs.hidden_states, real, kept_after)
+        terms["layer"] = args.alpha_layer * session.layers(targets.hidden, outputs["hidden_states"], real, kept_after)
     return terms

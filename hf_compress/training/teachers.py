@@ -13,6 +13,7 @@ from hf_compress.core.batches import accepted_arguments
 from hf_compress.core.forward_state import forward_state
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.fingerprints import example_keys
+from hf_compress.training.given_teacher import move_
 from hf_compress.training.signals import Answers, Batch, Signals, Wanted
 from hf_compress.training.windows import Window
 
@@ -104,7 +105,7 @@ class FixedTeacher(Teacher):
         cache: TeacherCache | None = None,
         label_order: list[int] | None = None,
     ) -> None:
-        super().__init__(model.requires_grad_(False).eval(), wanted)
+        super().__init__(model.requires_grad_(False).train(False), wanted)
         self.dropout = dropout
         self.cache = cache
         self.label_order = label_order
@@ -131,7 +132,7 @@ class FixedTeacher(Teacher):
     def _computed(self, arguments: dict[str, Any], dropout: bool) -> Signals:
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
         if self.model.device != device:
-            self.model.to(device)
+            move_(self.model, device)
         self.model.train(dropout)
         # A classifier that drops tokens leaves out what its head does not read; here it is compared.
         state = forward_state(self.model, whole=True) if self.wanted.states else {}

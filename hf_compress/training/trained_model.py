@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,8 @@ from accelerate.utils import GradientAccumulationPlugin
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, get_scheduler
-from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
+from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils.generic import ModelOutput
 
 from hf_compress.training.checkpoints import readable
 from hf_compress.training.saved_names import accept_saved_names_
@@ -79,7 +80,7 @@ class TrainedModel:
             self._optimizer,
             num_warmup_steps=num_warmup,
             num_training_steps=num_updates,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=cast("dict[str, Any] | None", args.lr_scheduler_kwargs),
         )
         self._max_grad_norm = args.max_grad_norm
 
@@ -98,7 +99,8 @@ class TrainedModel:
     def __call__(self, **arguments: Any) -> ModelOutput:
         """Run the model with its own random numbers, without gradients."""
         with torch.no_grad(), self._own_randomness():
-            return self._wrapped(**arguments)
+            outputs: ModelOutput = self._wrapped(**arguments)
+        return outputs
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[nn.Module]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, TrainerCallback
-from transformers.trainer_pt_utils import find_batch_size
+from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.training_args import OptimizerNames
 
 from hf_compress.core.architectures import base_of
 from hf_compress.core.errors import one_line
 from hf_compress.core.forward_state import state_in
-from hf_compress.training.loss_composer import LossComposer
+from hf_compress.training.loss_composer import LossComposer, batch_size_of
 from hf_compress.training.methods_in_training import MethodsInTraining, logged_values, tell_of_model
 from hf_compress.training.own_loss import OwnLoss
 from hf_compress.training.parameter_groups import OutsideGradients, add_groups_, clip_apart_, clipped_apart
@@ -47,7 +46,7 @@ class CompressionTrainer(ResumableTrainer):
         self.add_callback(OutsideGradients(self.extra_parameter_groups))
         self.add_callback(Preflight(self, CompressionTrainer))
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> Any:
         model: Any = super().call_model_init(trial)
         earlier, self.methods = self.methods, MethodsInTraining(model)
         # The first one is for the constructor: callbacks see it when they are added.
@@ -63,7 +62,7 @@ class CompressionTrainer(ResumableTrainer):
         """Add a callback; one that comes after the constructor prepares the model as one given to it does."""
         super().add_callback(callback)
         if self.model is not None:
-            tell_of_model(self.callback_handler.callbacks[-1:], self.model)
+            tell_of_model(self.callback_handler.callbacks[-1:], cast(PreTrainedModel, self.model))
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in `Trainer`, which calls it when a trial of a search has drawn its arguments: they are checked."""
@@ -101,7 +100,7 @@ class CompressionTrainer(ResumableTrainer):
         if model.training:
             terms = {**terms, **self.methods.loss_terms(state_in(state))}
         self.losses.note(self.methods.measures(state_in(state)), model.training)
-        loss = self.losses.total(terms, model.training, find_batch_size(inputs) or 1, self.state.global_step)
+        loss = self.losses.total(terms, model.training, batch_size_of(inputs), self.state.global_step)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -137,7 +136,7 @@ class CompressionTrainer(ResumableTrainer):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        output.metrics.update(self.losses.evaluated(self.accelerator, metric_key_prefix))
+        cast("dict[str, float]", output.metrics).update(self.losses.evaluated(self.accelerator, metric_key_prefix))
         return output
 
     def extra_parameter_groups(self) -> list[dict[str, Any]]:
@@ -156,7 +155,7 @@ class CompressionTrainer(ResumableTrainer):
         # Private: `Trainer` has no public hook between the backward pass and the clipping.
         apart = clipped_apart(self.methods.parameter_groups())
         if not apart or self._engine:
-            return super()._clip_grad_norm(model)
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]  # of transformers
         return clip_apart_(self.accelerator, model, apart, self.args.max_grad_norm)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
