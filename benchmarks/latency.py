@@ -9,9 +9,9 @@ take turns on every batch; speed-ups are medians of the ratios of rounds. The fi
 shows what the shorter last layer of such a model gives alone, unless `--first_token` gives the same to the dense
 baseline: its last layer then computes the one row that a classifier's head reads, and only that row is counted in the
 last layer of every model that computes no other. `--threads 1 2` measures with one and with two, each in a process of
-its own. Every result says how much other processes ran meanwhile, and is marked where the machine was not idle. With
-`--profile`, where the time of a batch goes is recorded
-afterwards, by kinds of operations.
+its own. With `--onnx_int8`, the first model also runs in ONNX Runtime with weights of eight bits, which is what a user
+has in five minutes. Every result says how much other processes ran meanwhile, and is marked where the machine was not
+idle. With `--profile`, where the time of a batch goes is recorded afterwards, by kinds of operations.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.core.architectures import layers_of, named_projections
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.batches import base_inputs, live_tokens
 from hf_compress.core.cost import count_cost
 from hf_compress.core.forward_state import carries_state, forward_state, state_in
+from hf_compress.core.projections import Role
 from hf_compress.core.saving import write_json
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
 from hf_compress.report.machine import OtherWork, idleness
@@ -63,6 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_eval_samples", type=int)
     parser.add_argument("--token_thresholds", type=float, nargs="*", default=[], help="Tops of the ramp.")
     parser.add_argument("--first_token", action="store_true", help="Of the dense baseline's last layer (BERT).")
+    parser.add_argument("--onnx_int8", action="store_true", help="Also the first model in ONNX Runtime, int8.")
     parser.add_argument("--profile", action="store_true", help="Also split the time by kinds of operations.")
     parser.add_argument("--threads", type=int, nargs="+", help="Of torch; default: as many as torch takes.")
     parser.add_argument("--out")
@@ -71,8 +73,8 @@ def parse() -> argparse.Namespace:
 
 def first_token_last_(model: PreTrainedModel) -> None:
     """Let the last layer of a BERT compute the first token only; the head reads no other."""
-    block = layers_of(model)[-1]
-    layer, attention, head_size = block.layer, block.attention, block.head_size
+    last = layers_of(model)[-1]
+    layer, attention, head_size = last.module, last.attention, last.head_size
 
     def split(states: Tensor) -> Tensor:
         return states.unflatten(-1, (-1, head_size)).transpose(1, 2)
@@ -90,17 +92,16 @@ def first_token_last_(model: PreTrainedModel) -> None:
 @torch.inference_mode()
 def first_token_macs(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> float:
     """Mean multiply-accumulates a sequence where the last layer computes the row of the first token only."""
-    block = layers_of(model)[-1]
-    row, width = block.architecture, block.attention_out.in_features
-    sizes = {path: linear.in_features * linear.out_features for path, linear in named_projections(block)}
-    each = sizes.pop(row.keys) + sizes.pop(row.values) + 2 * width
+    layer = layers_of(model)[-1]
+    sizes = {role: found.in_features * found.out_features for role, found in layer.projections.items()}
+    each = sizes.pop(Role.KEY) + sizes.pop(Role.VALUE) + 2 * layer.attention_out.in_features
     last, sequences = 0.0, 0
     for batch in batches:
         inputs, arguments = base_inputs(model, batch), forward_state(model, whole=False)
         lengths = live_tokens(inputs).sum(1)
         if (state := state_in(arguments)) is not None:
             model.base_model(**inputs, **arguments)
-            lengths = state.attended[block.index]
+            lengths = state.attended[layer.index]
         last += float((each * lengths + sum(sizes.values())).sum())
         sequences += len(lengths)
     return sum(count_cost(model, data=batches).macs_by_layer[:-1]) + last / sequences
@@ -139,6 +140,12 @@ def open_models(args: argparse.Namespace, task: Task, tokenizer: Any, rows: Data
             torch.testing.assert_close(shorter(**inputs).logits, models[baseline].eval()(**inputs).logits)
         baseline = f"{baseline}, last layer of the first token"
         models = {baseline: shorter, **models}
+    if args.onnx_int8:
+        # An extra that only this measurement needs.
+        from onnx_baseline import OnnxModel
+
+        dense = next(iter(models))
+        models[f"{dense}, ONNX Runtime int8"] = OnnxModel(models[dense], unpadded_batches(rows, tokenizer, 2, 2)[0])
     for name, model in dropping_from:
         for top in args.token_thresholds:
             dropping = hc.TokenPruningConfig(final_token_threshold=top)
@@ -164,7 +171,10 @@ def measure(args: argparse.Namespace, threads: int | None) -> dict[str, Any]:
     rows = task.encode(args.split, tokenizer, args.max_length)
     models, baseline = open_models(args, task, tokenizer, rows)
     timed_examples = unpadded_batches(rows, tokenizer, max(args.batch_sizes), args.examples)
-    macs = {name: count_cost(model, data=timed_examples).macs for name, model in models.items()}
+    counted = {name: model for name, model in models.items() if isinstance(model, PreTrainedModel)}
+    macs = {name: count_cost(model, data=timed_examples).macs for name, model in counted.items()}
+    # The same arithmetic, in other numbers.
+    macs = {name: macs.get(name, macs[baseline]) for name in models}
     if args.first_token:
         short = [name for name, model in models.items() if name == baseline or carries_state(model)]
         macs.update({name: first_token_macs(models[name], timed_examples) for name in short})
