@@ -33,6 +33,7 @@ from tokenizers.models import WordLevel  # noqa: E402
 from tokenizers.pre_tokenizers import Whitespace  # noqa: E402
 from tokenizers.processors import TemplateProcessing  # noqa: E402
 
+from tests import images_and_sounds  # noqa: E402
 from tests.guided_setup import dense  # noqa: E402
 
 
@@ -87,15 +88,20 @@ ARCHITECTURES = {
     "modernbert": _modernbert,
     "llama": _llama,
     "opt": _opt,
+    "vit": images_and_sounds.vit,
+    "wav2vec2": images_and_sounds.wav2vec2,
+    "wav2vec2-stable": images_and_sounds.wav2vec2_stable,
 }
 
 HEADS = {
     "base": transformers.AutoModel,
-    "sequence_classification": transformers.AutoModelForSequenceClassification,
+    # Of texts, images and sounds.
+    "sequence_classification": images_and_sounds.WholeInputClassifier,
     "token_classification": transformers.AutoModelForTokenClassification,
     "question_answering": transformers.AutoModelForQuestionAnswering,
     "masked_lm": transformers.AutoModelForMaskedLM,
     "causal_lm": transformers.AutoModelForCausalLM,
+    "ctc": transformers.AutoModelForCTC,
 }
 
 
@@ -129,6 +135,9 @@ def model():
 
 def _batches(config, count=8, size=8, length=24, seed=0):
     generator = torch.Generator().manual_seed(seed)
+    others = images_and_sounds.batches(config, count, size, length, generator)
+    if others is not None:
+        return others
     result = []
     for _ in range(count):
         ids = torch.randint(3, VOCABULARY, (size, length), generator=generator)
@@ -140,7 +149,10 @@ def _batches(config, count=8, size=8, length=24, seed=0):
 
 @pytest.fixture
 def batches():
-    """`batches(config, count=8, size=8, length=24, seed=0)`: random ids, padded on the right; about 1150 live."""
+    """`batches(config, count=8, size=8, length=24, seed=0)`: random ids, padded on the right; about 1150 live.
+
+    Images or sounds for configs that read those; sounds are padded on the right, too.
+    """
     return _batches
 
 

@@ -51,6 +51,11 @@ def linears(model):
 
 
 def examples(config, batches, number=16):
+    """Examples of one length, as Trainer reads them."""
+    others = batches(config, count=1, size=number, length=12, seed=5)[0]
+    if "input_ids" not in others:
+        (main,) = others.keys() - {"attention_mask"}
+        return [{main: value, "labels": index % 2} for index, value in enumerate(others[main])]
     ids = batches(config, count=1, size=number, length=12, seed=5)[0]["input_ids"]
     ids = ids.where(ids != config.pad_token_id, 3)
     return [{"input_ids": row, "labels": index % 2} for index, row in enumerate(ids)]

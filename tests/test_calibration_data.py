@@ -260,7 +260,7 @@ def test_models_without_linear_layers_say_what_they_have():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=99, bos_token_id=1, eos_token_id=1))
     magnitude = {"pattern": "1x1", "target_sparsity": 0.5, "criterion": "magnitude"}
     with pytest.raises(
-        ValueError, match="must select a layer of Linear .*also holds weights in layers of Conv1D"
+        ValueError, match="must select a layer of Linear .*also holds weights in modules of Conv1D"
     ) as e:
         hc.compress(copy.deepcopy(gpt2), hc.WeightPruningConfig(**magnitude))
     assert "None" not in str(e.value)

@@ -15,6 +15,7 @@ from hf_compress.core.calibration import collect_inputs
 from hf_compress.core.driver import LayerWalk
 from hf_compress.core.layer_calls import NotWalkable
 from hf_compress.core.moments import PairedMoments
+from tests.images_and_sounds import cast, real_tokens
 from tests.rounding import assert_equal_to_rounding
 from tests.test_all_or_nothing import everything
 
@@ -49,8 +50,8 @@ def fed_in_real_passes(model, modules, data):
     ]
     with torch.no_grad():
         for batch in data:
-            live.append(batch["attention_mask"].bool())
-            model.base_model(**batch)
+            live.append(real_tokens(batch))
+            model.base_model(**cast(batch, model))
     for handle in handles:
         handle.remove()
     return {key: torch.cat(parts) for key, parts in rows.items()}
@@ -58,7 +59,7 @@ def fed_in_real_passes(model, modules, data):
 
 def layers_in(model):
     name = {"bert": "encoder.layer", "roberta": "encoder.layer", "electra": "encoder.layer"}
-    others = {"distilbert": "transformer.layer", "opt": "decoder.layers"}
+    others = {"distilbert": "transformer.layer", "opt": "decoder.layers", "wav2vec2": "encoder.layers"}
     return list(model.base_model.get_submodule({**name, **others}.get(model.config.model_type, "layers")))
 
 

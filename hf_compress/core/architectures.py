@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.attention import CORE
+from hf_compress.core.layouts.audio import AUDIO
 from hf_compress.core.layouts.decoders import DECODERS
 from hf_compress.core.layouts.encoders import ENCODERS
 from hf_compress.core.layouts.layout import Architecture
+from hf_compress.core.layouts.vision import VISION
 from hf_compress.core.projections import (
     NEURON_ROLES,
     OPTIONAL_ROLES,
@@ -27,7 +29,7 @@ from hf_compress.core.projections import (
 )
 
 
-ARCHITECTURES: dict[str, Architecture] = {**ENCODERS, **DECODERS}
+ARCHITECTURES: dict[str, Architecture] = {**ENCODERS, **DECODERS, **VISION, **AUDIO}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_compress.core.architectures import layers_of
+from hf_compress.core.modes import evaluating
+from hf_compress.core.watching import Stop, watched
+
 
 # What turns the columns of a raw data set into inputs, by the model's main input.
 _PREPARED_BY = {
@@ -124,3 +128,32 @@ def token_masks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Te
         mask = inputs.get("decoder_attention_mask")
         masks.append(torch.ones_like(targets, dtype=torch.bool) if mask is None else mask.bool())
     return masks
+
+
+@torch.no_grad()
+def seen_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The tokens that a model's layers see, and which of them are real.
+
+    Args:
+        model: A supported architecture. Where nothing says how many tokens it makes of its input (the patches of an
+            image and what stands before them), it runs up to its first layer.
+        inputs: Its batch, on its device.
+
+    Returns:
+        [B, S] bool, True on real tokens.
+    """
+    mask = layer_mask(model, inputs)
+    values = inputs.get("input_values")
+    if mask is None and values is not None:
+        mask = _frame_mask(model, torch.ones(values.shape, dtype=torch.int64, device=values.device))
+    if mask is not None:
+        return mask
+    shapes: list[torch.Size] = []
+
+    def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shapes.append((args[0] if args else kwargs["hidden_states"]).shape[:2])
+        raise Stop
+
+    with evaluating(model), watched(before=[(layers_of(model, adapted=True)[0].module, look)]):
+        model.base_model(**inputs)
+    return torch.ones(shapes[0], dtype=torch.bool, device=model.device)

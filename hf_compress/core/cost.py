@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
-from hf_compress.core.batches import base_inputs, live_tokens
+from hf_compress.core.batches import base_inputs, seen_tokens
 from hf_compress.core.data_needs import readable_data
 from hf_compress.core.forward_state import forward_state, state_in
 from hf_compress.core.modes import evaluating
@@ -24,8 +24,9 @@ class Cost:
     Args:
         params: Number of parameters, shared ones once.
         nonzero_params: Those that are not exactly zero.
-        macs: Multiply-accumulates of one forward pass of the given batch, without embeddings, LayerNorm, softmax
-            and task head; None where they were not counted.
+        macs: Multiply-accumulates of one forward pass of the given batch through the transformer layers, without
+            LayerNorm, softmax, embeddings (those of patches and the feature encoder of sounds are such) and task head;
+            None where they were not counted.
         bytes: Memory of the parameters in their dtype.
         macs_by_layer: The MACs of each layer, in order; they sum to `macs`.
     """
@@ -75,7 +76,7 @@ def _macs_on(model: PreTrainedModel, layers: list[TransformerLayer], data: Itera
     with evaluating(model):
         for batch in data:
             inputs = base_inputs(model, batch)
-            lengths = live_tokens(inputs).sum(1)
+            lengths = seen_tokens(model, inputs).sum(1)
             sequences += len(lengths)
             # All of the last layer: what a head does not read is not the method's merit.
             arguments = forward_state(model)
@@ -100,10 +101,11 @@ def count_cost(
 
     Args:
         model: A supported architecture, compressed or not.
-        seq_len: Tokens a sequence, without padding; may be an average.
+        seq_len: Tokens of a sequence that the layers see, without padding; may be an average. Of an image these are
+            its patches and the class token, of a sound the frames of the feature encoder, not its samples.
         batch_size: Sequences.
-        data: Batches of inputs. When given, the model runs on them, what it drops is not counted, and the
-            multiply-accumulates are the mean over their sequences; `seq_len` is not read then.
+        data: Batches of inputs: texts, images or sounds. When given, the model runs on them, what it drops is not
+            counted, and the multiply-accumulates are the mean over their sequences; `seq_len` is not read then.
 
     Raises:
         ValueError: If the architecture is not supported or a size is not positive.

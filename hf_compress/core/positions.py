@@ -49,6 +49,27 @@ def most_tokens(model: PreTrainedModel) -> int | None:
     return None if table is None else table.num_embeddings - position_offset(model)
 
 
+def patch_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that an image has for a model that learns one position for each of them; None for other models."""
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    return table.shape[1] if isinstance(table, nn.Parameter) else None
+
+
+def usual_tokens(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest input that a model is made for; None where it takes inputs of any length.
+
+    Example:
+        >>> from transformers import RobertaConfig, RobertaModel
+        >>> usual_tokens(RobertaModel(RobertaConfig(num_hidden_layers=1, hidden_size=12, max_position_embeddings=34)))
+        32
+    """
+    patches = patch_positions(model)
+    if patches is not None:
+        return patches
+    named = getattr(model.config, "max_position_embeddings", None)
+    return None if named is None else named - position_offset(model)
+
+
 def extend_positions_(model: PreTrainedModel, rows: int) -> None:
     """Continue the position table periodically, in place.
 

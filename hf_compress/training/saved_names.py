@@ -8,7 +8,6 @@ files, which skips those that it does not know: training would go on from random
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -27,7 +26,8 @@ def _translate(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_:
     opener: Any = type(model)
     opened, info = opener.from_pretrained(
         None,
-        config=copy.deepcopy(model.config),
+        # As a file holds it: a record that was read already is none for `from_pretrained`.
+        config=type(model.config).from_dict(model.config.to_dict()),
         state_dict=dict(state_dict),
         dtype=model.dtype,
         output_loading_info=True,

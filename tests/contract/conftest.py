@@ -7,6 +7,7 @@ import torch
 
 import hf_compress as hc
 from tests.conftest import _batches, _built
+from tests.images_and_sounds import cast
 from tests.rounding import assert_equal_to_rounding
 
 
@@ -19,7 +20,12 @@ METHOD_CONFIGS = {
 }
 # Causal models cannot use slots; `test_refused_combinations` expects the refusal.
 REFUSED = {("linformer", "llama"): "bidirectional encoder", ("linformer", "opt"): "bidirectional encoder"}
-REFUSED |= {("token_pruning", name): "must be an encoder of type" for name in ("llama", "opt", "modernbert", "mpnet")}
+OTHERS = ("vit", "wav2vec2", "wav2vec2-stable")
+REFUSED |= {
+    ("token_pruning", name): "must be an encoder of type" for name in ("llama", "opt", "modernbert", "mpnet", *OTHERS)
+}
+# Sounds have any length.
+REFUSED |= {("linformer", name): "max_tokens must be given for wav2vec2" for name in ("wav2vec2", "wav2vec2-stable")}
 # Attention code of its own cannot be exchanged.
 REFUSED[("linformer", "mpnet")] = "attention code of its own"
 # Methods that add to the dense shapes instead of changing them: without the import such a model opens as a dense one.
@@ -36,7 +42,7 @@ def precise(name):
 def logits_of(model, batch):
     """Everything a model says about a batch, as one tuple of tensors."""
     with torch.no_grad():
-        output = model.eval()(**batch)
+        output = model.eval()(**cast(batch, model))
     return tuple(value for value in output.to_tuple() if torch.is_tensor(value))
 
 

@@ -46,6 +46,7 @@ class Architecture:
         pre_norm: Whether a sublayer normalises its input (its output is then added to what came before the norm); a
             string names the field of the config that says so.
         causal: Attention sees earlier tokens only, and classifiers read the last token.
+        mean_pooled: Classifiers read the mean over all tokens instead of the first one.
         rotary: Queries and keys are rotated by their positions between projection and attention.
         attention_interface: Attention is called through transformers' table of attention functions. Models with
             attention code of their own cannot be given another attention.
@@ -65,6 +66,7 @@ class Architecture:
     head_counters: tuple[str, ...] = ()
     pre_norm: bool | str = False
     causal: bool = False
+    mean_pooled: bool = False
     rotary: bool = False
     attention_interface: bool = True
     head_bias: str | None = None

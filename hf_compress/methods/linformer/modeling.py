@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, architecture_of, layers_of
 from hf_compress.core.attention import attach_core_, use_cores_
-from hf_compress.core.positions import extend_positions_, position_offset
+from hf_compress.core.positions import extend_positions_, patch_positions, position_offset, usual_tokens
 from hf_compress.core.projections import Role
 from hf_compress.methods.linformer.config import LinformerConfig
 from hf_compress.methods.linformer.deferred import defer_
@@ -33,7 +33,7 @@ def check(model: PreTrainedModel, config: LinformerConfig) -> None:
     """Refuse models that linear attention cannot serve.
 
     Raises:
-        ValueError: Unsupported architecture, or causal attention.
+        ValueError: Unsupported architecture, causal attention, or a number of tokens that is unknown or too large.
     """
     if not architecture_of(model).attention_interface:
         raise ValueError(
@@ -46,6 +46,14 @@ def check(model: PreTrainedModel, config: LinformerConfig) -> None:
                 f"model must be a bidirectional encoder, got causal attention in layer {block.index} of "
                 f"{model.config.model_type}: slots would mix in later tokens."
             )
+    if config.max_tokens is None and usual_tokens(model) is None:
+        raise ValueError(
+            f"max_tokens must be given for {model.config.model_type}, which reads inputs of any length: the number of "
+            "tokens (of sounds, frames of the feature encoder) of the longest input."
+        )
+    patches = patch_positions(model)
+    if patches is not None and (config.max_tokens or 0) > patches:
+        raise ValueError(f"max_tokens must be at most {patches}, the tokens of an image, got {config.max_tokens}.")
 
 
 def compress(
@@ -62,7 +70,8 @@ def compress(
         The config with `max_tokens` and `slot_stride`.
     """
     offset = position_offset(model)
-    length = config.max_tokens or model.config.max_position_embeddings - offset
+    length = config.max_tokens or usual_tokens(model)
+    assert length is not None
     stride = config.slot_stride or (
         math.ceil(length / config.projected_length) if config.initialization == "pooling" else 1
     )
@@ -72,7 +81,7 @@ def compress(
             f"{config.projected_length} slots, got {stride}: the last tokens would reach no slot."
         )
     completed = dataclasses.replace(config, max_tokens=length, slot_stride=stride)
-    if length + offset > model.config.max_position_embeddings:
+    if length > (usual_tokens(model) or length):
         extend_positions_(model, length + offset)
     rebuild(model, completed)
     return completed

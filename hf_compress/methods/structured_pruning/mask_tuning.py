@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, architecture_of
-from hf_compress.core.batches import live_tokens, on_device
+from hf_compress.core.batches import on_device, seen_tokens
 from hf_compress.core.modes import evaluating
 from hf_compress.core.moments import SecondMoments
 from hf_compress.core.projections import Role
@@ -27,6 +27,8 @@ from hf_compress.core.surgery import unit_columns
 logger = logging.getLogger(__name__)
 
 _LARGEST_SCALE = 10.0
+# Endings of the names of classes that give one answer for an input, not one for a token.
+_CLASSIFIERS = ("SequenceClassification", "ImageClassification")
 
 Data = Iterable[Mapping[str, Any]]
 
@@ -113,12 +115,12 @@ def _sublayer(
 
 
 def _fitted_rows(model: PreTrainedModel, inputs: Mapping[str, Tensor], pooled: bool) -> Tensor:
-    """[batch, S] bool: the live tokens, or the one that a sequence classifier looks at."""
-    live = live_tokens(inputs)
-    if not pooled or getattr(model.config, "classifier_pooling", "cls") != "cls":
+    """[batch, S] bool: the live tokens, or the one that a classifier of whole inputs looks at."""
+    live, row = seen_tokens(model, inputs), architecture_of(model)
+    if not pooled or row.mean_pooled or getattr(model.config, "classifier_pooling", "cls") != "cls":
         return live
     positions = torch.arange(live.shape[1], device=live.device)
-    chosen = torch.where(live, positions, -1).argmax(1, keepdim=True) if architecture_of(model).causal else 0
+    chosen = torch.where(live, positions, -1).argmax(1, keepdim=True) if row.causal else 0
     return positions.expand(live.shape) == chosen
 
 
@@ -152,7 +154,7 @@ def normal_equations(
         teacher = Masks(teacher.units, neurons)
     kept = (student.units if attention else student.neurons)[index].nonzero().flatten().cpu()
     columns = unit_columns(kept.tolist(), size)
-    pooled = not attention and index == len(layers) - 1 and type(model).__name__.endswith("SequenceClassification")
+    pooled = not attention and index == len(layers) - 1 and type(model).__name__.endswith(_CLASSIFIERS)
     moments = SecondMoments(len(columns), out.weight.device)
     device = moments.total.device
     weight = out.weight.detach().to(device).double()[:, columns.to(device)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
-from hf_compress.core.batches import live_tokens
+from hf_compress.core.batches import base_inputs, seen_tokens
 from hf_compress.core.calibration import collect_inputs
 from hf_compress.core.data_needs import Data, DataNeeds
 from hf_compress.core.driver import LayerWalk
@@ -38,13 +38,14 @@ logger = logging.getLogger(__name__)
 
 
 class _Lengths:
-    """Counts sequences and live tokens while batches go by."""
+    """Counts sequences and the real tokens of their layers while batches go by."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
         self.sequences = self.tokens = 0
 
     def __call__(self, batch: Mapping[str, Any]) -> None:
-        live = live_tokens(batch)
+        live = seen_tokens(self._model, batch)
         self.sequences += len(live)
         self.tokens += int(live.sum())
 
@@ -105,7 +106,7 @@ def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data
     assert data is not None
     if config.selection == "fisher":
         return _compress_by_fisher(model, config, data)
-    lengths = _Lengths()
+    lengths = _Lengths(model)
     projections = observed_projections(blocks)
     if config.route == "sketch":
         statistics: dict[Any, Any] = {
@@ -257,9 +258,9 @@ def _compress_by_fisher(
     model: PreTrainedModel, config: StructuredPruningConfig, data: Data
 ) -> StructuredPruningConfig:
     blocks = layers_of(model)
-    lengths = _Lengths()
+    lengths = _Lengths(model)
     for batch in data:
-        lengths(batch)
+        lengths(base_inputs(model, batch))
     seq_len = config.seq_len or lengths.mean
     ones = [([1.0] * block.num_units, [1.0] * block.num_neurons) for block in blocks]
     sublayers = _sublayers(blocks, ones, config, seq_len)
