@@ -19,7 +19,7 @@ from hf_compress.report.quality import standard_error
 from hf_compress.stages.arguments import DeviceArguments, OutputArguments
 from hf_compress.stages.evaluate import Evaluate, EvaluateArguments, evaluate
 from hf_compress.stages.report import Report, ReportArguments, report
-from hf_compress.tasks.sequence_classification import ClassAnswers
+from hf_compress.tasks.class_answers import ClassAnswers
 from hf_compress.tasks.sources import DataArguments
 from tests.labelled_models import TEXTS, write_perfect_model, write_rows
 from tests.test_bad_input import WORDS, write_tokenizer

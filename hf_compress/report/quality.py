@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import EvalPrediction
 
 from hf_compress.core.batches import on_device
@@ -92,8 +99,42 @@ def evaluate_model(
     return evaluated(Measured(model, rows, processor, task_of_rows(model.config), ""), batch_size).metrics()
 
 
+class TaskEvaluation(TrainerCallback):
+    """Adds a task's metrics to a `Trainer`'s evaluations, for kinds that it cannot judge from what it gathers.
+
+    Args:
+        task: In the model's order of labels.
+        split: Which split is measured.
+        rows: As the task encoded that split.
+        processor: That encoded them.
+    """
+
+    def __init__(self, task: Task, split: str, rows: Dataset, processor: Processor) -> None:
+        self._task, self._split, self._rows, self._processor = task, split, rows, processor
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compute the metrics under the prefix of this evaluation; they count for the best model, too."""
+        metrics: dict[str, float] = kwargs["metrics"]
+        measured = Measured(kwargs["model"], self._rows, self._processor, self._task, self._split)
+        prefix = next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), "eval")
+        found = {
+            f"{prefix}_{name}": value for name, value in evaluated(measured, args.eval_batch_size).metrics().items()
+        }
+        metrics.update(found)
+        if state.log_history:
+            # It was written before callbacks are asked.
+            state.log_history[-1].update(found)
+
+
 def training_metrics(task: Task) -> dict[str, Callable[..., Any]]:
-    """The keyword arguments by which a `Trainer` computes a task's metrics in its evaluations."""
+    """The keyword arguments by which a `Trainer` computes a task's metrics in its evaluations.
+
+    Empty where it cannot: see `TaskEvaluation`.
+    """
+    if not task.judged_in_training:
+        return {}
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return task.training_metrics(prediction.predictions, prediction.label_ids)

@@ -12,10 +12,9 @@ from hf_compress.core.cost import count_cost
 from hf_compress.core.method import MethodConfig
 from hf_compress.methods import METHODS
 from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
-from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage
+from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage, task_for
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import calibration_batches
-from hf_compress.tasks.sources import load_task
 
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def compress_model(arguments: Compress) -> dict[str, Any]:
     require_left_out(arguments.model, ("freeze_embeddings",), f"{method.name} trains nothing")
     reads = method.needs_of(arguments.config).passes > 0
     # A method that looks at no data must not ask for a task.
-    task = load_task(arguments.data) if reads else None
+    task = task_for(arguments.model.model_name_or_path, arguments.data) if reads else None
     tokenizer, model = open_pair(arguments.model, task)
     model.to(arguments.device.chosen)
     results: dict[str, Any] = {}
@@ -73,5 +72,5 @@ def compress_model(arguments: Compress) -> dict[str, Any]:
     compress(model, arguments.config, data=batches)
     results["seconds"] = round(time.perf_counter() - start, 3)
     results |= {"step": steps_of(model)[-1], "before": before, "after": count_cost(model, _SEQ_LEN).to_dict()}
-    save_stage(arguments.output.output_dir, model, tokenizer, results)
+    save_stage(arguments.output.output_dir, model, tokenizer, results, task)
     return results

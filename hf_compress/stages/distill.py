@@ -97,7 +97,7 @@ def distill(arguments: Distill) -> dict[str, Any]:
     if args.uses_teacher:
         teacher = open_model(name, task)
         add_teacher_columns(common, task, arguments.data, name)
-    return run_training(DistillationTrainer(teacher_model=teacher, **common), student, tokenizer, args)
+    return run_training(DistillationTrainer(teacher_model=teacher, **common), task, student, tokenizer, args)
 
 
 def joint_distill(arguments: JointDistill) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def joint_distill(arguments: JointDistill) -> dict[str, Any]:
             logger.info("The teacher's %d positions are continued periodically up to %d.", limit, longest)
             lengthen_(teacher, longest)
         add_teacher_columns(common, task, arguments.data, name)
-    return run_training(JointTeacherTrainer(teacher_model=teacher, **common), student, tokenizer, args)
+    return run_training(JointTeacherTrainer(teacher_model=teacher, **common), task, student, tokenizer, args)
 
 
 def _share_new_head_(teacher: PreTrainedModel, student: PreTrainedModel, teacher_name: str) -> None:
@@ -153,4 +153,4 @@ def snapshot_distill(arguments: SnapshotDistill) -> dict[str, Any]:
     common = trainer_arguments(task, student, tokenizer, args, rows)
     if args.uses_teacher:
         add_teacher_columns(common, task, arguments.data, args.teacher_snapshots[0])
-    return run_training(SnapshotTeacherTrainer(**common), student, tokenizer, args)
+    return run_training(SnapshotTeacherTrainer(**common), task, student, tokenizer, args)

@@ -13,10 +13,10 @@ import evaluate as hub_metrics
 from hf_compress.core.saving import write_json
 from hf_compress.report.quality import evaluated
 from hf_compress.stages.arguments import DeviceArguments, StageArguments
-from hf_compress.stages.models import measured
+from hf_compress.stages.models import measured, task_for
 from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.arguments import DataArguments
-from hf_compress.tasks.sequence_classification import ClassAnswers
+from hf_compress.tasks.class_answers import ClassAnswers
 from hf_compress.tasks.sources import load_task
 from hf_compress.tasks.task import Task
 
@@ -76,9 +76,9 @@ def _extra(names: Sequence[str], answers: Answers) -> dict[str, float]:
     return results
 
 
-def opened_task(data: DataArguments, wanted: str | None) -> tuple[Task, str]:
-    """A task and the split of it that models are measured on."""
-    task = load_task(data)
+def opened_task(data: DataArguments, wanted: str | None, models: Sequence[str]) -> tuple[Task, str]:
+    """A task and the split of it that models are measured on; the first model says of which kind it is."""
+    task = task_for(models[0], data) if models else load_task(data)
     split = task.measured_split(wanted)
     logger.info("Models are measured on the %s split.", split)
     return task, split
@@ -94,7 +94,7 @@ def evaluate(arguments: Evaluate) -> dict[str, dict[str, Any]]:
         ValueError: If a model or the split cannot be opened or does not fit.
     """
     wanted, data = arguments.evaluation, arguments.data
-    task, split = opened_task(data, wanted.split)
+    task, split = opened_task(data, wanted.split, wanted.models)
     if wanted.output_file:
         Path(wanted.output_file).parent.mkdir(parents=True, exist_ok=True)
         if Path(wanted.output_file).is_dir():

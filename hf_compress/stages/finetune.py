@@ -42,4 +42,4 @@ def finetune(arguments: Finetune) -> dict[str, Any]:
     """
     task, tokenizer, model, rows = prepare(arguments.model, arguments.data, arguments.training.seed)
     trainer = CompressionTrainer(**trainer_arguments(task, model, tokenizer, arguments.training, rows))
-    return run_training(trainer, model, tokenizer, arguments.training)
+    return run_training(trainer, task, model, tokenizer, arguments.training)

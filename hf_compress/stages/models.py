@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_compress.api import apply_implied, check_finite, steps_of
 from hf_compress.core.devices import chosen_device
@@ -20,9 +28,11 @@ from hf_compress.core.positions import extend_positions_, most_tokens, position_
 from hf_compress.core.saving import complete_or_absent, write_json
 from hf_compress.folder_card import write_card
 from hf_compress.report.quality import Measured
+from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.kinds import kind_of_model
 from hf_compress.tasks.sequence_classification import SequenceClassification
-from hf_compress.tasks.task import Task
+from hf_compress.tasks.sources import load_task
+from hf_compress.tasks.task import Processor, Task
 
 
 logger = logging.getLogger(__name__)
@@ -79,6 +89,22 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"No tokenizer can be opened at {name!r}: {first_line(error)}") from error
 
 
+def open_processor(name: str, kind: type[Task]) -> Processor:
+    """What prepares examples of a kind for a model: its tokenizer, or its image processor.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not kind.reads_images:
+        return open_tokenizer(name)
+    try:
+        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        # transformers reports a broken file as whatever it breaks first.
+        raise ValueError(f"No image processor can be opened at {name!r}: {first_line(error)}") from error
+    return processor
+
+
 def _open_config(name: str) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(name)
@@ -102,6 +128,20 @@ def head_config(name: str, task: Task | None = None) -> PretrainedConfig | None:
     except (OSError, ValueError, KeyError):
         return None
     return config if _kind(config, task).has_head(config) else None
+
+
+def task_for(name: str, data: DataArguments) -> Task:
+    """The task that data hold for a model: where columns fit several kinds, what the model was made for decides.
+
+    Raises:
+        ValueError: If the data cannot be read or do not fit any kind.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        # Who opens the model says what is wrong with it.
+        config = None
+    return load_task(data, config)
 
 
 def has_head(name: str, task: Task | None = None) -> bool:
@@ -145,14 +185,22 @@ def open_model(name: str, task: Task | None = None, fresh_head: bool = False, ma
         model, loaded = kind.model_class.from_pretrained(name, output_loading_info=True, **settings)
         inside = f"{model.base_model_prefix}."
         # Checkpoints of masked language models have no pooler; it belongs to the head.
-        require_complete(
-            loaded, (lambda key: not key.startswith(inside) or key.startswith(f"{inside}pooler.")) if new else None
-        )
+        require_complete(loaded, _may_be_new(inside, kind, new))
     check_finite(model)
     apply_implied(model)
     if task is not None and match:
         fit_labels(task, model, name)
     return model
+
+
+def _may_be_new(inside: str, kind: type[Task], new_head: bool) -> Callable[[str], bool] | None:
+    """Which weights files may lack: a new head and the pooler, which belongs to it; None: none."""
+    if not kind.heads:
+        # A sentence's vector does not come from the pooler, which checkpoints of masked language models lack.
+        return lambda key: key.startswith("pooler.")
+    if not new_head:
+        return None
+    return lambda key: not key.startswith(inside) or key.startswith(f"{inside}pooler.")
 
 
 def fit_labels(task: Task, model: PreTrainedModel, name: str) -> Task:
@@ -176,7 +224,7 @@ def measured(name: str, task: Task, split: str, max_length: int, device: str = "
     Raises:
         ValueError: If model and tokenizer cannot be opened, or do not fit each other or the task.
     """
-    processor, model = open_tokenizer(name), open_model(name, task, match=False)
+    processor, model = open_processor(name, type(task)), open_model(name, task, match=False)
     check_vocabulary(model.config, processor)
     matched = fit_labels(task, model, name)
     rows = matched.encode(split, processor, max_length)
@@ -186,8 +234,8 @@ def measured(name: str, task: Task, split: str, max_length: int, device: str = "
 
 def open_pair(
     model_args: ModelArguments, task: Task | None = None, fresh_head: bool = False
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and classifier that a stage starts from.
+) -> tuple[Processor, PreTrainedModel]:
+    """Tokenizer (or image processor) and model that a stage starts from.
 
     Args:
         model_args: Where they are.
@@ -198,12 +246,13 @@ def open_pair(
         ValueError: If they cannot be opened, do not belong together, or the model takes more tokens already.
     """
     model = open_model(model_args.model_name_or_path, task, fresh_head, match=False)
-    tokenizer = open_tokenizer(model_args.tokenizer_name or model_args.model_name_or_path)
-    check_vocabulary(model.config, tokenizer)
+    processor = open_processor(model_args.tokenizer_name or model_args.model_name_or_path, _kind(model.config, task))
+    check_vocabulary(model.config, processor)
     if model_args.max_positions is not None:
         lengthen_(model, model_args.max_positions)
-        tokenizer.model_max_length = model_args.max_positions
-    return tokenizer, model
+        if isinstance(processor, PreTrainedTokenizerBase):
+            processor.model_max_length = model_args.max_positions
+    return processor, model
 
 
 def lengthen_(model: PreTrainedModel, tokens: int) -> None:
@@ -234,25 +283,41 @@ def freeze_embeddings_(model: PreTrainedModel) -> None:
             parameter.requires_grad_(False)
 
 
-def check_vocabulary(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(config: PretrainedConfig, processor: Processor) -> None:
     """Raise `ValueError` when a tokenizer can produce ids that the model has no embedding for."""
-    if len(tokenizer) > config.vocab_size:
+    if isinstance(processor, PreTrainedTokenizerBase) and len(processor) > config.vocab_size:
         raise ValueError(
-            f"The tokenizer must have at most the model's {config.vocab_size} tokens, got {len(tokenizer)}: "
+            f"The tokenizer must have at most the model's {config.vocab_size} tokens, got {len(processor)}: "
             "it belongs to another model."
         )
 
 
 def save_stage(
-    directory: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, results: Mapping[str, Any]
+    directory: str | Path,
+    model: PreTrainedModel,
+    processor: Processor,
+    results: Mapping[str, Any],
+    task: Task | None = None,
 ) -> None:
     """Save model, tokenizer and `results.json` so that the directory is complete or does not load.
+
+    Args:
+        directory: Where to.
+        model: What to save.
+        processor: Its tokenizer or image processor.
+        results: What `results.json` shall hold.
+        task: What the model is for; sentence encoders have further files beside them.
 
     Raises:
         ValueError: If the disk is full or the place cannot be written.
     """
     with complete_or_absent(directory) as staged:
         model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
+        processor.save_pretrained(staged)
         write_json(staged / "results.json", results)
+        # What the model was opened from may have such files.
+        source = getattr(model.config, "_name_or_path", "")
+        for file, content in (task.files_beside(source) if task is not None and source else {}).items():
+            (staged / file).parent.mkdir(parents=True, exist_ok=True)
+            (staged / file).write_bytes(content)
         write_card(staged, model, directory)

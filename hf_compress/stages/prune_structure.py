@@ -10,10 +10,9 @@ from hf_compress.api import compress, steps_of
 from hf_compress.core.cost import count_cost
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
 from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
-from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage
+from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage, task_for
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import calibration_batches
-from hf_compress.tasks.sources import load_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
     calibration = arguments.calibration
     require_left_out(model_args, ("freeze_embeddings", "max_positions"), "prune-structure trains nothing")
     require_left_out(data, ("max_eval_samples",), "prune-structure measures nothing")
-    task = load_task(data)
+    task = task_for(model_args.model_name_or_path, data)
     tokenizer, model = open_pair(model_args, task)
     task = fit_labels(task, model, model_args.model_name_or_path)
     model.to(arguments.device.chosen)
@@ -71,7 +70,7 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
         "calibration_samples": calibration.calibration_samples,
         "calibration_seed": calibration.calibration_seed,
     }
-    save_stage(arguments.output.output_dir, model, tokenizer, results)
+    save_stage(arguments.output.output_dir, model, tokenizer, results, task)
     return results
 
 

@@ -59,7 +59,7 @@ def report(arguments: Report) -> dict[str, Any]:
         ValueError: If a model or the split cannot be opened or does not fit.
     """
     wanted = arguments.comparison
-    task, split = opened_task(arguments.data, wanted.split)
+    task, split = opened_task(arguments.data, wanted.split, wanted.models)
     models, folders = {}, {}
     for name in wanted.models:
         label = Path(name).name or name

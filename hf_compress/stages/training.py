@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     DataCollatorWithPadding,
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 from hf_compress.core.positions import most_tokens
-from hf_compress.report.quality import training_metrics
+from hf_compress.report.quality import TaskEvaluation, training_metrics
 from hf_compress.stages.models import (
     ModelArguments,
     check_vocabulary,
@@ -26,10 +27,12 @@ from hf_compress.stages.models import (
     open_pair,
     open_tokenizer,
     save_stage,
+    task_for,
 )
 from hf_compress.tasks.arguments import DataArguments
+from hf_compress.tasks.inputs import row_lengths
 from hf_compress.tasks.sources import load_task
-from hf_compress.tasks.task import Task
+from hf_compress.tasks.task import Processor, Task
 from hf_compress.training.collator import TEACHER_PREFIX, TeacherStudentCollator
 from hf_compress.training.trainer import CompressionTrainer
 
@@ -37,24 +40,25 @@ from hf_compress.training.trainer import CompressionTrainer
 logger = logging.getLogger(__name__)
 
 
-def _splits(task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> dict[str, Any]:
-    train = task.encode("train", tokenizer, data.max_length)
-    rows = {"train": train.add_column("length", [len(ids) for ids in train["input_ids"]])}
+def _splits(task: Task, processor: Processor, data: DataArguments) -> dict[str, Dataset]:
+    train = task.encode("train", processor, data.max_length)
+    rows = {"train": train.add_column("length", row_lengths(train))}
     if task.evaluation_split is not None:
-        rows["evaluation"] = task.encode(task.evaluation_split, tokenizer, data.max_length)
+        rows["evaluation"] = task.encode(task.evaluation_split, processor, data.max_length)
     return rows
 
 
 def prepare(
     model_args: ModelArguments, data: DataArguments, seed: int, trains: bool = True, teacher: str | None = None
-) -> tuple[Task, PreTrainedTokenizerBase, PreTrainedModel, dict[str, Any]]:
-    """Task, tokenizer, model and tokenized splits that fit together.
+) -> tuple[Task, Processor, PreTrainedModel, dict[str, Dataset]]:
+    """Task, tokenizer (or image processor), model and encoded splits that fit together.
 
     Args:
         model_args, data: Where they are.
         seed: Of a new head.
         trains: Whether the model is trained: then it may get a new head, and the task's label names.
-        teacher: Hub name or folder of a classifier whose labels a new head shall have.
+        teacher: Hub name or folder of the model that teaches: it says of which kind the task is, where columns fit
+            several, and a new head has its labels.
 
     Returns:
         The task has the model's label ids.
@@ -62,14 +66,17 @@ def prepare(
     Raises:
         ValueError: If they do not fit together.
     """
-    task = load_task(data)
+    task = task_for(teacher or model_args.model_name_or_path, data)
+    if trains and teacher is None and not task.has_own_loss:
+        # A sentence encoder may be about to learn classes.
+        task = _with_own_loss(load_task(data))
     task.require_trainable()
     headless = head_config(model_args.model_name_or_path, task) is None
     taught = head_config(teacher, task) if teacher and headless else None
     if taught is not None:
         task = task.matched(taught)
     set_seed(seed)
-    tokenizer, model = open_pair(model_args, task, fresh_head=trains)
+    processor, model = open_pair(model_args, task, fresh_head=trains)
     task = fit_labels(task, model, model_args.model_name_or_path)
     if trains:
         model.config.update(task.names_for(model.config))
@@ -79,37 +86,62 @@ def prepare(
         logger.info("Models are measured on the %s split.", task.evaluation_split)
     if model_args.freeze_embeddings:
         freeze_embeddings_(model)
-    rows = _splits(task, tokenizer, data)
-    longest, limit = max(len(ids) for split in rows.values() for ids in split["input_ids"]), most_tokens(model)
+    rows = _splits(task, processor, data)
+    longest, limit = max(max(row_lengths(split)) for split in rows.values()), most_tokens(model)
     if limit is not None and longest > limit:
         raise ValueError(
             f"max_length must be at most the model's {limit} positions, got {data.max_length} and examples of "
             f"{longest} tokens. Or give it more (max_positions)."
         )
-    return task, tokenizer, model, rows
+    return task, processor, model, rows
+
+
+def _with_own_loss(task: Task) -> Task:
+    if task.has_own_loss:
+        return task
+    raise ValueError(
+        f"{task.kind} has no loss of its own: let a teacher teach it (distill --alpha_task 0 --alpha_output 0 "
+        "--alpha_layer 1), or say what else is to be learned (task_kind)."
+    )
 
 
 def trainer_arguments(
     task: Task,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     args: TrainingArguments,
-    rows: dict[str, Any],
+    rows: dict[str, Dataset],
 ) -> dict[str, Any]:
-    """What every trainer of a classification task takes; all but `args` comes from `prepare`."""
+    """What every trainer takes; all but `args` comes from `prepare`.
+
+    Raises:
+        ValueError: If the losses in `args` do not exist for the task.
+    """
+    if not task.has_own_loss and (getattr(args, "alpha_task", 1) or getattr(args, "alpha_output", 1)):
+        raise ValueError(
+            f"alpha_task and alpha_output must be 0 for {task.kind}, which has neither labels to learn nor logits: "
+            "set alpha_layer, which distils hidden states."
+        )
+    callbacks = []
+    if not task.judged_in_training:
+        # Its outputs are of no use to the trainer, and large.
+        args.prediction_loss_only = True
+        if task.evaluation_split is not None:
+            callbacks = [TaskEvaluation(task, task.evaluation_split, rows["evaluation"], processor)]
     return {
         "model": model,
         "args": args,
         "train_dataset": rows["train"],
         "eval_dataset": rows.get("evaluation"),
-        "data_collator": task.collator(tokenizer),
-        "processing_class": tokenizer,
+        "data_collator": task.collator(processor),
+        "processing_class": processor,
+        "callbacks": callbacks,
         **training_metrics(task),
     }
 
 
 def run_training(
-    trainer: CompressionTrainer, model: PreTrainedModel, tokenizer: Any, args: TrainingArguments
+    trainer: CompressionTrainer, task: Task, model: PreTrainedModel, processor: Processor, args: TrainingArguments
 ) -> dict[str, Any]:
     """Train (or go on training), evaluate, save; returns the results that were written."""
     resume = args.resume_from_checkpoint
@@ -122,7 +154,7 @@ def run_training(
     if trainer.eval_dataset is not None:
         results.update(trainer.evaluate(), eval_split=str(trainer.eval_dataset.split))
     if trainer.is_world_process_zero():
-        save_stage(args.output_dir, model, tokenizer, results)
+        save_stage(args.output_dir, model, processor, results, task)
     return results
 
 

@@ -24,6 +24,9 @@ class DataArguments:
         text_pair_column: Column with the second text of each pair, when `text_column` names the first.
         label_column: Column with the labels. Left out: usual names such as label, intent or category are found.
         max_length: Longest input in tokens; longer texts are cut.
+        window_stride: Question answering: how many tokens two neighbouring windows of a long text share. Left out: a
+            third of `max_length`.
+        separate_rows: Language modelling: every row is a text of its own. Left out: all rows are one running text.
         max_train_samples: Use only this many training examples, drawn with a fixed seed.
         max_eval_samples: Use only this many validation and test examples, drawn with a fixed seed.
     """
@@ -38,12 +41,16 @@ class DataArguments:
     text_pair_column: str | None = None
     label_column: str | None = None
     max_length: int = 128
+    window_stride: int | None = None
+    separate_rows: bool = False
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {self.max_length}.")
+        if self.window_stride is not None and not 0 <= self.window_stride < self.max_length:
+            raise ValueError(f"window_stride must be in 0..max_length - 1, got {self.window_stride}.")
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -95,6 +95,37 @@ def label_column(table: Table, given: str | None = None) -> str:
     return found
 
 
+def find_column(table: Table, given: str | None, usual: Sequence[str]) -> str | None:
+    """The column that the user named, or the first of the usual ones that a table has; None where it has none."""
+    if given is not None:
+        return given if given in table.columns else None
+    return next((found for name in usual if (found := _named(table, name)) is not None), None)
+
+
+def chosen_column(table: Table, given: str | None, flag: str, what: str, usual: Sequence[str]) -> str:
+    """The column that the user named, or the only usual one.
+
+    Args:
+        table: Where to look.
+        given: The user's choice, if any.
+        flag: That names it.
+        what: Stands in it.
+        usual: Its usual names.
+
+    Raises:
+        ValueError: Lists the columns and names the flag.
+    """
+    if given is not None:
+        return _given(table, flag, given)
+    found = _only(table, usual, flag)
+    if found is None:
+        raise ValueError(
+            f"{table.where} has the columns {_listed(table)}: name the one with the {what} by --{flag}, or call it "
+            f"{', '.join(usual)}."
+        )
+    return found
+
+
 def finds_texts(table: Table, args: DataArguments) -> bool:
     """Whether a table has columns of texts, named by the user or as usual."""
     return _found(lambda: text_columns(table, args.text_column, args.text_pair_column))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -55,19 +56,27 @@ def length_sorted(rows: Dataset, batch_size: int, processor: Processor) -> Itera
 
 def padded_batch(rows: Dataset, index: Sequence[int], processor: Processor) -> Batch:
     """The encoded rows whose numbers are in `index`, padded to the longest, with `labels` where there are any."""
-    chosen = rows.select(index)
-    inputs = {*processor.model_input_names, *_TEXT_INPUTS}
-    names = [name for name in chosen.column_names if name in inputs]
+    return collated(list(rows.select(index)), processor)
+
+
+def collated(features: Sequence[Mapping[str, Any]], processor: Processor) -> Batch:
+    """A batch of rows: what the processor's model takes, padded to the longest, with `labels` where there are any.
+
+    Args:
+        features: Encoded rows; columns that no model takes are left out.
+        processor: That encoded them. It may have no padding token.
+    """
+    taken = {*processor.model_input_names, *_TEXT_INPUTS}
+    inputs = [{name: value for name, value in row.items() if name in taken} for row in features]
     batch: Batch
     if isinstance(processor, PreTrainedTokenizerBase):
-        features = list(chosen.select_columns(names))
         # What stands on padded positions is not read; a tokenizer without a padding token has none to put there.
-        padded = processor.pad(features, return_tensors="pt") if processor.pad_token else _padded_with_zeros(features)
+        padded = processor.pad(inputs, return_tensors="pt") if processor.pad_token else _padded_with_zeros(inputs)
         batch = dict(padded)
     else:
-        batch = {name: torch.stack(list(chosen.with_format("torch")[name][:])) for name in names}
-    if "labels" in rows.column_names:
-        batch["labels"] = _labels(chosen["labels"][:], getattr(processor, "padding_side", "right"))
+        batch = {name: torch.tensor(np.array([row[name] for row in inputs])) for name in inputs[0]}
+    if "labels" in features[0]:
+        batch["labels"] = _labels([row["labels"] for row in features], getattr(processor, "padding_side", "right"))
     return batch
 
 

@@ -7,13 +7,26 @@ from collections.abc import Sequence
 from transformers import PretrainedConfig
 
 from hf_compress.tasks.arguments import DataArguments
+from hf_compress.tasks.image_classification import ImageClassification
+from hf_compress.tasks.language_modeling import LanguageModeling
 from hf_compress.tasks.published import PUBLISHED
+from hf_compress.tasks.question_answering import QuestionAnswering
+from hf_compress.tasks.sentence_embedding import SentenceEmbedding
 from hf_compress.tasks.sequence_classification import SequenceClassification
 from hf_compress.tasks.table_files import Table
 from hf_compress.tasks.task import Task
+from hf_compress.tasks.token_classification import TokenClassification
 
 
-_KINDS: Sequence[type[Task]] = (SequenceClassification,)
+# In the order in which columns are tried: the more particular ones first.
+_KINDS: Sequence[type[Task]] = (
+    QuestionAnswering,
+    TokenClassification,
+    ImageClassification,
+    SequenceClassification,
+    SentenceEmbedding,
+    LanguageModeling,
+)
 TASK_KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in _KINDS}
 
 
@@ -29,8 +42,8 @@ def kind_named(name: str) -> type[Task]:
 
 
 def kind_of_model(config: PretrainedConfig) -> type[Task] | None:
-    """The kind that a model has the head of; None for a model without one of ours."""
-    return next((kind for kind in TASK_KINDS.values() if kind.heads and kind.has_head(config)), None)
+    """The kind that a model was made for; None for an encoder that could learn any."""
+    return next((kind for kind in TASK_KINDS.values() if kind.made_for(config)), None)
 
 
 def choose_kind(table: Table, name: str, args: DataArguments, model: PretrainedConfig | None = None) -> type[Task]:
@@ -43,14 +56,25 @@ def choose_kind(table: Table, name: str, args: DataArguments, model: PretrainedC
         model: Of the model that will read the task; it decides where columns fit several kinds.
 
     Raises:
-        ValueError: If there is no such kind.
+        ValueError: If there is no such kind, or the columns fit several and the model does not decide.
     """
     if args.task_kind is not None:
         return kind_named(args.task_kind)
-    if name in PUBLISHED:
-        return TASK_KINDS[PUBLISHED[name].kind]
+    published = TASK_KINDS[PUBLISHED[name].kind] if name in PUBLISHED else None
+    if published is not None and args.task_name is not None:
+        return published
     fitting = [kind for kind in TASK_KINDS.values() if kind.fits(table, args)]
-    if model is not None and (head := kind_of_model(model)) in fitting:
-        return head
-    # The columns of texts and labels are explained where they are looked for.
-    return fitting[0] if fitting else SequenceClassification
+    made_for = kind_of_model(model) if model is not None else None
+    for kind in (made_for, published):
+        if kind in fitting:
+            return kind
+    if len(fitting) < 2 or SequenceClassification in fitting:
+        # What columns it needs is explained where it looks for them.
+        return fitting[0] if len(fitting) == 1 else SequenceClassification
+    if model is not None and LanguageModeling in fitting:
+        # Not made for language modelling, or it would have said so.
+        fitting.remove(LanguageModeling)
+    if len(fitting) > 1:
+        names = " or ".join(kind.kind for kind in fitting)
+        raise ValueError(f"{table.where} has columns that fit {names}: choose one with --task_kind.")
+    return fitting[0]

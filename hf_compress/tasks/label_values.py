@@ -39,7 +39,7 @@ class Labels:
 
 
 def _refuse(table: Table, column: str, row: int, what: str) -> None:
-    raise ValueError(f"{table.where}: {column} {what} in row {row}.")
+    raise ValueError(f"{table.where}: {column} {what} in row {table.row_of(row)}.")
 
 
 def _is_empty(value: Any, typed: bool) -> bool:
@@ -54,7 +54,7 @@ def _raw(table: Table, column: str) -> list[Any]:
     for row, value in enumerate(values, 1):
         if _is_empty(value, table.typed):
             raise ValueError(
-                f"{table.where}: {column} must be filled in every row, it is empty in row {row} "
+                f"{table.where}: {column} must be filled in every row, it is empty in row {table.row_of(row)} "
                 f"({sum(_is_empty(v, table.typed) for v in values)} in all)."
             )
         if not isinstance(value, bool | int | float | str):
@@ -108,9 +108,10 @@ def _of_one_kind(tables: Mapping[str, Table], values: dict[str, list[Any]], colu
             if first is None:
                 first = (split, row, value)
             elif _kind(value) != _kind(first[2]):
+                here, there = tables[split].row_of(row), tables[first[0]].row_of(first[1])
                 raise ValueError(
-                    f"{tables[split].where}: {column} is {_kind(value)} in row {row} ({value!r}), but "
-                    f"{_kind(first[2])} in row {first[1]} of {first[0]} ({first[2]!r}): write all labels alike."
+                    f"{tables[split].where}: {column} is {_kind(value)} in row {here} ({value!r}), but "
+                    f"{_kind(first[2])} in row {there} of {first[0]} ({first[2]!r}): write all labels alike."
                 )
 
 
@@ -150,6 +151,10 @@ def _first_rows(values: Mapping[str, list[Any]], name_of: Mapping[Any, str]) -> 
     return first
 
 
+def _rows_of(tables: Mapping[str, Table], first: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    return {split: {n: tables[split].row_of(place) for n, place in rows.items()} for split, rows in first.items()}
+
+
 def _declared(
     tables: Mapping[str, Table], values: Mapping[str, list[Any]], column: str, names: tuple[str, ...]
 ) -> Labels:
@@ -163,7 +168,7 @@ def _declared(
     ids = {s: [int(v) for v in rows] for s, rows in values.items()}
     first = _first_rows(ids, dict(enumerate(names)))
     generic = all(name == f"LABEL_{i}" or name == str(i) for i, name in enumerate(names))
-    return Labels(ids, names, tuple(range(len(names))) if generic else None, True, first)
+    return Labels(ids, names, tuple(range(len(names))) if generic else None, True, _rows_of(tables, first))
 
 
 def _occurring(
@@ -184,7 +189,8 @@ def _occurring(
             names = tuple(map(str, numbers))
     places = {value: i for i, value in enumerate(found)}
     ids = {s: [places[v] for v in rows] for s, rows in values.items()}
-    return Labels(ids, names, numbers, False, _first_rows(values, dict(zip(found, names, strict=True))))
+    first = _first_rows(values, dict(zip(found, names, strict=True)))
+    return Labels(ids, names, numbers, False, _rows_of(tables, first))
 
 
 def without_unlabelled_test(tables: Mapping[str, Table], column: str) -> dict[str, Table]:

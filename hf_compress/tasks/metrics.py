@@ -5,9 +5,15 @@ Letters: B examples, C classes.
 
 from __future__ import annotations
 
-import numpy as np
-from scipy import stats
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+
+Array = npt.NDArray[Any]
 
 # What each task is judged by; others: accuracy, or Spearman for regression.
 MAIN_METRIC = {"cola": "matthews_correlation", "stsb": "spearman"}
@@ -18,9 +24,7 @@ def main_metric(task_name: str, num_labels: int) -> str:
     return MAIN_METRIC.get(task_name, "spearman" if num_labels == 1 else "accuracy")
 
 
-def classification_metrics(
-    predictions: np.ndarray, labels: np.ndarray, num_classes: int | None = None
-) -> dict[str, float]:
+def classification_metrics(predictions: Array, labels: Array, num_classes: int | None = None) -> dict[str, float]:
     """Accuracy, and for two classes F1 of class 1 and Matthews' correlation.
 
     Args:
@@ -34,15 +38,20 @@ def classification_metrics(
     """
     result = {"accuracy": float((predictions == labels).mean())}
     if num_classes == 2 or (num_classes is None and set(np.unique(labels)) | set(np.unique(predictions)) <= {0, 1}):
-        tp, tn = float(((predictions == 1) & (labels == 1)).sum()), float(((predictions == 0) & (labels == 0)).sum())
-        fp, fn = float(((predictions == 1) & (labels == 0)).sum()), float(((predictions == 0) & (labels == 1)).sum())
-        spread = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-        result["f1"] = 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0
-        result["matthews_correlation"] = float((tp * tn - fp * fn) / spread) if spread else 0.0
+        # Both are 0 where they are undefined: nothing of class 1 to find, or only one class answered.
+        result["f1"] = float(f1_score(labels, predictions, zero_division=0))
+        result["matthews_correlation"] = _matthews(predictions, labels)
     return result
 
 
-def regression_metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def _matthews(predictions: Array, labels: Array) -> float:
+    # scikit-learn divides by zero, and warns, where a single class occurs.
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    return float(matthews_corrcoef(labels, predictions))
+
+
+def regression_metrics(predictions: Array, labels: Array) -> dict[str, float]:
     """Pearson's and Spearman's correlation; 0 when the predictions are all the same.
 
     Args:
@@ -57,7 +66,23 @@ def regression_metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str,
     }
 
 
-def task_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def multi_label_metrics(logits: Array, labels: Array) -> dict[str, float]:
+    """How well sets of classes are found: F1 over all pairs of example and class, its mean over the classes, and
+    the fraction of examples whose set is exactly right.
+
+    Args:
+        logits: [B, C]; classes above 0 are answered, whose probability is above a half.
+        labels: [B, C] 1 for the classes of an example.
+    """
+    found = logits > 0
+    return {
+        "f1": float(f1_score(labels, found, average="micro", zero_division=0)),
+        "f1_macro": float(f1_score(labels, found, average="macro", zero_division=0)),
+        "accuracy": float((found == labels.astype(bool)).all(-1).mean()),
+    }
+
+
+def task_metrics(logits: Array, labels: Array) -> dict[str, float]:
     """The metrics of a task from the model's logits.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -13,6 +14,7 @@ class Published:
         kind: Its name in the table of kinds.
         path, configuration: On the hub.
         columns: Where its texts are; empty where the kind knows.
+        files: Split -> file on the hub, where the whole would be too much.
         num_labels: How many labels it has; 1 is regression, None where there are none.
     """
 
@@ -21,6 +23,7 @@ class Published:
     configuration: str | None
     columns: tuple[str, ...] = ()
     num_labels: int | None = None
+    files: Mapping[str, str] | None = None
 
 
 def _glue(name: str, columns: tuple[str, ...], num_labels: int = 2) -> Published:
@@ -36,5 +39,19 @@ PUBLISHED = {
     "qqp": _glue("qqp", ("question1", "question2")),
     "rte": _glue("rte", ("sentence1", "sentence2")),
     "sst2": _glue("sst2", ("sentence",)),
+    "squad": Published("question-answering", "rajpurkar/squad", None),
     "stsb": _glue("stsb", ("sentence1", "sentence2"), 1),
+    "c4": Published(
+        "language-modeling",
+        "allenai/c4",
+        None,
+        # The parts that papers on the compression of language models use.
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    ),
+    "conll2003": Published("token-classification", "eriktks/conll2003", None),
+    "ptb": Published("language-modeling", "ptb-text-only/ptb_text_only", None),
+    "wikitext2": Published("language-modeling", "Salesforce/wikitext", "wikitext-2-raw-v1"),
 }

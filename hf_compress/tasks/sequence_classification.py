@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict, Features, List, Value
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -22,6 +21,7 @@ from transformers import (
 
 from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.arguments import DataArguments
+from hf_compress.tasks.class_answers import ClassAnswers, SetAnswers
 from hf_compress.tasks.column_choice import (
     finds_label,
     finds_texts,
@@ -31,53 +31,14 @@ from hf_compress.tasks.column_choice import (
     text_columns,
 )
 from hf_compress.tasks.inputs import tokenizer_for
+from hf_compress.tasks.label_lists import holds_lists, read_label_lists
 from hf_compress.tasks.label_matching import match_labels
 from hf_compress.tasks.label_values import read_labels, without_unlabelled_test
 from hf_compress.tasks.labelled import LabelledTask
-from hf_compress.tasks.metrics import main_metric, task_metrics
+from hf_compress.tasks.metrics import main_metric, multi_label_metrics, task_metrics
 from hf_compress.tasks.published import PUBLISHED
 from hf_compress.tasks.table_files import Table
 from hf_compress.tasks.task import Array, Batch, Collator, Processor, Task, drawn
-
-
-@dataclass(frozen=True)
-class ClassAnswers(Answers):
-    """Answers of a classifier, or of a model that gives a score.
-
-    Args:
-        logits: [B, C], or [B, 1] scores.
-        labels: [B] what would have been right.
-        names: Of the classes; their numbers stand for missing ones.
-    """
-
-    logits: Array
-    labels: Array
-    names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def metrics(self) -> dict[str, float]:
-        return task_metrics(self.logits, self.labels)
-
-    def at(self, examples: npt.NDArray[np.int64]) -> ClassAnswers:
-        return ClassAnswers(self.logits[examples], self.labels[examples], self.names)
-
-    def right(self) -> npt.NDArray[np.bool_] | None:
-        if self.logits.shape[-1] == 1:
-            return None
-        return np.asarray(self.logits.argmax(-1) == self.labels)
-
-    def describe(self, example: int) -> tuple[str, str]:
-        return self._name(int(self.labels[example])), self._name(int(self.logits[example].argmax()))
-
-    def compared(self) -> dict[str, Array]:
-        """Predicted classes or scores and the right ones, under the names that metrics of the hub take."""
-        scores = self.logits.shape[-1] == 1
-        return {"predictions": self.logits[:, 0] if scores else self.logits.argmax(-1), "references": self.labels}
-
-    def _name(self, label: int) -> str:
-        return self.names[label] if label < len(self.names) else str(label)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +47,11 @@ class SequenceClassification(LabelledTask):
 
     Args:
         text_columns: One, or two for pairs.
+        several: Whether a text may have several classes, or none; `label` is then a list.
     """
 
     text_columns: tuple[str, ...]
+    several: bool = False
 
     kind: ClassVar[str] = "sequence-classification"
     summary: ClassVar[str] = "a class or a score for a text or a pair of texts"
@@ -117,13 +80,19 @@ class SequenceClassification(LabelledTask):
         for table in tables.values():
             require_columns(table, (*texts, column))
         read = {split: read_texts(table, texts, lenient=known is not None) for split, table in tables.items()}
-        labels = read_labels(tables, column, known.num_labels if known else None)
-        kinds = Features(
-            {**{text: Value("string") for text in texts}, "label": Value("int64" if labels.names else "float64")}
-        )
+        values: Mapping[str, Sequence[Any]]
+        several = any(_names_several(table, column) for table in tables.values())
+        if several:
+            lists = read_label_lists(tables, column)
+            labels, values = lists.labels, lists.values
+        else:
+            labels = read_labels(tables, column, known.num_labels if known else None)
+            values = labels.values
+        kind = Value("int64" if labels.names else "float64")
+        kinds = Features({**{text: Value("string") for text in texts}, "label": List(kind) if several else kind})
         splits = DatasetDict(
             {
-                split: Dataset.from_dict({**read[split], "label": labels.values[split]}, features=kinds, split=split)
+                split: Dataset.from_dict({**read[split], "label": values[split]}, features=kinds, split=split)
                 for split in tables
             }
         )
@@ -136,21 +105,27 @@ class SequenceClassification(LabelledTask):
             declared=labels.declared,
             first_rows=labels.first_rows or {},
             text_columns=texts,
+            several=several,
         )
 
     @property
     def main_metric(self) -> str:
-        """What GLUE judges the task by; others: accuracy, or Spearman for regression."""
-        return main_metric(self.name, self.num_labels)
+        """What GLUE judges the task by; others: accuracy, F1 where texts have several classes, Spearman
+        for scores."""
+        return "f1" if self.several else main_metric(self.name, self.num_labels)
 
     def encode(self, split: str, processor: Processor, max_length: int) -> Dataset:
         """Token ids and masks with `labels`, unpadded."""
         rows, tokenizer = self.split(split), tokenizer_for(processor, max_length)
-        cast = float if self.is_regression else int
+
+        def target(label: Any) -> Any:
+            if self.several:
+                return [float(i in label) for i in range(self.num_labels)]
+            return float(label) if self.is_regression else int(label)
 
         def encoded(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             inputs = tokenizer(*(batch[c] for c in self.text_columns), truncation=True, max_length=max_length)
-            return {**inputs, "labels": [cast(label) for label in batch["label"]]}
+            return {**inputs, "labels": [target(label) for label in batch["label"]]}
 
         return rows.map(encoded, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
 
@@ -171,26 +146,47 @@ class SequenceClassification(LabelledTask):
         """The logits [C] of each row."""
         return list(outputs.logits.float())
 
-    def answers(self, split: str, rows: Dataset, outputs: Sequence[Array]) -> ClassAnswers:
+    def answers(self, split: str, rows: Dataset, outputs: Sequence[Array]) -> Answers:
         """Logits and labels in the order of the files."""
         labels = rows.with_format("numpy")["labels"][:]
+        if self.several:
+            return SetAnswers(*self._sets_in_own_order(np.stack(outputs), labels), self.own_names())
         return ClassAnswers(*self.in_own_order(np.stack(outputs), labels), self.own_names())
+
+    def _sets_in_own_order(self, logits: Array, labels: Array) -> tuple[Array, Array]:
+        places = self.own_order(logits.shape[-1])
+        return logits[:, places], labels[:, places]
 
     def training_metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
         """The metrics from gathered logits and labels."""
         logits = predictions[0] if isinstance(predictions, tuple) else predictions
+        if self.several:
+            return multi_label_metrics(*self._sets_in_own_order(np.asarray(logits), np.asarray(labels)))
         return task_metrics(*self.in_own_order(np.asarray(logits), np.asarray(labels)))
 
     def matched(self, config: PretrainedConfig) -> Task:
         """The task with the label ids of a model; numbers become scores for a model that gives one."""
+        several = config.problem_type == "multi_label_classification"
+        if several != self.several and (several or config.problem_type is not None):
+            ours, theirs = ("lists of labels" if many else "one label for a text" for many in (self.several, several))
+            raise ValueError(
+                f"its head was made for {theirs} (problem_type {config.problem_type}), the task {self.name!r} has "
+                f"{ours}."
+            )
         return match_labels(self, config)
 
     def head_settings(self) -> dict[str, Any]:
         """The config fields that size and name a new head."""
         if self.is_regression:
             return {"num_labels": 1, "problem_type": "regression"}
-        return {**super().head_settings(), "problem_type": "single_label_classification"}
+        number = "multi" if self.several else "single"
+        return {**super().head_settings(), "problem_type": f"{number}_label_classification"}
 
     def describe_head(self) -> str:
         """A score, or the classes."""
         return "a score" if self.is_regression else super().describe_head()
+
+
+def _names_several(table: Table, column: str) -> bool:
+    """Whether a column of labels holds lists, and not each time a single label in brackets."""
+    return holds_lists(table, column) and any(len(value or ()) != 1 for value in table.read(column))

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from hf_compress.tasks.arguments import DataArguments as DataArguments
 from hf_compress.tasks.kinds import choose_kind
-from hf_compress.tasks.published import PUBLISHED
+from hf_compress.tasks.published import PUBLISHED, Published
 from hf_compress.tasks.table_files import SUFFIXES, Table, read_table, table_of
 from hf_compress.tasks.task import EVALUATED, Task
 
@@ -51,16 +51,17 @@ def load_task(args: DataArguments, model: PretrainedConfig | None = None) -> Tas
                 f"task_name must be one of {', '.join(PUBLISHED)} (or give data_dir), got {args.task_name!r}."
             )
         known = PUBLISHED[args.task_name]
-        tables, name = _from_hub(known.path, known.configuration), args.task_name
+        tables, name = _from_hub(known), args.task_name
     else:
         raise ValueError("task_name, data_dir or train_file must say where the examples are, got none of them.")
     kind = choose_kind(next(iter(tables.values())), name, args, model)
     return kind.read(tables, name, args)
 
 
-def _from_hub(path: str, configuration: str | None) -> dict[str, Table]:
+def _from_hub(known: Published) -> dict[str, Table]:
+    path = known.path
     try:
-        splits = datasets.load_dataset(path, configuration)
+        splits = datasets.load_dataset(path, known.configuration, data_files=known.files)
     except (ConnectionError, OSError, datasets.exceptions.DatasetNotFoundError) as error:
         raise ValueError(
             f"Cannot read {path} from the hub ({type(error).__name__}); give data_dir to read files."

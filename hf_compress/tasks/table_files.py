@@ -35,6 +35,7 @@ class Table:
         read: Column name -> its values as Python objects.
         typed: Whether numbers and texts are told apart; the cells of CSV and TSV files are all texts.
         class_names: Column name -> names of its ids, where the file has them.
+        row_of: Value -> the row (from 1) that it stands in, where a row has several values; both count from 1.
     """
 
     where: str
@@ -42,6 +43,7 @@ class Table:
     read: Callable[[str], list[Any]]
     typed: bool = True
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    row_of: Callable[[int], int] = int
 
 
 def table_of(rows: Dataset, where: str) -> Table:
@@ -83,7 +85,9 @@ def read_table(file: Path, split: str) -> Table:
 
 
 def _class_names(features: Features) -> dict[str, tuple[str, ...]]:
-    return {name: tuple(kind.names) for name, kind in features.items() if isinstance(kind, ClassLabel)}
+    """The class names of columns of classes and of lists of classes."""
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in features.items()}
+    return {name: tuple(kind.names) for name, kind in kinds.items() if isinstance(kind, ClassLabel)}
 
 
 def _parquet(file: Path, where: str) -> Table:

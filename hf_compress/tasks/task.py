@@ -50,6 +50,12 @@ class Task(ABC):
     model_class: ClassVar[type[_BaseAutoModelClass]]
     # What the architectures of models that have this kind's head end in; empty where no head is needed.
     heads: ClassVar[tuple[str, ...]] = ()
+    # Whether a lower value of the main metric is the better one.
+    lower_is_better: ClassVar[bool] = False
+    # Whether examples are images, so that a processor of images is needed and no tokenizer.
+    reads_images: ClassVar[bool] = False
+    # Whether the model's own loss, without a teacher, teaches the task.
+    has_own_loss: ClassVar[bool] = True
     # Whether `Trainer` can compute the metrics from the outputs it gathers.
     judged_in_training: ClassVar[bool] = True
 
@@ -71,6 +77,11 @@ class Task(ABC):
     def has_head(cls, config: PretrainedConfig) -> bool:
         """Whether a model of that config can answer tasks of this kind."""
         return not cls.heads or any(name.endswith(cls.heads) for name in config.architectures or [])
+
+    @classmethod
+    def made_for(cls, config: PretrainedConfig) -> bool:
+        """Whether a model of that config was made for this kind and no other."""
+        return bool(cls.heads) and cls.has_head(config)
 
     @property
     @abstractmethod
@@ -135,6 +146,10 @@ class Task(ABC):
     def require_trainable(self) -> None:
         """Raise `ValueError` unless the split `train` is there and something can be learned from it."""
         self.split("train")
+
+    def files_beside(self, source: str) -> dict[str, bytes]:
+        """Path to content of what a folder needs beside a model of this kind, which was made from `source`."""
+        return {}
 
     def names_for(self, config: PretrainedConfig) -> dict[str, Any]:
         """The config fields that name the labels of a model that is about to learn the task and names none."""
