@@ -18,16 +18,19 @@ from hf_compress.tasks.task import Task
 from hf_compress.tasks.token_classification import TokenClassification
 
 
-# In the order in which columns are tried: the more particular ones first.
-_KINDS: Sequence[type[Task]] = (
-    QuestionAnswering,
-    TokenClassification,
-    ImageClassification,
-    SequenceClassification,
-    SentenceEmbedding,
-    LanguageModeling,
-)
-TASK_KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in _KINDS}
+TASK_KINDS: dict[str, type[Task]] = {
+    kind.kind: kind
+    for kind in (
+        SequenceClassification,
+        TokenClassification,
+        QuestionAnswering,
+        LanguageModeling,
+        ImageClassification,
+        SentenceEmbedding,
+    )
+}
+# Kinds with columns of their own, which stand for no other.
+_BY_COLUMNS: Sequence[type[Task]] = (QuestionAnswering, TokenClassification, ImageClassification)
 
 
 def kind_named(name: str) -> type[Task]:
@@ -65,12 +68,12 @@ def choose_kind(table: Table, name: str, args: DataArguments, model: PretrainedC
         return published
     fitting = [kind for kind in TASK_KINDS.values() if kind.fits(table, args)]
     made_for = kind_of_model(model) if model is not None else None
-    for kind in (made_for, published):
+    for kind in (made_for, published, *_BY_COLUMNS, SequenceClassification):
         if kind in fitting:
             return kind
-    if len(fitting) < 2 or SequenceClassification in fitting:
+    if not fitting:
         # What columns it needs is explained where it looks for them.
-        return fitting[0] if len(fitting) == 1 else SequenceClassification
+        return SequenceClassification
     if model is not None and LanguageModeling in fitting:
         # Not made for language modelling, or it would have said so.
         fitting.remove(LanguageModeling)
