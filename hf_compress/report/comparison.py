@@ -27,7 +27,7 @@ from hf_compress.report.quality import Measured, evaluated, standard_error, task
 from hf_compress.report.sparsity import Matrix, has_zeros, matrices_of
 from hf_compress.report.table import Entry, build_report, bytes_on_disk
 from hf_compress.tasks.answers import Answers
-from hf_compress.tasks.inputs import length_sorted
+from hf_compress.tasks.inputs import length_sorted, row_lengths
 
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def compare_models(
 
 
 def _mean_length(rows: Dataset) -> float:
-    return sum(len(ids) for ids in rows["input_ids"]) / len(rows)
+    return sum(row_lengths(rows)) / len(rows)
 
 
 def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric: str) -> Iterator[Entry]:

@@ -18,7 +18,7 @@ from hf_compress.core.batches import accepted_arguments
 from hf_compress.core.modes import evaluating
 from hf_compress.core.timing import time_in_turns
 from hf_compress.report.memory import peak_memory
-from hf_compress.tasks.inputs import padded_batch
+from hf_compress.tasks.inputs import padded_batch, row_lengths
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def batches_by_length(rows: Dataset, batch_size: int, limit: int | None = None) 
         raise ValueError(f"limit must be at least 1, got {limit}.")
     if not len(rows):
         raise ValueError("rows must hold at least one example, got none.")
-    lengths = [len(ids) for ids in rows["input_ids"]]
+    lengths = row_lengths(rows)
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     wanted = math.ceil(limit / batch_size) if limit is not None else len(batches)

@@ -12,7 +12,6 @@ from datasets import Dataset, DatasetDict
 from transformers import (
     PretrainedConfig,
     PreTrainedModel,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -26,6 +25,7 @@ from hf_compress.tasks.inputs import length_sorted
 from hf_compress.tasks.labelled import labels_of
 from hf_compress.tasks.sequence_classification import SequenceClassification
 from hf_compress.tasks.task import Array, Processor, Task
+from hf_compress.training.preflight import MetricCallback
 
 
 _RESAMPLES = 200
@@ -99,7 +99,7 @@ def evaluate_model(
     return evaluated(Measured(model, rows, processor, task_of_rows(model.config), ""), batch_size).metrics()
 
 
-class TaskEvaluation(TrainerCallback):
+class TaskEvaluation(MetricCallback):
     """Adds a task's metrics to a `Trainer`'s evaluations, for kinds that it cannot judge from what it gathers.
 
     Args:

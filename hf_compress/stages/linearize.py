@@ -112,7 +112,7 @@ def linearize(arguments: Linearize) -> dict[str, Any]:
                 "one, or another method for short texts (prune-structure).",
                 median, ratio, config.projected_length, 2 * config.projected_length,
             )  # fmt: skip
-    save_stage(arguments.output.output_dir, model, tokenizer, results)
+    save_stage(arguments.output.output_dir, model, tokenizer, results, task)
     return results
 
 

@@ -198,7 +198,7 @@ def prune_tokens(arguments: PruneTokens) -> dict[str, Any]:
     if teacher_name is not None:
         teacher = open_model(teacher_name, task)
         add_teacher_columns(common, task, arguments.data, teacher_name)
-    callbacks = []
+    callbacks = common["callbacks"]
     if learns or pruning.target_relative_macs is not None:
         callbacks.append(
             ThresholdAnnealingCallback(
@@ -212,5 +212,5 @@ def prune_tokens(arguments: PruneTokens) -> dict[str, Any]:
         )
     if learns and pruning.soft_fraction < 1:
         callbacks.append(StageSwitchCallback(pruning.soft_fraction))
-    trainer = DistillationTrainer(teacher_model=teacher, callbacks=callbacks, **common)
+    trainer = DistillationTrainer(teacher_model=teacher, **common)
     return run_training(trainer, task, model, tokenizer, distillation)

@@ -27,6 +27,7 @@ from hf_compress.stages.models import ModelArguments, open_model, save_stage
 from hf_compress.stages.training import add_teacher_columns, prepare, run_training, trainer_arguments
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import calibration_batches
+from hf_compress.tasks.task import Task
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.distillation import DistillationTrainer
 from hf_compress.training.trainer import CompressionTrainer
@@ -98,9 +99,9 @@ def prune_weights(arguments: PruneWeights) -> dict[str, Any]:
         layers_of(model)
     common = trainer_arguments(task, model, tokenizer, args, rows)
     if arguments.at_once:
-        return _prune_at_once(common, arguments)
+        return _prune_at_once(task, common, arguments)
     if arguments.also.do_prune:
-        common["callbacks"] = [WeightPruningCallback(config)]
+        common["callbacks"].append(WeightPruningCallback(config))
     if teacher_name and args.uses_teacher:
         teacher = open_model(teacher_name, task)
         add_teacher_columns(common, task, arguments.data, teacher_name)
@@ -111,7 +112,7 @@ def prune_weights(arguments: PruneWeights) -> dict[str, Any]:
     results.update(_zeros(model, config, slims))
     if trainer.is_world_process_zero():
         if results.get("slimmed"):
-            save_stage(args.output_dir, model, tokenizer, results)
+            save_stage(args.output_dir, model, tokenizer, results, task)
         write_json(Path(args.output_dir) / "results.json", results)
     return results
 
@@ -179,7 +180,7 @@ def _require_training(config: WeightPruningConfig, args: DistillationArguments) 
             )
 
 
-def _prune_at_once(common: dict[str, Any], arguments: PruneWeights) -> dict[str, Any]:
+def _prune_at_once(task: Task, common: dict[str, Any], arguments: PruneWeights) -> dict[str, Any]:
     config, draw = arguments.pruning, arguments.calibration
     # The trainer puts the model on its device and evaluates it.
     trainer = CompressionTrainer(**common)
@@ -197,5 +198,5 @@ def _prune_at_once(common: dict[str, Any], arguments: PruneWeights) -> dict[str,
         results.update(trainer.evaluate(), eval_split=str(trainer.eval_dataset.split))
     results.update(_zeros(model, config, arguments.also.slim))
     if trainer.is_world_process_zero():
-        save_stage(trainer.args.output_dir, model, tokenizer, results)
+        save_stage(trainer.args.output_dir, model, tokenizer, results, task)
     return results

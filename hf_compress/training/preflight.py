@@ -54,6 +54,10 @@ def _two_rows(data: Any) -> Any:
     return Subset(cast("Dataset[Any]", data), range(min(2, len(data))))
 
 
+class MetricCallback(TrainerCallback):
+    """One of ours whose `on_evaluate` adds metrics."""
+
+
 def _adds_metrics(trainer: Trainer, ours: type) -> bool:
     """Whether a user's code may add metrics that only a whole evaluation shows."""
     named = next(base for base in type(trainer).__mro__ if "evaluate" in vars(base))
@@ -61,7 +65,8 @@ def _adds_metrics(trainer: Trainer, ours: type) -> bool:
         return True
     packages = ("transformers", __name__.partition(".")[0])
     return any(
-        type(callback).on_evaluate is not TrainerCallback.on_evaluate
+        isinstance(callback, MetricCallback)
+        or type(callback).on_evaluate is not TrainerCallback.on_evaluate
         and type(callback).__module__.partition(".")[0] not in packages
         for callback in trainer.callback_handler.callbacks
     )
