@@ -1,8 +1,8 @@
 """All methods: one for each folder here, and those that other installed packages announce.
 
-A package announces a method by an entry point of the group `hf_compress.methods` whose value is a module with a
-`METHOD`, exactly as the folders here have one. The table is computed from both when it is first needed; nothing
-registers itself.
+Another package announces a method by an entry point `<name> = <module>:METHOD` of the group `hf_compress.methods`; the
+module is made like the folders here. The table is computed from both when it is first needed: nothing registers
+itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _announced(entry: EntryPoint) -> Method:
     """
     owner = f"the entry point {entry.name} = {entry.value} of {entry.dist.name if entry.dist else 'a distribution'}"
     try:
-        method = import_module(entry.value).METHOD
+        method = entry.load()
     except Exception as error:
         raise ValueError(
             f"A compression method cannot be loaded: {owner} fails with {type(error).__name__}: {error} "
@@ -40,8 +40,8 @@ def _announced(entry: EntryPoint) -> Method:
         ) from error
     if not isinstance(method, Method) or method.name != entry.name:
         raise ValueError(
-            f"A compression method cannot be loaded: METHOD of {owner} is {getattr(method, 'name', method)!r}, which "
-            f"is no Method named {entry.name!r}. Repair or uninstall that distribution."
+            f"A compression method cannot be loaded: {owner} gives {getattr(method, 'name', method)!r}, which is no "
+            f"Method named {entry.name!r}. Repair or uninstall that distribution."
         )
     return method
 
