@@ -1,4 +1,4 @@
-"""Named averages of what many steps have seen, with one synchronisation when they are read."""
+"""Named averages over many steps, with one synchronisation when they are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Averages:
-    """Named quotients of sums: amount by reference, or values weighted.
+    """Weighted means, and quotients of sums, by name.
 
     Example:
         >>> seen = Averages()
@@ -24,13 +24,13 @@ class Averages:
         self._pairs: dict[str, list[Tensor]] = defaultdict(list)
 
     def add(self, name: str, value: Tensor, weight: int = 1) -> None:
-        """Remember a scalar that counts `weight` times."""
+        """Add a scalar that counts `weight` times."""
         # Sums of half precision overflow.
         value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
         self.add_quotient(name, value * weight, torch.full_like(value, weight))
 
     def add_quotient(self, name: str, amount: Tensor, reference: Tensor) -> None:
-        """Remember two scalars, whose sums are divided in the end."""
+        """Add two scalars, whose sums are divided in the end."""
         self._pairs[name].append(torch.stack([amount, reference]).detach())
 
     def take(self, accelerator: Accelerator | None = None) -> dict[str, float]:
@@ -47,5 +47,5 @@ class Averages:
         return found
 
     def clear(self) -> None:
-        """Forget what was seen."""
+        """Forget all of them."""
         self._pairs.clear()

@@ -1,4 +1,4 @@
-"""Writing the checkpoints of a training: aside first, renamed when whole, the oldest removed."""
+"""Writing the checkpoints of a training: each is renamed when it is whole, and the oldest are removed."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class CheckpointWriter(TrainerCallback):
             )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Everything was read that could be refused: the folder is this run's from its first step on."""
+        """The first step: nothing can be refused any more, and the folder belongs to this run."""
         if args.should_save and not self.run:
             self._begin_run()
 
@@ -225,10 +225,10 @@ class CheckpointWriter(TrainerCallback):
 
 
 def _smallest_size(args: TrainingArguments, model: torch.nn.Module, optimizer: Any) -> int:
-    """Bytes that a checkpoint surely takes: the weights, and two moments of each that Adam trains."""
+    """The least number of bytes of a checkpoint: the weights, and two moments of each that Adam trains."""
     parameters = list(model.parameters())
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    # Of a model with adapters these alone are saved.
+    # A model with adapters is saved without its own weights.
     adapters = hasattr(model, "peft_config")
     weights = trained if adapters else sum(p.numel() * p.element_size() for p in parameters)
     adam = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.Adam | torch.optim.AdamW)

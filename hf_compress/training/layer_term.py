@@ -70,10 +70,6 @@ class LayerTerm:
         """The teacher's hidden states that are compared, each once."""
         return tuple(dict.fromkeys(teacher for _, teacher in self.pairs))
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Those of the maps."""
-        return [] if self.maps is None else list(self.maps.parameters())
-
     def __call__(
         self,
         teacher: Sequence[Tensor],

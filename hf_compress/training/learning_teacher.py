@@ -19,7 +19,8 @@ from hf_compress.training.windows import Window
 class LearningTeacher(Learner):
     """Takes one gradient step on its own loss every `cycle` updates; targets come from the weights before the step.
 
-    It runs once on each batch, for its own loss and for the targets.
+    It runs once on each batch, for its own loss and for the targets: it learns from all micro-batches of an update
+    before the student begins, and keeps its answers until the student has used them.
 
     Args:
         model: Trained in place.

@@ -46,7 +46,7 @@ def check_training(args: TrainingArguments) -> None:
 
 
 def _two_rows(data: Any) -> Any:
-    """The first two rows of a data set, as one of the same kind where that matters."""
+    """The first two rows of a data set, in a form that a data loader takes."""
     if hasattr(data, "take"):
         return data.take(2)
     if isinstance(data, IterableDataset) or not has_length(data):

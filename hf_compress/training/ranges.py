@@ -1,4 +1,4 @@
-"""Ranges of `TrainingArguments`, which checks few of them: other values train nothing, wrongly, or fail late."""
+"""Ranges of `TrainingArguments`, which checks few of them: other values fail late, or nothing is learned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 
-# Rule -> the test of a number, and the fields it holds for. None is left to the fields' own meaning.
+# Rule -> its test, and the fields it holds for. A field that is None is not tested.
 _RULES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 1": (
         lambda value: value >= 1,
@@ -43,7 +43,7 @@ _STEPS = {"logging_steps": "logging_strategy", "save_steps": "save_strategy", "e
 
 
 def check_ranges(args: TrainingArguments) -> None:
-    """Refuse values that no training can mean.
+    """Refuse values with which no training makes sense.
 
     Raises:
         ValueError: Names the field, the value and the rule.
