@@ -5,6 +5,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_compress.core.architectures import layers_of
 from hf_compress.methods.structured_pruning.fisher import Masks, fisher_information, rearrange_mask, search_masks
+from tests.images_and_sounds import WholeInputClassifier, cast, vit, wav2vec2, wav2vec2_stable
+from tests.images_and_sounds import batches as other_batches
 
 
 SEQ_LEN = 13.37
@@ -28,8 +30,14 @@ EXTRA = {
 }
 
 
+OTHERS = {"vit": vit, "wav2vec2": wav2vec2, "wav2vec2-stable": wav2vec2_stable}
+
+
 def tiny(name="bert", **changes):
     torch.manual_seed(0)
+    if name in OTHERS:
+        config = OTHERS[name](num_hidden_layers=3, intermediate_size=48, num_labels=3, **changes)
+        return WholeInputClassifier.from_config(config).double().eval()
     settings = {**TINY, "initializer_range": 0.2, **EXTRA.get(name, {}), **changes}
     if name.startswith("distilbert"):
         settings = {k: v for k, v in settings.items() if k not in ("hidden_size", "num_hidden_layers")}
@@ -39,8 +47,12 @@ def tiny(name="bert", **changes):
     return AutoModelForSequenceClassification.from_config(config).double().eval()
 
 
-def batches(count=4, size=6, length=12, seed=1):
+def batches(count=4, size=6, length=12, seed=1, model=None):
+    """Labelled texts, or what `model` reads instead."""
     generator = torch.Generator().manual_seed(seed)
+    others = model and other_batches(model.config, count, size, length, generator)
+    if others:
+        return [{**cast(batch, model), "labels": torch.arange(size) % 3} for batch in others]
     data = []
     for _ in range(count):
         ids = torch.randint(3, 99, (size, length), generator=generator)

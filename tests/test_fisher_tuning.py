@@ -12,6 +12,7 @@ from hf_compress.methods.structured_pruning.fisher import (
 )
 from hf_compress.methods.structured_pruning.mask_tuning import masked, normal_equations
 from tests.fisher_models import all_true, batches, rearranged, searched, tiny
+from tests.images_and_sounds import real_tokens
 
 
 STREAMS = {
@@ -25,6 +26,9 @@ STREAMS = {
     "llama": ("post_attention_layernorm", None),
     "opt": ("final_layer_norm", None),
     "opt post-norm": ("self_attn_layer_norm", "final_layer_norm"),
+    "vit": ("layernorm_after", None),
+    "wav2vec2": ("layer_norm", "final_layer_norm"),
+    "wav2vec2-stable": ("final_layer_norm", None),
 }
 
 
@@ -32,7 +36,7 @@ STREAMS = {
 @pytest.mark.parametrize("name", STREAMS)
 def test_normal_equations_match_the_written_out_regression(name, part):
     model = tiny(name)
-    blocks, data = layers_of(model), batches(2)
+    blocks, data = layers_of(model), batches(2, model=model)
     torch.manual_seed(1)
     teacher, student = (
         Masks([torch.rand(len(m)) < p for m in full.units], [torch.rand(len(m)) < p for m in full.neurons])
@@ -58,7 +62,7 @@ def test_normal_equations_match_the_written_out_regression(name, part):
             model(**batch)
         for handle in handles:
             handle.remove()
-        live = batch["attention_mask"].bool().flatten()
+        live = real_tokens(batch).flatten()
         return [seen[key].reshape(-1, seen[key].shape[-1])[live] for key in ("x", "y", "sum")]
 
     if not attention:
@@ -101,9 +105,9 @@ def test_tuned_ffn_error_is_not_larger(name):
 
 
 def test_the_last_block_is_fitted_to_the_token_that_is_classified():
-    for name, place in (("bert", 0), ("opt", -1), ("modernbert", 0)):
+    for name, place in (("bert", 0), ("opt", -1), ("modernbert", 0), ("vit", 0), ("wav2vec2", None)):
         model = tiny(name)
-        blocks, batch = layers_of(model), batches(1)[0]
+        blocks, batch = layers_of(model), batches(1, model=model)[0]
         full = all_true(blocks)
         seen = []
         handle = blocks[-1].ffn_out.module.register_forward_hook(
@@ -112,9 +116,11 @@ def test_the_last_block_is_fitted_to_the_token_that_is_classified():
         with torch.no_grad():
             model(**batch)
         handle.remove()
-        rows = seen[0].view(6, 12, -1)
-        places = batch["attention_mask"].sum(1) - 1 if place else torch.zeros(6, dtype=torch.int64)
-        h, weight = rows[torch.arange(6), places], blocks[-1].ffn_out.weight
+        live = real_tokens(batch)
+        rows = seen[0].view(*live.shape, -1)
+        places = live.sum(1) - 1 if place else torch.zeros(6, dtype=torch.int64)
+        # The mean of a sound is over its real frames.
+        h, weight = rows[live] if place is None else rows[torch.arange(6), places], blocks[-1].ffn_out.weight
         gram, _ = normal_equations(model, blocks, [batch], 2, "ffn", full, full)
         torch.testing.assert_close(gram, ((h.T @ h) * (weight.T @ weight)).detach(), rtol=1e-10, atol=1e-12)
 

@@ -1,8 +1,14 @@
 """Teachers and pruning in training for models that read images or sounds."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from transformers import (
+    AutoModel,
+    DeiTConfig,
+    HubertConfig,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -13,8 +19,12 @@ from transformers import (
 )
 
 import hf_compress as hc
+from hf_compress.core.architectures import layers_of
 from hf_compress.core.examples import batches_of
+from hf_compress.core.projections import Role
 from hf_compress.training.losses import hidden_distance, output_divergence
+from tests import images_and_sounds
+from tests.rounding import assert_equal_to_rounding
 
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -139,3 +149,106 @@ def test_weights_are_pruned_in_a_stock_training(kind, tmp_path):
     assert len(pruned) == 12
     for module in pruned:
         assert (module.weight.view(-1, 4) == 0).sum(1).eq(2).all()
+
+
+def test_what_the_layers_see_is_counted(tmp_path):
+    """25 patches and a class token of an image; of sounds the frames, each sound for itself."""
+    config = images_and_sounds.vit()
+    model = ViTForImageClassification(config)
+    pixels = images_and_sounds.images(config, 2, 3, torch.Generator().manual_seed(0))
+    assert hc.count_cost(model, data=pixels).macs == hc.count_cost(model, seq_len=26).macs
+    # Every layer: 26 (4 * 32 * 32 + 2 * 32 * 64) + 2 * 26 * 26 * 32.
+    assert hc.count_cost(model, data=pixels).macs_by_layer == [256256.0] * 2
+    config = images_and_sounds.wav2vec2()
+    model = Wav2Vec2ForSequenceClassification(config)
+    heard = [{"input_values": torch.randn(10 * frames + 10)} for frames in (12, 30, 18)]
+    expected = sum(hc.count_cost(model, seq_len=frames).macs for frames in (12, 30, 18)) / 3
+    assert hc.count_cost(model, data=heard).macs == pytest.approx(expected, rel=1e-12)
+    unmasked = [{"input_values": torch.randn(2, 10 * frames + 10)} for frames in (12, 24)]
+    assert hc.count_cost(model, data=unmasked).macs == pytest.approx(
+        (hc.count_cost(model, seq_len=12).macs + hc.count_cost(model, seq_len=24).macs) / 2, rel=1e-12
+    )
+
+
+@every_kind
+@pytest.mark.parametrize("selection", ["interpolative", "fisher"])
+def test_half_the_arithmetic_is_left(kind, selection, tmp_path):
+    make, rows_of, main = KINDS[kind]
+    model, rows = make(0, intermediate_size=64), rows_of()
+    config = hc.StructuredPruningConfig(mac_ratio=0.5, selection=selection, ridge=1e-6)
+    dense = copy.deepcopy(model)
+    hc.compress(model, config, data=rows)
+    (step,) = hc.steps_of(model)
+    seen = [5 if main == "pixel_values" else ((len(row[main]) - 10) // 5 - 2) // 2 + 1 for row in rows]
+    assert step["seq_len"] == pytest.approx(sum(seen) / len(seen))
+    full, left = (hc.count_cost(m, seq_len=step["seq_len"]).macs for m in (dense, model))
+    assert 0.48 * full < left <= 0.5 * full
+    model.save_pretrained(tmp_path)
+    batch = Collator(model, main)(rows[:8])
+    with torch.no_grad():
+        ours, theirs = (m.eval()(**batch).logits for m in (model, type(model).from_pretrained(tmp_path)))
+    assert_equal_to_rounding(theirs, ours)
+
+
+ALIKE = {
+    "deit": lambda **sizes: DeiTConfig(**sizes, image_size=16, patch_size=8),
+    "hubert": lambda **sizes: HubertConfig(
+        **sizes, **images_and_sounds.CONVOLUTIONS, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(ALIKE))
+def test_models_built_alike(name, tmp_path):
+    torch.manual_seed(0)
+    dense = AutoModel.from_config(ALIKE[name](**SIZES)).double().eval()
+    rows = images() if name == "deit" else sounds()
+    config = hc.StructuredPruningConfig(mac_ratio=0.6, correction=False)
+    pruned = hc.compress(copy.deepcopy(dense), config, data=rows)
+    # Removed heads and neurons are those that masking silences: found by their rows.
+    masked = copy.deepcopy(dense)
+    for before, after in zip(layers_of(masked), layers_of(pruned), strict=True):
+        for out, role in ((before.attention_out, Role.VALUE), (before.ffn_out, Role.FFN_IN)):
+            kept = (before.projection(role).weight[:, None] == after.projection(role).weight).all(2).any(1)
+            out.weight.data[:, ~kept] = 0
+    batch = images_and_sounds.cast(Collator(dense, dense.main_input_name)(rows[:4]), dense)
+    batch.pop("labels")
+    if name == "hubert":
+        batch.pop("attention_mask")
+    with torch.no_grad():
+        expected, found = (m(**batch).last_hidden_state for m in (masked, pruned))
+    assert_equal_to_rounding(found, expected)
+    pruned.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert_equal_to_rounding(AutoModel.from_pretrained(tmp_path, dtype=torch.float64)(**batch)[0], found)
+
+
+@pytest.mark.parametrize("stable", [False, True])
+def test_linear_attention_over_sounds(stable, tmp_path):
+    """How long sounds may be has to be said; padding changes nothing, and longer ones are refused."""
+    torch.manual_seed(0)
+    dense = AutoModel.from_config(images_and_sounds.wav2vec2(do_stable_layer_norm=stable)).double().eval()
+    with pytest.raises(ValueError, match="max_tokens must be given for wav2vec2.* frames of the feature encoder"):
+        hc.compress(dense, hc.LinformerConfig(projected_length=8))
+    config = hc.LinformerConfig(projected_length=24, max_tokens=24, initialization="pooling", length_scaling=False)
+    linear = hc.compress(copy.deepcopy(dense), config)
+    (batch,) = images_and_sounds.sounds(dense.config, 1, 6, 24, torch.Generator().manual_seed(1))
+    batch, live = images_and_sounds.cast(batch, dense), images_and_sounds.real_tokens(batch)
+    # As many slots as frames, each of which averages one of them: attention as it was.
+    slots = hc.compress(copy.deepcopy(dense), dataclasses.replace(config, slot_mask=True))
+    with torch.no_grad():
+        assert_equal_to_rounding(slots(**batch)[0][live], dense(**batch)[0][live])
+        found = linear(**batch)[0]
+    linear.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert_equal_to_rounding(AutoModel.from_pretrained(tmp_path, dtype=torch.float64)(**batch)[0], found)
+        with pytest.raises(ValueError, match="24"):
+            linear(input_values=torch.randn(1, 300, dtype=torch.float64))
+
+
+def test_linear_attention_has_a_position_for_each_patch():
+    model = ViTForImageClassification(images_and_sounds.vit())
+    with pytest.raises(ValueError, match="max_tokens must be at most 26, the tokens of an image, got 27"):
+        hc.compress(model, hc.LinformerConfig(projected_length=8, max_tokens=27))
+    hc.compress(model, hc.LinformerConfig(projected_length=8))
+    assert hc.steps_of(model)[0]["max_tokens"] == 26
