@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from hf_compress.report.latency import Latency, measure_latency, speedups, unpadded_batches
+from hf_compress.report.latency import Latency, batches_by_length, measure_latency, speedups, unpadded_batches
 from hf_compress.report.memory import TENSOR_MEMORY, peak_memory, resident_bytes
 
 
@@ -179,6 +179,11 @@ def token_rows(lengths):
             "labels": [0] * len(lengths),
         }
     )
+
+
+def test_images_keep_their_order():
+    images = Dataset.from_dict({"pixel_values": [[[float(i)]] for i in range(5)]})
+    assert batches_by_length(images, 2) == [[0, 1], [2, 3], [4]]
 
 
 def test_batches_of_one_have_no_padding_and_no_labels(tokenizer):

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from hf_compress.core.batches import accepted_arguments
 from hf_compress.core.modes import evaluating
 from hf_compress.core.timing import time_in_turns
 from hf_compress.report.memory import peak_memory
 from hf_compress.tasks.inputs import padded_batch, row_lengths
+from hf_compress.tasks.task import Processor
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def batches_by_length(rows: Dataset, batch_size: int, limit: int | None = None) 
     """Which rows to put into a batch, so that its rows have about the same length.
 
     Args:
-        rows: Tokenized examples.
+        rows: Encoded examples; images all count as equally long.
         batch_size: Examples.
         limit: At most about so many examples, in whole batches spread evenly over the lengths; None: all.
 
@@ -233,21 +233,19 @@ def batches_by_length(rows: Dataset, batch_size: int, limit: int | None = None) 
     return batches
 
 
-def batches_of(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Sequence[int]]
-) -> list[dict[str, Tensor]]:
+def batches_of(rows: Dataset, processor: Processor, batches: Sequence[Sequence[int]]) -> list[dict[str, Tensor]]:
     """The batches of `batches_by_length`, padded, without labels."""
-    padded = [padded_batch(rows, indices, tokenizer) for indices in batches]
+    padded = [padded_batch(rows, indices, processor) for indices in batches]
     return [{k: v for k, v in batch.items() if k != "labels"} for batch in padded]
 
 
 def unpadded_batches(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, limit: int | None = None
+    rows: Dataset, processor: Processor, batch_size: int, limit: int | None = None
 ) -> list[dict[str, Tensor]]:
     """Batches of rows of about the same length, without labels: no padding at size 1, the least possible above.
 
     Args:
         rows, batch_size, limit: As for `batches_by_length`.
-        tokenizer: Pads.
+        processor: Tokenizer or image processor of the model.
     """
-    return batches_of(rows, tokenizer, batches_by_length(rows, batch_size, limit))
+    return batches_of(rows, processor, batches_by_length(rows, batch_size, limit))

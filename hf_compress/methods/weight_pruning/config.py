@@ -118,94 +118,16 @@ class WeightPruningConfig(MethodConfig):
         super().__post_init__()
 
     def check(self) -> None:
-        self._check_sizes()
-        self._check_layers()
+        _check_sizes(self)
+        _check_names(self)
         if self.local_configs:
             # Each dict replaces some of the fields: only the merged configs have to be possible.
             self.resolved()
             return
-        self._check_amount()
-        self._check_reconstruction()
-        self._check_window()
-        self._check_training()
-
-    def _check_sizes(self) -> None:
-        if (self.heads_per_layer is None) != (self.neurons_per_layer is None):
-            raise ValueError("heads_per_layer and neurons_per_layer must be given together, got one of them.")
-        for name in ("heads_per_layer", "neurons_per_layer"):
-            sizes = getattr(self, name)
-            if sizes is not None and min(sizes, default=0) < 1:
-                raise ValueError(f"{name} must hold a positive size for each layer, got {sizes}.")
-
-    def _check_layers(self) -> None:
-        for name in ("op_names", "excluded_op_names"):
-            check_expressions(name, getattr(self, name) or ())
-        if not self.pruning_op_types:
-            raise ValueError("pruning_op_types must name at least one class, got none.")
-
-    def _check_amount(self) -> None:
-        pattern = parse_pattern(self.pattern)
-        if not 0 <= self.target_sparsity < 1:
-            raise ValueError(f"target_sparsity must be in [0, 1), got {self.target_sparsity}.")
-        if isinstance(pattern, NMPattern) and self.target_sparsity > pattern.ceiling + 1e-9:
-            raise ValueError(
-                f"target_sparsity must be at most {pattern.ceiling:g} with pattern={self.pattern!r}, "
-                f"got {self.target_sparsity}."
-            )
-        low, high = self.min_sparsity_ratio_per_op, self.max_sparsity_ratio_per_op
-        if not 0 <= high < 1:
-            raise ValueError(f"max_sparsity_ratio_per_op must be in [0, 1), got {high}.")
-        if not 0 <= low <= self.target_sparsity:
-            raise ValueError(
-                f"min_sparsity_ratio_per_op must be in [0, target_sparsity={self.target_sparsity}], got {low}."
-            )
-        if self.target_sparsity > high:
-            raise ValueError(
-                f"target_sparsity must be at most max_sparsity_ratio_per_op={high}, got {self.target_sparsity}."
-            )
-
-    def _check_reconstruction(self) -> None:
-        if self.criterion != "sparsegpt":
-            return
-        pattern = self.parsed_pattern
-        # What is left in a row of W makes up for what goes there, one column after the other.
-        if not isinstance(pattern, NMPattern) and getattr(pattern, "columns", None) != 1:
-            raise ValueError(f"pattern must be 'N:M' or 'Nx1' with criterion='sparsegpt', got {self.pattern!r}.")
-        if self.scope != "local":
-            raise ValueError(
-                f"scope must be 'local' with criterion='sparsegpt' (it treats one weight after the other), "
-                f"got {self.scope!r}."
-            )
-
-    def _check_window(self) -> None:
-        if self.pruning_frequency < 1:
-            raise ValueError(f"pruning_frequency must be at least 1, got {self.pruning_frequency}.")
-        for name in ("start_step", "end_step", "warmup_epochs", "cooldown_epochs"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.end_step is not None and self.end_step < (self.start_step or 0):
-            raise ValueError(f"end_step must be at least start_step={self.start_step or 0}, got {self.end_step}.")
-
-    def _check_training(self) -> None:
-        if self.progressive and self.pruning_frequency < 4:
-            raise ValueError(
-                f"pruning_frequency must be at least 4 with progressive=True, got {self.pruning_frequency}: "
-                "the zeros of a pruning update come in four increments."
-            )
-        if self.progressive and isinstance(self.parsed_pattern, HeadPattern):
-            raise ValueError("pattern must be another one than 'mha' with progressive=True.")
-        if self.needs_inputs and (self.progressive or self.reg_type is not None):
-            raise ValueError(
-                f"progressive and reg_type must be left out with criterion={self.criterion!r}: no training."
-            )
-        if self.reg_type is not None and self.sparsity_decay_type == "oneshot":
-            raise ValueError("sparsity_decay_type must be gradual with reg_type, got 'oneshot': nothing would shrink.")
-        if self.reg_coeff < 0 or (self.reg_coeff > 0) != (self.reg_type is not None):
-            raise ValueError(
-                f"reg_coeff must be positive with a reg_type and 0 without, got {self.reg_coeff} with {self.reg_type}."
-            )
-        if self.reg_type is not None and not isinstance(self.parsed_pattern, BlockPattern):
-            raise ValueError(f"pattern must be one of blocks or channels with reg_type, got {self.pattern!r}.")
+        _check_amount(self)
+        _check_reconstruction(self)
+        _check_window(self)
+        _check_training(self)
 
     def resolved(self) -> list[WeightPruningConfig]:
         """One config for each group of weights, with the keys of its local config merged in.
@@ -254,3 +176,87 @@ class WeightPruningConfig(MethodConfig):
         record = _without_training(super().to_record())
         record["local_configs"] = [_without_training(local) for local in self.local_configs]
         return {name: _with_lists(value) for name, value in record.items()}
+
+
+def _check_sizes(config: WeightPruningConfig) -> None:
+    if (config.heads_per_layer is None) != (config.neurons_per_layer is None):
+        raise ValueError("heads_per_layer and neurons_per_layer must be given together, got one of them.")
+    for name in ("heads_per_layer", "neurons_per_layer"):
+        sizes = getattr(config, name)
+        if sizes is not None and min(sizes, default=0) < 1:
+            raise ValueError(f"{name} must hold a positive size for each layer, got {sizes}.")
+
+
+def _check_names(config: WeightPruningConfig) -> None:
+    for name in ("op_names", "excluded_op_names"):
+        check_expressions(name, getattr(config, name) or ())
+    if not config.pruning_op_types:
+        raise ValueError("pruning_op_types must name at least one class, got none.")
+
+
+def _check_amount(config: WeightPruningConfig) -> None:
+    pattern = parse_pattern(config.pattern)
+    if not 0 <= config.target_sparsity < 1:
+        raise ValueError(f"target_sparsity must be in [0, 1), got {config.target_sparsity}.")
+    if isinstance(pattern, NMPattern) and config.target_sparsity > pattern.ceiling + 1e-9:
+        raise ValueError(
+            f"target_sparsity must be at most {pattern.ceiling:g} with pattern={config.pattern!r}, "
+            f"got {config.target_sparsity}."
+        )
+    low, high = config.min_sparsity_ratio_per_op, config.max_sparsity_ratio_per_op
+    if not 0 <= high < 1:
+        raise ValueError(f"max_sparsity_ratio_per_op must be in [0, 1), got {high}.")
+    if not 0 <= low <= config.target_sparsity:
+        raise ValueError(
+            f"min_sparsity_ratio_per_op must be in [0, target_sparsity={config.target_sparsity}], got {low}."
+        )
+    if config.target_sparsity > high:
+        raise ValueError(
+            f"target_sparsity must be at most max_sparsity_ratio_per_op={high}, got {config.target_sparsity}."
+        )
+
+
+def _check_reconstruction(config: WeightPruningConfig) -> None:
+    if config.criterion != "sparsegpt":
+        return
+    pattern = config.parsed_pattern
+    # What is left in a row of W makes up for what goes there, one column after the other.
+    if not isinstance(pattern, NMPattern) and getattr(pattern, "columns", None) != 1:
+        raise ValueError(f"pattern must be 'N:M' or 'Nx1' with criterion='sparsegpt', got {config.pattern!r}.")
+    if config.scope != "local":
+        raise ValueError(
+            f"scope must be 'local' with criterion='sparsegpt' (it treats one weight after the other), "
+            f"got {config.scope!r}."
+        )
+
+
+def _check_window(config: WeightPruningConfig) -> None:
+    if config.pruning_frequency < 1:
+        raise ValueError(f"pruning_frequency must be at least 1, got {config.pruning_frequency}.")
+    for name in ("start_step", "end_step", "warmup_epochs", "cooldown_epochs"):
+        if getattr(config, name) is not None and getattr(config, name) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}.")
+    if config.end_step is not None and config.end_step < (config.start_step or 0):
+        raise ValueError(f"end_step must be at least start_step={config.start_step or 0}, got {config.end_step}.")
+
+
+def _check_training(config: WeightPruningConfig) -> None:
+    if config.progressive and config.pruning_frequency < 4:
+        raise ValueError(
+            f"pruning_frequency must be at least 4 with progressive=True, got {config.pruning_frequency}: "
+            "the zeros of a pruning update come in four increments."
+        )
+    if config.progressive and isinstance(config.parsed_pattern, HeadPattern):
+        raise ValueError("pattern must be another one than 'mha' with progressive=True: a head is pruned in one go.")
+    if config.needs_inputs and (config.progressive or config.reg_type is not None):
+        raise ValueError(
+            f"progressive and reg_type must be left out with criterion={config.criterion!r}, which prunes at once."
+        )
+    if config.reg_type is not None and config.sparsity_decay_type == "oneshot":
+        raise ValueError("sparsity_decay_type must be gradual with reg_type, got 'oneshot': nothing would shrink.")
+    if config.reg_coeff < 0 or (config.reg_coeff > 0) != (config.reg_type is not None):
+        raise ValueError(
+            f"reg_coeff must be positive with a reg_type and 0 without, got {config.reg_coeff} with {config.reg_type}."
+        )
+    if config.reg_type is not None and not isinstance(config.parsed_pattern, BlockPattern):
+        raise ValueError(f"pattern must be one of blocks or channels with reg_type, got {config.pattern!r}.")
