@@ -18,9 +18,19 @@ from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.stages.finetune import TeacherArguments, distill, finetune
-from hf_compress.stages.linearize import OutputArguments, joint_distill, linearize, snapshot_distill
+from hf_compress.stages.arguments import OutputArguments, TeacherArguments
+from hf_compress.stages.distill import (
+    Distill,
+    JointDistill,
+    SnapshotDistill,
+    distill,
+    joint_distill,
+    snapshot_distill,
+)
+from hf_compress.stages.finetune import Finetune, finetune
+from hf_compress.stages.linearize import Linearize, linearize
 from hf_compress.stages.models import ModelArguments, open_model
+from hf_compress.tasks.arguments import DataArguments
 
 
 MODES = ("unguided", "target", "hybrid", "trajectory", "waypoint")
@@ -43,6 +53,8 @@ def main() -> None:
     args = parse()
     transformers_logging.set_verbosity_error()
     data, task, tokenizer, rows = open_task(args)
+    # The conversion asks for the labels alone.
+    labels = DataArguments(task_name=args.task_name, data_dir=args.data_dir)
     updates = math.ceil(math.ceil(len(rows["train"]) / args.batch_size) * args.epochs)
     results = open_results(args, rows, updates=updates, mean_tokens=mean_tokens(rows["train"]))
 
@@ -52,7 +64,8 @@ def main() -> None:
 
         def train_dense(seed=seed, dense=dense) -> dict:
             steps = training(args, dense, seed, learning_rate=args.teacher_learning_rate, save_strategy="epoch")
-            finetune(ModelArguments(args.model, freeze_embeddings=True), data, TrainingArguments(**steps))
+            start = ModelArguments(args.model, freeze_embeddings=True)
+            finetune(Finetune(model=start, data=data, training=TrainingArguments(**steps)))
             return scores(open_model(dense, task), rows, tokenizer)
 
         results.cell(f"seed{seed}/dense", train_dense)
@@ -65,22 +78,28 @@ def main() -> None:
                 def train_student(seed=seed, place=place, dense=dense, mode=mode, config=config) -> dict:
                     folder, out = f"{place}-start", f"{place}-{mode}"
                     origin = dense if mode in ("target", "hybrid") else args.model
-                    linearize(ModelArguments(origin), data, OutputArguments(folder), hc.LinformerConfig(**config))
+                    linearize(Linearize(
+                        model=ModelArguments(origin), linear_attention=hc.LinformerConfig(**config), data=labels,
+                        output=OutputArguments(folder),
+                    ))  # fmt: skip
                     student = ModelArguments(folder, freeze_embeddings=True)
                     common = training(args, out, seed, alpha_layer=args.alpha_layer, alpha_output=args.alpha_output)
                     if mode == "trajectory":
                         rates = {"teacher_learning_rate": args.teacher_learning_rate, "save_teacher": False}
                         joint = hc.JointTeacherArguments(**common, **rates)
-                        joint_distill(student, TeacherArguments(args.model), data, joint)
+                        teacher = TeacherArguments(args.model)
+                        joint_distill(JointDistill(model=student, teacher=teacher, data=data, distillation=joint))
                     elif mode == "waypoint":
-                        ladder = hc.SnapshotTeacherArguments(**common, teacher_snapshots=[f"{dense}/checkpoint-*"])
-                        snapshot_distill(student, data, ladder)
+                        snapshots = hc.SnapshotTeacherArguments(**common, teacher_snapshots=[f"{dense}/checkpoint-*"])
+                        snapshot_distill(SnapshotDistill(model=student, data=data, distillation=snapshots))
                     else:
                         if mode == "unguided":
                             common.update(alpha_layer=0.0, alpha_output=0.0)
                         if mode == "hybrid":
                             common["max_distill_steps"] = round(args.hybrid_share * updates)
-                        distill(student, TeacherArguments(dense), data, hc.DistillationArguments(**common))
+                        fixed = hc.DistillationArguments(**common)
+                        teacher = TeacherArguments(dense)
+                        distill(Distill(model=student, teacher=teacher, data=data, distillation=fixed))
                     found = scores(open_model(out, task), rows, tokenizer)
                     shutil.rmtree(out)
                     return found

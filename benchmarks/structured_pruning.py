@@ -18,7 +18,9 @@ from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.stages.finetune import TeacherArguments, distill, finetune
+from hf_compress.stages.arguments import TeacherArguments
+from hf_compress.stages.distill import Distill, distill
+from hf_compress.stages.finetune import Finetune, finetune
 from hf_compress.stages.models import ModelArguments, open_model
 from hf_compress.tasks.inputs import calibration_batches
 
@@ -66,10 +68,10 @@ def main() -> None:
         dense = f"{place}-dense"
 
         def train_dense(seed=seed, dense=dense) -> dict:
-            finetune(
-                ModelArguments(args.model, freeze_embeddings=True), data,
-                TrainingArguments(**training(args, dense, seed, **WARMUP)),
-            )  # fmt: skip
+            finetune(Finetune(
+                model=ModelArguments(args.model, freeze_embeddings=True), data=data,
+                training=TrainingArguments(**training(args, dense, seed, **WARMUP)),
+            ))  # fmt: skip
             return scores(open_model(dense, task), rows, tokenizer)
 
         results.cell(f"seed{seed}/dense", train_dense)
@@ -99,15 +101,15 @@ def main() -> None:
 
             def recover(ratio=ratio, place=place, dense=dense, seed=seed) -> dict:
                 out = f"{place}-{ratio}-recovered"
-                distill(
-                    ModelArguments(f"{place}-{ratio}", freeze_embeddings=True), TeacherArguments(dense), data,
-                    hc.DistillationArguments(
+                distill(Distill(
+                    model=ModelArguments(f"{place}-{ratio}", freeze_embeddings=True), teacher=TeacherArguments(dense),
+                    data=data, distillation=hc.DistillationArguments(
                         **training(args, out, seed, **WARMUP, num_train_epochs=args.recovery_epochs,
                                    learning_rate=args.recovery_learning_rate),
                         alpha_task=1.0, alpha_output=1.0, alpha_layer=args.alpha_layer, temperature=2.0,
                         teacher_cache_dir=f"{place}-teacher",
                     ),
-                )  # fmt: skip
+                ))  # fmt: skip
                 return scores(open_model(out, task), rows, tokenizer)
 
             if not args.no_recovery:

@@ -19,9 +19,10 @@ from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
-from hf_compress.stages.finetune import finetune
+from hf_compress.stages.arguments import OptionalTeacherArguments
+from hf_compress.stages.finetune import Finetune, finetune
 from hf_compress.stages.models import ModelArguments, open_model
-from hf_compress.stages.prune_tokens import TokenPruningArguments, prune_tokens
+from hf_compress.stages.prune_tokens import PruneTokens, TokenPruningArguments, prune_tokens
 from hf_compress.tasks.inputs import length_sorted
 
 
@@ -98,7 +99,8 @@ def main() -> None:
 
         def train_dense(seed=seed, dense=dense) -> dict:
             steps = TrainingArguments(**training(args, dense, seed))
-            finetune(ModelArguments(args.model, freeze_embeddings=True), data, steps)
+            start = ModelArguments(args.model, freeze_embeddings=True)
+            finetune(Finetune(model=start, data=data, training=steps))
             return measured(dense, dense)
 
         results.cell(f"seed{seed}/dense", train_dense)
@@ -107,12 +109,12 @@ def main() -> None:
             out = f"{place}-{name.replace('/', '-')}"
 
             def train_pruned(seed=seed, dense=dense, out=out, options=options) -> dict:
-                pruning = TokenPruningArguments(
-                    **options, score_reference_length=args.reference_length,
-                    teacher_name_or_path=None if args.no_teacher else dense,
-                )  # fmt: skip
-                start = ModelArguments(dense, freeze_embeddings=True)
-                prune_tokens(start, pruning, data, TrainingArguments(**training(args, out, seed)))
+                prune_tokens(PruneTokens(
+                    model=ModelArguments(dense, freeze_embeddings=True),
+                    pruning=TokenPruningArguments(**options, score_reference_length=args.reference_length),
+                    teacher=OptionalTeacherArguments(None if args.no_teacher else dense), data=data,
+                    training=TrainingArguments(**training(args, out, seed)),
+                ))  # fmt: skip
                 return measured(out, dense)
 
             results.cell(f"seed{seed}/{name}", train_pruned)

@@ -21,9 +21,10 @@ from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.stages.finetune import finetune
+from hf_compress.stages.arguments import OptionalTeacherArguments
+from hf_compress.stages.finetune import Finetune, finetune
 from hf_compress.stages.models import ModelArguments, open_model
-from hf_compress.stages.prune_weights import PruningArguments, prune_weights
+from hf_compress.stages.prune_weights import PruneWeights, PruningArguments, prune_weights
 from hf_compress.tasks.sources import DataArguments
 
 
@@ -81,18 +82,19 @@ def train_variant(name: str, dense: str, out: str, data: DataArguments, args: ar
     schedule = ("sparsity_decay_type", "pruning_frequency", "warmup_epochs", "cooldown_epochs")
     shared = {field: getattr(args, field) for field in schedule}
     taught = not name.endswith("alone")
-    found = prune_weights(
-        ModelArguments(dense, freeze_embeddings=not args.train_embeddings),
-        PruningArguments(dense if taught else "", do_prune=fields is not None),
-        data,
-        hc.DistillationArguments(
+    found = prune_weights(PruneWeights(
+        model=ModelArguments(dense, freeze_embeddings=not args.train_embeddings),
+        pruning=hc.WeightPruningConfig(**{**shared, **(fields or {})}),
+        also=PruningArguments(do_prune=fields is not None),
+        teacher=OptionalTeacherArguments(dense if taught else None),
+        data=data,
+        distillation=hc.DistillationArguments(
             **settings(args, out, seed), alpha_task=args.alpha_task,
             alpha_output=args.alpha_output, alpha_layer=args.alpha_layer,
             # The same teacher on the same rows for every variant of a seed.
             teacher_cache_dir=f"{dense}-teacher" if taught else None,
         ),
-        hc.WeightPruningConfig(**{**shared, **(fields or {})}),
-    )  # fmt: skip
+    ))  # fmt: skip
     layers = found["sparsity_by_layer"].values() if fields else [0.0]
     return {
         "element_sparsity": found["element_sparsity"], "lowest_layer": min(layers), "highest_layer": max(layers),
@@ -118,7 +120,7 @@ def main() -> None:
                 args, dense, seed, num_train_epochs=args.dense_epochs, learning_rate=args.dense_learning_rate
             )
             start = ModelArguments(args.model, freeze_embeddings=not args.train_embeddings)
-            found = finetune(start, data, TrainingArguments(**options))
+            found = finetune(Finetune(model=start, data=data, training=TrainingArguments(**options)))
             return {**scored(dense), "train_seconds": found["train_seconds"]}
 
         results.cell(f"seed{seed}/dense", train_dense)
