@@ -137,6 +137,13 @@ class TransformerLayer:
     def num_neurons(self) -> int:
         return self._inputs_of(Role.FFN_OUT)
 
+    @property
+    def window(self) -> int | None:
+        """The first distance that is out of a token's reach; None where every token sees every other one."""
+        holder: Any = self.attention
+        found = getattr(holder.config if self.architecture.window_in_config else holder, "sliding_window", None)
+        return None if found is None else int(found)
+
     def macs_per_unit(self, seq_len: float) -> float:
         """Multiply-accumulates of one attention unit for a sequence of `seq_len` tokens.
 
@@ -159,9 +166,7 @@ class TransformerLayer:
         width, core = self._inputs_of(Role.ATTENTION_OUT), getattr(self.attention, CORE, None)
         if core is not None:
             return float(core.macs(seq_len, width, self.hidden_size))
-        # transformers stores the first distance that is out of reach.
-        window = getattr(self.attention, "sliding_window", None)
-        reach = seq_len - 1 if window is None else min(window - 1, seq_len - 1)
+        reach = seq_len - 1 if self.window is None else min(self.window - 1, seq_len - 1)
         positions = 0.0
         if self.architecture.position_work is not None:
             rows, _, products = self.architecture.position_work(self.attention)

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.architectures import TransformerLayer, architecture_of, layers_of
@@ -200,6 +201,19 @@ def resize_layers_(model: PreTrainedModel, heads: Sequence[int], neurons: Sequen
         resize_(layer, num_units, num_neurons)
 
 
+def _require_config(config: PretrainedConfig, fields: Mapping[str, Any], layer: TransformerLayer) -> None:
+    """Refuse sizes with which the config's class would not open: some want heads that divide the hidden size."""
+    values = {**config.to_dict(), **fields}
+    values.pop("quantization_config", None)
+    try:
+        type(config).from_dict(values)
+    except (StrictDataclassError, ValueError) as error:
+        raise ValueError(
+            f"Layer 0 has {layer.num_units} heads of size {layer.head_size}, with which {type(config).__name__} does "
+            f"not open: {error.__cause__ or error}"
+        ) from error
+
+
 def plain_sizes(model: PreTrainedModel) -> dict[str, Any]:
     """The ordinary config fields of a model whose layers all have the same sizes.
 
@@ -231,4 +245,5 @@ def plain_sizes(model: PreTrainedModel) -> dict[str, Any]:
         fields["num_attention_heads"] = heads
         if hasattr(model.config, "num_key_value_heads"):
             fields["num_key_value_heads"] = first.num_units
+        _require_config(model.config, fields, first)
     return fields

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hf_compress as hc
-from tests.conftest import _batches, _built
+from tests.conftest import ARCHITECTURES, _batches, _built
 from tests.images_and_sounds import cast
 from tests.rounding import assert_equal_to_rounding
 
@@ -16,18 +16,21 @@ METHOD_CONFIGS = {
     "linformer": lambda: hc.LinformerConfig(projected_length=8, seed=3),
     "token_pruning": lambda: hc.TokenPruningConfig(final_token_threshold=0.012),
     "structured_pruning": lambda: hc.StructuredPruningConfig(mac_ratio=0.55),
-    "weight_pruning": lambda: hc.WeightPruningConfig(target_sparsity=0.6, criterion="magnitude"),
+    "weight_pruning": lambda: hc.WeightPruningConfig(
+        target_sparsity=0.6, criterion="magnitude", pruning_op_types=("Linear", "Conv1D")
+    ),
 }
-# Causal models cannot use slots; `test_refused_combinations` expects the refusal.
-REFUSED = {("linformer", "llama"): "bidirectional encoder", ("linformer", "opt"): "bidirectional encoder"}
-OTHERS = ("vit", "wav2vec2", "wav2vec2-stable")
+# (method, architecture) -> the words of the refusal, which `test_refused_combinations` expects.
+CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt2", "opt")
+OWN_ATTENTION = ("mpnet", "deberta-v2")
+DROPS_TOKENS = ("bert", "roberta", "electra", "distilbert")
+REFUSED = {("linformer", name): "bidirectional encoder" for name in CAUSAL}
+REFUSED |= {("linformer", name): "attention code of its own" for name in OWN_ATTENTION}
 REFUSED |= {
-    ("token_pruning", name): "must be an encoder of type" for name in ("llama", "opt", "modernbert", "mpnet", *OTHERS)
+    ("token_pruning", name): "must be an encoder of type" for name in ARCHITECTURES if name not in DROPS_TOKENS
 }
 # Sounds have any length.
 REFUSED |= {("linformer", name): "max_tokens must be given for wav2vec2" for name in ("wav2vec2", "wav2vec2-stable")}
-# Attention code of its own cannot be exchanged.
-REFUSED[("linformer", "mpnet")] = "attention code of its own"
 # Methods that add to the dense shapes instead of changing them: without the import such a model opens as a dense one.
 KEEPS_DENSE_SHAPES = {"linformer", "token_pruning", "weight_pruning"}
 # Methods that change values only: a skeleton without the record has the same modules.

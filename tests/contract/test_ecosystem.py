@@ -5,7 +5,6 @@ import copy
 import peft
 import pytest
 import torch
-from torch import nn
 from transformers import Trainer, pipeline
 
 import hf_compress as hc
@@ -88,9 +87,10 @@ def test_pipeline_after_reload(compressed, tokenizer, sentences, method, tmp_pat
 def test_lora_on_a_compressed_model(compressed, batches, batch, labelled, method, architecture, tmp_path):
     model = compressed(method, architecture, HEAD)
     model.save_pretrained(tmp_path / "base")
-    targets = [name.rpartition(".")[2] for name, module in layers_of(model)[0].module.named_modules()
-               if isinstance(module, nn.Linear)]  # fmt: skip
-    settings = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=sorted(set(targets)))
+    projections = layers_of(model)[0].projections.values()
+    targets = sorted({projection.path.rpartition(".")[2] for projection in projections})
+    transposed = any(projection.transposed for projection in projections)
+    settings = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=targets, fan_in_fan_out=transposed)
     student = peft.get_peft_model(HEADS[HEAD].from_pretrained(tmp_path / "base"), settings)
     Trainer(student, arguments(tmp_path / "t", max_steps=2), train_dataset=labelled(model.config)).train()
     assert differ_beyond_rounding(logits_of(student, batch(model))[0], logits_of(model, batch(model))[0])

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
-from tests.conftest import ARCHITECTURES, HEADS
+from tests.conftest import ALIKE, ARCHITECTURES, HEADS
 from tests.contract.conftest import (
     KEEPS_DENSE_MODULES,
     KEEPS_DENSE_SHAPES,
@@ -24,6 +24,9 @@ from tests.contract.conftest import (
 )
 from tests.rounding import assert_equal_to_rounding, differ_beyond_rounding
 
+
+GROUPED = {"llama", "mistral", "qwen2", "qwen3", "smollm3", "eurobert"}
+GATED = GROUPED | {"modernbert", "nomic_bert", "gte"}
 
 every_head = pytest.mark.parametrize("head", list(HEADS))
 
@@ -133,7 +136,7 @@ def test_fresh_process(compressed, batch, tmp_path, program):
     head, models = "sequence_classification", {}
     for method in METHOD_CONFIGS:
         for architecture in ARCHITECTURES:
-            if (method, architecture) in REFUSED:
+            if (method, architecture) in REFUSED or architecture in ALIKE:
                 continue
             model, folder = compressed(method, architecture, head), tmp_path / f"{method}-{architecture}"
             models[folder.name] = model
@@ -211,14 +214,17 @@ def test_cost_equals_a_hand_count(compressed, model, method, architecture):
     for counted in (model(architecture), compressed(method, architecture)):
         cost, expected = hc.count_cost(counted, seq_len=s), []
         for block in layers_of(counted):
-            neurons = block.num_neurons * s * d * (3 if architecture in ("llama", "modernbert") else 2)
+            neurons = block.num_neurons * s * d * (3 if architecture in GATED else 2)
             # ModernBERT's local layers see four tokens to each side.
             local = getattr(block.attention, "sliding_window", None) is not None
             pairs = sum(abs(i - j) <= 4 for i in range(s) for j in range(s)) if local else s * s
-            # Llama: a unit is two query heads on one key and one value head.
-            per_unit = s * d * 4 * dh + 2 * pairs * 2 * dh + s * 2 * dh * d
-            if architecture != "llama":
-                per_unit = 3 * s * d * dh + 2 * pairs * dh + s * dh * d
+            # A unit is two query heads on one key and one value head, or one head.
+            per_unit = 3 * s * d * dh + 2 * pairs * dh + s * dh * d
+            if architecture in GROUPED:
+                per_unit = s * d * 4 * dh + 2 * pairs * 2 * dh + s * 2 * dh * d
+            if architecture == "deberta-v2":
+                # Sixteen embeddings of distances, projected as queries and keys, each compared with all tokens.
+                per_unit += 2 * 16 * d * dh + 2 * s * 16 * dh
             expected.append(block.num_units * per_unit + neurons)
         assert cost.macs_by_layer == expected
         assert cost.macs == sum(expected)
@@ -226,7 +232,9 @@ def test_cost_equals_a_hand_count(compressed, model, method, architecture):
         assert cost.params == sum(value.numel() for value in numbers)
         assert cost.nonzero_params == sum(int((value != 0).sum()) for value in numbers)
         assert cost.bytes == 4 * cost.params
-        assert hc.count_cost(counted, seq_len=s, batch_size=3).macs == 3 * cost.macs
+        # Embeddings of distances are projected once a batch.
+        once = sum(2 * 16 * d * block.num_units * dh for block in layers_of(counted) if architecture == "deberta-v2")
+        assert hc.count_cost(counted, seq_len=s, batch_size=3).macs == 3 * cost.macs - 2 * once
     with pytest.raises(ValueError, match="must be positive, got 0 and 1"):
         hc.count_cost(counted, seq_len=0)
 

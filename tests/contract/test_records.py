@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, BertConfig, BertModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
@@ -116,7 +116,7 @@ def equal_widths(model, data, **keep):
     return model
 
 
-WIDTH = {"distilbert": "hidden_dim", "opt": "ffn_dim"}
+WIDTH = {"distilbert": "hidden_dim", "opt": "ffn_dim", "gpt2": "n_inner"}
 
 
 def test_plain_model_of_equal_widths(model, batches, batch, architecture, tmp_path):
@@ -134,13 +134,35 @@ def test_plain_model_of_equal_widths(model, batches, batch, architecture, tmp_pa
     skeleton.load_state_dict(pruned.state_dict(), strict=True)
 
 
-def test_plain_llama_with_fewer_heads(model, batches, batch, tmp_path):
-    pruned = equal_widths(model("llama"), batches(model("llama").config))
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "eurobert"])
+def test_plain_model_with_fewer_groups(model, batches, batch, architecture, tmp_path):
+    pruned = equal_widths(model(architecture), batches(model(architecture).config))
     hc.to_plain(pruned).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert "quantization_config" not in config
     assert (config["num_key_value_heads"], config["num_attention_heads"], config["head_dim"]) == (1, 2, 8)
     assert_same_outputs(AutoModel.from_pretrained(tmp_path), pruned, batch(pruned))
+
+
+@pytest.mark.parametrize("architecture", ["nomic_bert", "gte"])
+def test_plain_model_with_fewer_heads(model, batches, batch, architecture, tmp_path):
+    pruned = equal_widths(model(architecture), batches(model(architecture).config))
+    hc.to_plain(pruned).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["num_attention_heads"], config["head_dim"]) == (3, 8)
+    assert_same_outputs(AutoModel.from_pretrained(tmp_path), pruned, batch(pruned))
+
+
+def test_heads_that_a_config_class_refuses_have_no_plain_form(batches):
+    """Llama's config wants heads that divide the hidden size: what `to_plain` gave here did not open."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64}
+    config = LlamaConfig(**sizes, vocab_size=99, num_hidden_layers=2, pad_token_id=0)
+    pruned = equal_widths(LlamaModel(config), batches(config))
+    steps = hc.steps_of(pruned)
+    with pytest.raises(ValueError, match=r"3 heads of size 8, with which LlamaConfig does not open: The hidden size"):
+        hc.to_plain(pruned)
+    assert hc.steps_of(pruned) == steps
+    assert pruned.config.num_attention_heads == 4
 
 
 def test_what_has_no_plain_form_says_which_layer(model, batches, compressed):
@@ -168,8 +190,8 @@ def test_recorded_tolerance_is_the_largest_loss_that_was_accepted(compressed):
 
 
 def test_refuses_unsupported_architectures_and_layers(model, batches):
-    from_config = AutoModel.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=2, vocab_size=9))
-    with pytest.raises(ValueError, match="model_type must be one of bert, .*got 'gpt2'"):
+    from_config = AutoModel.from_config(AutoConfig.for_model("fnet", hidden_size=8, num_hidden_layers=1, vocab_size=9))
+    with pytest.raises(ValueError, match="model_type must be one of bert, .*got 'fnet'"):
         hc.compress(from_config, hc.StructuredPruningConfig(), data=[])
     wrapped = model("bert")
     wrapped.encoder.layer[1].output.dense = torch.nn.utils.parametrizations.weight_norm(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hf_compress.core.layouts.layout import Architecture
 from hf_compress.core.projections import Role
 
 
-_LLAMA = Architecture(
+LLAMA = Architecture(
     layers="layers",
     attention="self_attn",
     projections={
@@ -28,7 +30,27 @@ _LLAMA = Architecture(
 )
 
 DECODERS: dict[str, Architecture] = {
-    "llama": _LLAMA,
+    "llama": LLAMA,
+    "mistral": replace(LLAMA, window_in_config=True),
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "smollm3": LLAMA,
+    "gpt2": Architecture(
+        layers="h",
+        attention="attn",
+        projections={
+            "attn.c_attn": (Role.QUERY, Role.KEY, Role.VALUE),
+            "attn.c_proj": (Role.ATTENTION_OUT,),
+            "mlp.c_fc": (Role.FFN_IN,),
+            "mlp.c_proj": (Role.FFN_OUT,),
+        },
+        activation="mlp.act",
+        head_size="head_dim",
+        head_counters=("num_heads", "split_size*d"),
+        ffn_size="n_inner",
+        pre_norm=True,
+        causal=True,
+    ),
     # OPT reshapes with an explicit number of heads: a stale counter gives wrong numbers without an error.
     "opt": Architecture(
         layers="decoder.layers",

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from hf_compress.core.layouts.layout import Architecture
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from hf_compress.core.layouts.decoders import LLAMA
+from hf_compress.core.layouts.layout import Architecture, PositionWork
 from hf_compress.core.projections import Role
 
 
@@ -23,12 +29,28 @@ _BERT = Architecture(
     ffn_size="intermediate_size",
 )
 
+# Like Llama in names and shapes, but post-norm and seen from both sides.
+_NOMIC = replace(LLAMA, pre_norm=False, causal=False)
+
+
+def _deberta_positions(attention: nn.Module) -> PositionWork:
+    """What disentangled attention computes with embeddings of relative positions."""
+    module: Any = attention
+    if not module.relative_attention:
+        return PositionWork(0, 0, 0)
+    products = sum(kind in module.pos_att_type for kind in ("c2p", "p2c"))
+    # With shared projections the model computes both, whatever it uses.
+    return PositionWork(2 * module.pos_ebd_size, 2 if module.share_att_key else products, products)
+
+
 ENCODERS: dict[str, Architecture] = {
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "camembert": _BERT,
     "electra": _BERT,
+    "data2vec-text": _BERT,
+    "ernie": _BERT,
     "distilbert": Architecture(
         layers="transformer.layer",
         attention="attention",
@@ -63,6 +85,30 @@ ENCODERS: dict[str, Architecture] = {
         attention_interface=False,
         head_bias="position_bias",
     ),
+    # Positions have projections of their own only where `share_att_key` is off; DeBERTa-v3 shares those of the tokens.
+    "deberta-v2": Architecture(
+        layers="encoder.layer",
+        attention="attention.self",
+        projections={
+            "attention.self.query_proj": (Role.QUERY,),
+            "attention.self.key_proj": (Role.KEY,),
+            "attention.self.value_proj": (Role.VALUE,),
+            "attention.self.pos_query_proj": (Role.POSITION_QUERY,),
+            "attention.self.pos_key_proj": (Role.POSITION_KEY,),
+            "attention.output.dense": (Role.ATTENTION_OUT,),
+            "intermediate.dense": (Role.FFN_IN,),
+            "output.dense": (Role.FFN_OUT,),
+        },
+        activation="intermediate.intermediate_act_fn",
+        head_size="attention_head_size",
+        head_counters=("num_attention_heads", "all_head_size*d"),
+        ffn_size="intermediate_size",
+        attention_interface=False,
+        position_work=_deberta_positions,
+    ),
+    "eurobert": replace(LLAMA, causal=False),
+    "nomic_bert": _NOMIC,
+    "gte": _NOMIC,
     "modernbert": Architecture(
         layers="layers",
         attention="attn",

@@ -52,6 +52,8 @@ class Architecture:
             attention code of their own cannot be given another attention.
         head_bias: Argument of the attention module's forward with one number for each head and pair of tokens,
             [B, H, S, S] and the same for every example, computed outside the layer for the heads of the dense model.
+        window_in_config: Whether the config's `sliding_window` holds for every layer; elsewhere attention modules know
+            their own window.
         free_heads: Stock transformers can build the model with fewer heads than fill the hidden size, because it
             reads `head_dim` from the config.
         position_work: From the attention module to its arithmetic with embeddings of relative positions.
@@ -70,6 +72,7 @@ class Architecture:
     rotary: bool = False
     attention_interface: bool = True
     head_bias: str | None = None
+    window_in_config: bool = False
     free_heads: bool = False
     position_work: Callable[[nn.Module], PositionWork] | None = None
 

@@ -26,7 +26,7 @@ _SHARED = "linformer_projection"
 
 def _global_blocks(model: PreTrainedModel) -> list[TransformerLayer]:
     """The layers whose attention sees every token; attention in a window is linear already."""
-    return [block for block in layers_of(model) if getattr(block.attention, "sliding_window", None) is None]
+    return [block for block in layers_of(model) if block.window is None]
 
 
 def check(model: PreTrainedModel, config: LinformerConfig) -> None:
@@ -117,6 +117,7 @@ def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
             owned=config.share != "layer",
             max_tokens=config.max_tokens,
             head_size=block.head_size,
+            queries_per_key=block.queries_per_unit,
             deferrable=deferrable,
             slot_mask=config.slot_mask,
             slot_stride=config.slot_stride,

@@ -1,7 +1,7 @@
 """Attention over compressed keys and values.
 
 Letters: B batch, S padded length, L tokens of one example, K slots, H heads, d head size, D hidden, W width of all
-heads, M rows of the projections (the longest input).
+heads, G query heads a key head, M rows of the projections (the longest input).
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class LinformerCore(AttentionCore):
         owned: Whether this core registers them; a shared projection is registered elsewhere, once.
         max_tokens: Tokens an input may have; the rows of special offsets (RoBERTa) are beyond it.
         head_size: d.
+        queries_per_key: Query heads that share a key and a value head (grouped-query attention).
         deferrable: Names of the key and value projections in the attention module when they may be applied after E
             and F: exact, since both act on different axes, as long as nothing (rotary positions) stands between.
         slot_mask: Leave out slots that no token reaches.
@@ -126,6 +127,7 @@ class LinformerCore(AttentionCore):
         owned: bool,
         max_tokens: int,
         head_size: int,
+        queries_per_key: int,
         deferrable: tuple[str, str] | None,
         slot_mask: bool,
         slot_stride: int,
@@ -139,6 +141,7 @@ class LinformerCore(AttentionCore):
             object.__setattr__(self, "projection", projection)
         self.max_tokens = max_tokens
         self.head_size = head_size
+        self.queries_per_key = queries_per_key
         self.deferrable = deferrable
         self.slot_mask = slot_mask
         self.slot_stride = slot_stride
@@ -196,12 +199,13 @@ class LinformerCore(AttentionCore):
     def _finish(
         self, short: Tensor, rows: Tensor, lengths: Tensor | None, seq_len: int, deferred: DeferredLinear | None
     ) -> Tensor:
-        """[B, H, K, d] from shortened keys, values, or input of their deferred projection [B, K, W or D]."""
+        """[B, H, K, d] from shortened keys, values, or input of their deferred projection [B, K, W / G or D]."""
         if deferred is not None:
             short = deferred(short, bias_scale=rows.sum(-2).to(short.dtype))
         if self.length_scaling:
             short = short * (seq_len**-0.5 if lengths is None else lengths.to(short.dtype).rsqrt()[:, None, None])
-        return short.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        heads = short.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        return heads if self.queries_per_key == 1 else heads.repeat_interleave(self.queries_per_key, 1)
 
     def _live_slots(self, lengths: Tensor | None, seq_len: int, device: torch.device) -> Tensor:
         """[B or 1, 1, 1, K] bool: slots that at least one token of the example reaches."""
@@ -218,14 +222,15 @@ class LinformerCore(AttentionCore):
         return self._macs_deferred(seq_len, width, hidden) < self._macs_plain(seq_len, width)
 
     def _macs_plain(self, seq_len: float, width: int) -> float:
-        return 4 * seq_len * self.num_slots * width
+        # Keys and values are shortened once a group, scores and mixtures computed for every query head.
+        return (2 + 2 / self.queries_per_key) * seq_len * self.num_slots * width
 
     def _macs_deferred(self, seq_len: float, width: int, hidden: int) -> float:
         if self.deferrable is None:
             return float("inf")
         # Projecting K slots instead of all tokens is a saving on what the projections are counted with elsewhere.
         passes = 1 if self.projection.values is None else 2
-        projected = 2 * (self.num_slots - seq_len) * hidden * width
+        projected = 2 * (self.num_slots - seq_len) * hidden * width / self.queries_per_key
         return (passes * hidden + 2 * width) * seq_len * self.num_slots + projected
 
     def extra_repr(self) -> str:
