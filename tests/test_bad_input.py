@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -84,10 +84,11 @@ def place(tmp_path_factory):
         config["quantization_config"] = {"quant_method": "hf_compress", **record}
         (root / name / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    GPT2ForSequenceClassification(
-        GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=0)
-    ).save_pretrained(root / "gpt2")
-    write_tokenizer(root / "gpt2")
+    sizes = {"embedding_size": 8, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    AlbertForSequenceClassification(
+        AlbertConfig(vocab_size=len(WORDS), **sizes, num_hidden_layers=1, max_position_embeddings=32)
+    ).save_pretrained(root / "albert")
+    write_tokenizer(root / "albert")
 
     rows = [f"{'good' if i % 2 else 'bad'} w{i % 90} w{i % 7}\t{i % 2}" for i in range(64)]
     for folder, header, body in (
@@ -160,7 +161,7 @@ CASES = [
     (f"{PRUNE} --calibration_samples 1000", "calibration_samples must be in 1..64"),
     (f"{PRUNE} --calibration_samples 4", "data must hold at least 64 tokens"),
     (f"{PRUNE} --selection fisher --order sequential", "selection='fisher'"),
-    (PRUNE.replace("path model", "path gpt2"), "model_type must be one of"),
+    (PRUNE.replace("path model", "path albert"), "model_type must be one of"),
     (PRUNE.replace("path model", "path nan"), "NaN or infinity in classifier.weight"),
     (PRUNE.replace("path model", "path newer"), "version 99"),
     (PRUNE.replace("path model", "path unknown"), "method must be one of"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, DebertaV2Config, DebertaV2Model
+from transformers.pytorch_utils import Conv1D
 
 import hf_compress as hc
 from hf_compress.core import driver
@@ -35,8 +36,10 @@ class Rows:
 
 
 def modules_of(layer):
-    """Name in the layer -> a linear module."""
-    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    """Name in the layer -> a linear module that sees one row a token: DeBERTa's see relative positions, too."""
+    kinds, two_kinds_of_rows = (nn.Linear, Conv1D), ("attention.self.query_proj", "attention.self.key_proj")
+    found = {name: module for name, module in layer.named_modules() if isinstance(module, kinds)}
+    return {name: module for name, module in found.items() if name not in two_kinds_of_rows}
 
 
 def fed_in_real_passes(model, modules, data):
@@ -58,8 +61,10 @@ def fed_in_real_passes(model, modules, data):
 
 
 def layers_in(model):
-    name = {"bert": "encoder.layer", "roberta": "encoder.layer", "electra": "encoder.layer"}
-    others = {"distilbert": "transformer.layer", "opt": "decoder.layers", "wav2vec2": "encoder.layers"}
+    name = dict.fromkeys(("bert", "roberta", "electra", "mpnet", "deberta-v2"), "encoder.layer")
+    others = {
+        "distilbert": "transformer.layer", "opt": "decoder.layers", "gpt2": "h", "wav2vec2": "encoder.layers"
+    }  # fmt: skip
     return list(model.base_model.get_submodule({**name, **others}.get(model.config.model_type, "layers")))
 
 
@@ -84,7 +89,8 @@ def test_every_layer_is_fed_what_a_whole_pass_feeds_it(model, batches, architect
         walk.observe(modules, rows)
         expected = fed_in_real_passes(dense.eval(), modules, data)
         dense.train()
-        moments = {name: PairedMoments(m.in_features, m.in_features) for name, m in modules.items()}
+        widths = {name: getattr(m, "in_features", None) or m.nx for name, m in modules.items()}
+        moments = {name: PairedMoments(width, width) for name, width in widths.items()}
         walk.observe_both(moments)
         twins = fed_in_real_passes(untouched.eval(), before, data)
         for name in modules:
@@ -95,7 +101,7 @@ def test_every_layer_is_fed_what_a_whole_pass_feeds_it(model, batches, architect
             assert moments[name].own.num_rows == len(own)
         disturb(layers_in(dense)[index], index)
         # The dense stream goes on from the layer as it was, also within the layer.
-        again = {name: PairedMoments(m.in_features, m.in_features) for name, m in modules.items()}
+        again = {name: PairedMoments(width, width) for name, width in widths.items()}
         walk.observe_both(again)
         changed = fed_in_real_passes(dense.eval(), modules, data)
         dense.train()
