@@ -62,7 +62,7 @@ def steps_of(model_or_config: PreTrainedModel | PretrainedConfig) -> list[dict[s
         >>> steps_of(BertConfig())
         []
     """
-    config = getattr(model_or_config, "config", model_or_config)
+    config = model_or_config if isinstance(model_or_config, PretrainedConfig) else model_or_config.config
     flat = [{key: getattr(done, key) for key in method.config_class.flat} for method, done in _parsed(config)]
     return [{**step, **knobs} for step, knobs in zip(record_of(config)["steps"], flat, strict=True)]
 
@@ -156,7 +156,7 @@ def apply_implied(model: PreTrainedModel) -> PreTrainedModel:
         if wanted is not None:
             logger.info("The model's config asks for %s: applied.", method.name)
             device = model.device
-            compress(model, wanted).to(device)
+            compress(model, wanted).to(device)  # type: ignore[arg-type]  # Its wrapper hides the signature.
     return model
 
 

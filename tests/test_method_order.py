@@ -8,15 +8,11 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 import hf_compress as hc
-from tests.conftest import ARCHITECTURES
 from tests.contract.conftest import METHOD_CONFIGS, REFUSED, assert_same_outputs
 from tests.rounding import assert_compressed_alike
 
 
 PAIRS = list(itertools.product(METHOD_CONFIGS, repeat=2))
-# An encoder that every method knows, a decoder with grouped queries, and a model that reads no tokens; the others
-# differ from them in names and in the layout of their projections.
-QUICK = ("bert", "llama", "vit")
 # Why a pair is impossible on every architecture that knows both methods.
 IMPOSSIBLE = {
     ("linformer", "linformer"): "Steps must not repeat linformer",
@@ -46,9 +42,6 @@ def outcome(model, calls, data):
     return model, None
 
 
-@pytest.mark.parametrize(
-    "architecture", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
-)
 def test_every_pair(model, batches, architecture, tmp_path):
     refused = []
     for first, second in PAIRS:

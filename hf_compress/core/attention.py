@@ -119,10 +119,11 @@ def _attention(
             f"attention_mask must be [batch, tokens] for this attention, got shape {tuple(attention_mask.shape)}."
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return core(module, query, key, value, attention_mask, scaling, dropout, bool(output_attentions))
+    context, weights = core(module, query, key, value, attention_mask, scaling, dropout, bool(output_attentions))
+    return context, weights
 
 
-def _require_attention(attention: nn.Module, inputs: tuple[Any, ...]) -> None:
+def _require_attention(attention: Any, inputs: tuple[Any, ...]) -> None:
     if attention.config._attn_implementation != ATTENTION:
         raise ValueError(
             f"attn_implementation must stay {ATTENTION!r} for a model with a changed attention, "

@@ -1,4 +1,4 @@
-"""A config object for one model alone."""
+"""A config object that belongs to one model alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 def own_config_(model: nn.Module) -> None:
     """Give a model and its modules a config that no other model shares, with the same content.
 
-    Two models built from one config object both hold that very object. What is written into it when one of them is
-    compressed would be said of the other, too.
+    Two models built from one config object both hold that very object: a record written into it when one of them is
+    compressed would describe the other one, too. Whatever else reads the config does so through a module.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -24,12 +24,10 @@ def own_config_(model: nn.Module) -> None:
         (False, True)
     """
     shared: dict[int, Any] = {}
-    # `deepcopy` notes every object it meets, so the parts of composite configs are here, too.
+    # `deepcopy` notes down every object that it copies, parts of composite configs included.
     copy.deepcopy(model.config, shared)
     own = {key: value for key, value in shared.items() if isinstance(value, PretrainedConfig)}
     for module in model.modules():
-        # Layers may carry plain objects that read the config in every forward pass.
-        for holder in (module, *vars(module).values()):
-            for name, value in list(getattr(holder, "__dict__", {}).items()):
-                if id(value) in own:
-                    vars(holder)[name] = own[id(value)]
+        for name, value in list(vars(module).items()):
+            if id(value) in own:
+                vars(module)[name] = own[id(value)]

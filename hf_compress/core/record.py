@@ -29,14 +29,15 @@ class CompressionConfig(QuantizationConfigMixin):
 
     Args:
         version: Format of the record. A model written by a newer release is refused, not half understood.
-        steps: One dict a step: `{"method": <folder name>, ...}`.
+        steps: One dict for each step: `{"method": <folder name>, ...}`.
 
     Example:
         >>> CompressionConfig(steps=[{"method": "structured_pruning"}]).to_dict()["version"]
         1
     """
 
-    quant_method: str = QUANT_METHOD
+    # transformers has an enum of its own methods here, and takes any string.
+    quant_method: str = QUANT_METHOD  # type: ignore[assignment]
     version: int = RECORD_VERSION
     steps: list[dict[str, Any]] = field(default_factory=list)
 
@@ -49,11 +50,11 @@ class CompressionConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         check_record(config_dict)
-        return super().from_dict(config_dict, *args, **kwargs)
+        return super().from_dict(config_dict, *args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def check_record(record: Any) -> None:
-    """Refuse what is no record of ours, or one that this version cannot read.
+    """Refuse a record of another package, and one that this version cannot read.
 
     Raises:
         ValueError: Says what is wrong; of a newer version, that it is newer.
@@ -86,8 +87,8 @@ def record_of(config: PretrainedConfig) -> dict[str, Any]:
     Raises:
         ValueError: If it is of another package or of a newer version.
     """
-    record = getattr(config, "quantization_config", None)
-    record = record.to_dict() if hasattr(record, "to_dict") else record
+    found: Any = getattr(config, "quantization_config", None)
+    record: dict[str, Any] | None = found.to_dict() if hasattr(found, "to_dict") else found
     if record is None:
         return CompressionConfig().to_dict()
     check_record(record)

@@ -39,7 +39,7 @@ class DeferredLinear(CuttableLinear):
         wrapped = all(child is not self for child in self.owner.children())
         if core is None or wrapped or self.in_features % core.head_size:
             return False
-        return core.defers(seq_len, self.out_features, self.in_features)
+        return bool(core.defers(seq_len, self.out_features, self.in_features))
 
 
 def defer_(linear: nn.Linear, owner: nn.Module) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, architecture_of, layers_of
 from hf_compress.core.attention import attach_core_, use_cores_
+from hf_compress.core.data_needs import Data
 from hf_compress.core.positions import extend_positions_, patch_positions, position_offset, usual_tokens
 from hf_compress.core.projections import Role
 from hf_compress.methods.linformer.config import LinformerConfig
@@ -24,26 +23,34 @@ from hf_compress.methods.linformer.projection import LinformerCore, TimeProjecti
 _SHARED = "linformer_projection"
 
 
-def _global_blocks(model: PreTrainedModel) -> list[TransformerLayer]:
+def _global_layers(model: PreTrainedModel) -> list[TransformerLayer]:
     """The layers whose attention sees every token; attention in a window is linear already."""
-    return [block for block in layers_of(model) if block.window is None]
+    return [layer for layer in layers_of(model) if layer.window is None]
+
+
+def _stride(config: LinformerConfig, length: int) -> int:
+    """Tokens that a slot averages at first."""
+    if config.slot_stride is not None:
+        return config.slot_stride
+    return math.ceil(length / config.projected_length) if config.initialization == "pooling" else 1
 
 
 def check(model: PreTrainedModel, config: LinformerConfig) -> None:
     """Refuse models that linear attention cannot serve.
 
     Raises:
-        ValueError: Unsupported architecture, causal attention, or a number of tokens that is unknown or too large.
+        ValueError: If the architecture is not supported or causal, or if the number of tokens is unknown, larger than
+            the model reads, or larger than the slots reach.
     """
     if not architecture_of(model).attention_interface:
         raise ValueError(
             f"model must compute attention through transformers' attention functions, and {model.config.model_type} "
             "has attention code of its own: linear attention cannot take its place."
         )
-    for block in layers_of(model):
-        if getattr(block.attention, "is_causal", False) or getattr(model.config, "is_decoder", False):
+    for layer in layers_of(model):
+        if getattr(layer.attention, "is_causal", False) or getattr(model.config, "is_decoder", False):
             raise ValueError(
-                f"model must be a bidirectional encoder, got causal attention in layer {block.index} of "
+                f"model must be a bidirectional encoder, got causal attention in layer {layer.index} of "
                 f"{model.config.model_type}: slots would mix in later tokens."
             )
     if config.max_tokens is None and usual_tokens(model) is None:
@@ -54,17 +61,21 @@ def check(model: PreTrainedModel, config: LinformerConfig) -> None:
     patches = patch_positions(model)
     if patches is not None and (config.max_tokens or 0) > patches:
         raise ValueError(f"max_tokens must be at most {patches}, the tokens of an image, got {config.max_tokens}.")
+    length = config.max_tokens or usual_tokens(model) or 1
+    if config.initialization == "pooling" and (stride := _stride(config, length)) * config.projected_length < length:
+        raise ValueError(
+            f"slot_stride must be at least {math.ceil(length / config.projected_length)} for {length} tokens and "
+            f"{config.projected_length} slots, got {stride}: the last tokens would reach no slot."
+        )
 
 
-def compress(
-    model: PreTrainedModel, config: LinformerConfig, data: Iterable[Mapping[str, Any]] | None
-) -> LinformerConfig:
+def compress(model: PreTrainedModel, config: LinformerConfig, data: Data | None) -> LinformerConfig:
     """Replace softmax attention by attention over learned slots; everything else keeps its weights.
 
     Args:
         model: A bidirectional encoder; changed in place.
-        config: What to make.
-        data: Not needed.
+        config: How many slots, and how they start.
+        data: Not read.
 
     Returns:
         The config with `max_tokens` and `slot_stride`.
@@ -72,15 +83,7 @@ def compress(
     offset = position_offset(model)
     length = config.max_tokens or usual_tokens(model)
     assert length is not None
-    stride = config.slot_stride or (
-        math.ceil(length / config.projected_length) if config.initialization == "pooling" else 1
-    )
-    if config.initialization == "pooling" and stride * config.projected_length < length:
-        raise ValueError(
-            f"slot_stride must be at least {math.ceil(length / config.projected_length)} for {length} tokens and "
-            f"{config.projected_length} slots, got {stride}: the last tokens would reach no slot."
-        )
-    completed = dataclasses.replace(config, max_tokens=length, slot_stride=stride)
+    completed = dataclasses.replace(config, max_tokens=length, slot_stride=_stride(config, length))
     if length > (usual_tokens(model) or length):
         extend_positions_(model, length + offset)
     rebuild(model, completed)
@@ -95,15 +98,14 @@ def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
     """
     if config.max_tokens is None or config.slot_stride is None:
         raise ValueError("max_tokens and slot_stride must be recorded, got a config that was never applied.")
-    # One row a position, those of special offsets included, as published.
+    # One row for each position, those of special offsets included, as published.
     rows = config.max_tokens + position_offset(model)
     generator = torch.Generator().manual_seed(config.seed)
-    shared = None
-    for block in _global_blocks(model):
-        attention = block.attention
-        projection = shared
-        if shared is None:
-            weight = block.attention_out.weight
+    shared: TimeProjection | None = None
+    for layer in _global_layers(model):
+        attention, projection = layer.attention, shared
+        if projection is None:
+            weight = layer.attention_out.weight
             projection = TimeProjection(
                 rows, config.projected_length, config.share == "none", device=weight.device, dtype=weight.dtype
             )
@@ -111,13 +113,13 @@ def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
         if config.share == "layer" and shared is None:
             shared = projection
             model.base_model.add_module(_SHARED, projection)
-        deferrable = _deferrable(block)
+        deferrable = _deferrable(layer)
         core = LinformerCore(
             projection,
             owned=config.share != "layer",
             max_tokens=config.max_tokens,
-            head_size=block.head_size,
-            queries_per_key=block.queries_per_unit,
+            head_size=layer.head_size,
+            queries_per_key=layer.queries_per_unit,
             deferrable=deferrable,
             slot_mask=config.slot_mask,
             slot_stride=config.slot_stride,
@@ -150,9 +152,11 @@ def _normal(parameter: nn.Parameter, config: LinformerConfig, generator: torch.G
 
 
 def _pooling(parameter: nn.Parameter, config: LinformerConfig, generator: torch.Generator) -> Tensor:
+    assert config.max_tokens is not None
+    assert config.slot_stride is not None
     rows, slots = parameter.shape
     positions = torch.arange(rows)
     inside = positions[:, None] // config.slot_stride == torch.arange(slots)
-    # The forward pass divides by the root of the number of tokens; the longest input is what it is undone for.
+    # The forward pass divides by the root of the number of tokens; this makes up for it on the longest input.
     scale = config.max_tokens**0.5 if config.length_scaling else 1.0
     return inside * (scale / config.slot_stride)

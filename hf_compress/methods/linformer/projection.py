@@ -34,10 +34,20 @@ class TimeProjection(nn.Module):
         longest: Tokens of the longest input seen in training; rows beyond it never had a gradient.
     """
 
-    def __init__(self, rows: int, slots: int, separate_values: bool, **place: object) -> None:
+    def __init__(
+        self,
+        rows: int,
+        slots: int,
+        separate_values: bool,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.keys = nn.Parameter(torch.zeros(rows, slots, **place))
-        self.values = nn.Parameter(torch.zeros(rows, slots, **place)) if separate_values else None
+        self.longest: Tensor
+        self.keys = nn.Parameter(torch.zeros(rows, slots, device=device, dtype=dtype))
+        self.values: nn.Parameter | None = None
+        if separate_values:
+            self.values = nn.Parameter(torch.zeros(rows, slots, device=device, dtype=dtype))
         self.register_buffer("longest", torch.zeros((), dtype=torch.int64, device=self.keys.device))
         self._trained = self._checked = 0
 
@@ -204,7 +214,7 @@ class LinformerCore(AttentionCore):
             short = deferred(short, bias_scale=rows.sum(-2).to(short.dtype))
         if self.length_scaling:
             short = short * (seq_len**-0.5 if lengths is None else lengths.to(short.dtype).rsqrt()[:, None, None])
-        heads = short.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        heads = short.view(*short.shape[:-1], -1, self.head_size).transpose(1, 2)
         return heads if self.queries_per_key == 1 else heads.repeat_interleave(self.queries_per_key, 1)
 
     def _live_slots(self, lengths: Tensor | None, seq_len: int, device: torch.device) -> Tensor:

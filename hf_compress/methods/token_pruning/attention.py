@@ -18,10 +18,10 @@ from hf_compress.methods.token_pruning.packing import Packing
 from hf_compress.methods.token_pruning.rule import TokenRule
 
 
-# Attention weights that are held at a time without gradients: more than fits into a core's cache costs three times
-# the time on a CPU, mostly for fetching fresh memory.
+# How much of the attention weights is held at a time without gradients: what does not fit into a core's cache takes
+# three times as long on a CPU, mostly to fetch fresh memory.
 _WEIGHTS_AT_A_TIME = 2**22  # bytes
-# An example with at least so many of them, 105 tokens in twelve heads, is worth operations of its own.
+# From this size on (105 tokens in twelve heads), an example is computed by operations of its own.
 _WEIGHTS_ALONE = 2**19  # bytes
 
 
@@ -36,7 +36,7 @@ def project(layer: nn.Module, rule: TokenRule, path: str, packing: Packing, rows
 
 def _heads(states: Tensor, size: int) -> Tensor:
     """[..., H, n, d] from [..., n, H d], without a copy."""
-    return states.unflatten(-1, (-1, size)).transpose(-2, -3)
+    return states.view(*states.shape[:-1], -1, size).transpose(-2, -3)
 
 
 def key_mask(packing: Packing) -> Tensor | None:
@@ -51,11 +51,11 @@ def attend(
     """Attention of packed tokens to each other.
 
     Args:
-        layer: A transformer layer.
-        rule: Its own.
-        packing: Of the tokens.
+        layer: The module of a transformer layer.
+        rule: Of that layer.
+        packing: How the tokens are packed.
         rows: [N, hidden].
-        scored: Whether to find out what each token received.
+        scored: Whether to compute how much attention each token received.
 
     Returns:
         [N, H d], and [B, n] received attention, summed over queries and averaged over heads, 0 behind the end; None
@@ -91,22 +91,22 @@ def attend(
 def _one_by_one(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, size: int, scored: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The same without gradients for long examples: packed rows of one are a matrix, there is nothing to align."""
+    """`attend` without gradients, for long examples: the packed rows of one example are a matrix already."""
     if len(packing.lengths) == 1:
         context, received = _of_one(query, key, value, size, scored)
         return context, None if received is None else received[None]
     lengths = [packing.longest] * len(packing.lengths) if packing.slots is None else packing.lengths.tolist()
     context = torch.empty_like(query)
     received = query.new_zeros(len(lengths), packing.longest) if scored else None
-    # Memory that is used again for every example: fresh pages cost as much as a product does.
+    # The memory is used again for every example: fresh pages cost as much as a product does.
     space = query.new_empty(2, query.shape[-1] // size * packing.longest**2) if scored else None
     start = 0
     for example, length in enumerate(lengths):
         here = slice(start, start + length)
         start += length
         if length:
-            context[here], own = _of_one(*(states[here] for states in (query, key, value)), size, scored, space)
-            if scored:
+            context[here], own = _of_one(query[here], key[here], value[here], size, scored, space)
+            if received is not None and own is not None:
                 received[example, :length] = own
     return context, received
 
@@ -126,20 +126,20 @@ def _of_one(
     )
     torch.baddbmm(products, query, key.mT, beta=0, alpha=size**-0.5, out=products)
     torch.softmax(products, -1, out=weights)
-    # A product with a row reads the weights once and copies nothing.
+    # A product with one row reads the weights once and copies nothing.
     received = query.new_full((1, heads * length), 1 / heads) @ weights.view(-1, length)
     return torch.bmm(weights, value).transpose(0, 1).flatten(1), received[0]
 
 
 def _in_pieces(query: Tensor, key: Tensor, value: Tensor, packing: Packing, size: int) -> tuple[Tensor, Tensor]:
-    """The same without gradients for short examples, some at a time."""
+    """`attend` without gradients, for short examples, several at a time."""
     query, key, value = (_heads(packing.align(states), size) for states in (query * size**-0.5, key, value))
     batch, heads, longest, _ = query.shape
-    # Keys that lie as the product reads them: in short examples a copy of them costs less than it saves.
+    # Keys in the order in which the product reads them: for short examples the copy costs less than it saves.
     query, key, value = (states.flatten(0, 1) for states in (query, key.mT.contiguous(), value))
     inside, padding = packing.inside, None
     if inside is not None:
-        # Half of it: a sum with a product of queries and keys stays finite. Adding is faster than filling.
+        # Half of the lowest number, so that the sum with a score stays finite. Adding is faster than filling.
         lowest = torch.finfo(query.dtype).min / 2
         padding = torch.zeros_like(inside, dtype=query.dtype).masked_fill_(~inside, lowest)[:, None, None]
     examples = min(batch, max(1, _WEIGHTS_AT_A_TIME // (heads * longest**2 * query.element_size())))
@@ -152,11 +152,10 @@ def _in_pieces(query: Tensor, key: Tensor, value: Tensor, packing: Packing, size
         products, weights = (x[: rows.stop - rows.start] for x in space)
         torch.bmm(query[rows], key[rows], out=products)
         if padding is not None:
-            products.unflatten(0, (-1, heads)).add_(padding[here])
+            products.view(-1, heads, longest, longest).add_(padding[here])
         torch.softmax(products, -1, out=weights)
         torch.bmm(weights, value[rows], out=context[rows])
-        received.append(
-            received_attention(weights.unflatten(0, (-1, heads)), None if inside is None else inside[here])
-        )
-    context = context.unflatten(0, (batch, heads)).transpose(1, 2).flatten(2)
+        weights = weights.view(-1, heads, longest, longest)
+        received.append(received_attention(weights, None if inside is None else inside[here]))
+    context = context.view(batch, heads, longest, -1).transpose(1, 2).flatten(2)
     return packing.unalign(context), received[0] if len(received) == 1 else torch.cat(received)

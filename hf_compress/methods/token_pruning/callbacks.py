@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from hf_compress.core.method_training import MethodCallback
 from hf_compress.methods.token_pruning.control import relative_macs, scale_thresholds
+from hf_compress.methods.token_pruning.modeling import required_thresholds
 from hf_compress.methods.token_pruning.rule import TokenThresholds
 from hf_compress.methods.token_pruning.training import SteeringCallback, TokenPruningTraining, training_of
 
@@ -106,7 +107,7 @@ class ThresholdAnnealingCallback(SteeringCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        thresholds = self._thresholds = self._training(kwargs["model"]).thresholds
+        thresholds = self._thresholds = required_thresholds(kwargs["model"], type(self).__name__)
         if self.learning_rate is not None:
             groups = getattr(kwargs.get("optimizer"), "param_groups", [])
             own = [g for g in groups if any(p is thresholds.values for p in g["params"])]
@@ -133,8 +134,7 @@ class ThresholdAnnealingCallback(SteeringCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, done = kwargs["model"], state.global_step / max(1, state.max_steps)
-        training = self._training(model)
-        thresholds = training.thresholds
+        thresholds, training = required_thresholds(model, type(self).__name__), self._training(model)
         if self.temperatures is not None:
             training.anneal(*self.temperatures, done)
         warm = min(1.0, done / self.lambda_warmup) if self.lambda_warmup else 1.0
@@ -145,7 +145,7 @@ class ThresholdAnnealingCallback(SteeringCallback):
             return
         measured = None
         if training.phase == "soft":
-            measured = relative_macs(model, self._probe)
+            measured = relative_macs(model, self._probe or {})
             distance = measured - self.target_relative_macs
             # Both live in buffers, so that a resumed run steers on from where it was.
             thresholds.integral += self.integral_gain * distance
@@ -156,10 +156,11 @@ class ThresholdAnnealingCallback(SteeringCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.target_relative_macs is not None:
-            self._scale(kwargs["model"], state.global_step)
+        self._scale(kwargs["model"], state.global_step)
 
     def _scale(self, model: PreTrainedModel, step: int, measured: float | None = None) -> None:
+        if self.target_relative_macs is None or self._probe is None:
+            return
         factor = scale_thresholds(model, self._probe, self.target_relative_macs, measured=measured)
         if factor != 1:
             logger.info("Update %d: all thresholds times %.4f.", step, factor)

@@ -15,7 +15,7 @@ from hf_compress.core.forward_state import FORWARD_STATE
 from hf_compress.core.modes import evaluating
 from hf_compress.methods.token_pruning.live_tokens import LiveTokens
 from hf_compress.methods.token_pruning.measures import relative_cost
-from hf_compress.methods.token_pruning.modeling import thresholds_of
+from hf_compress.methods.token_pruning.modeling import required_thresholds
 
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ def relative_macs(model: PreTrainedModel, batch: dict[str, Any]) -> float:
     state = LiveTokens(whole=True)
     with evaluating(model):
         model.base_model(**base_inputs(model, batch), **{FORWARD_STATE: state})
-    macs, dense = torch.stack(relative_cost(model, state)["relative_macs"]).tolist()
-    return macs / dense
+    macs, dense = relative_cost(model, state)["relative_macs"]
+    return float(macs) / float(dense)
 
 
 @torch.no_grad()
@@ -48,15 +48,15 @@ def scale_thresholds(
 ) -> float:
     """Multiply all thresholds by one factor, so that dropping tokens leaves the wanted part of the arithmetic.
 
-    What the layers have learned about each other stays: only the common scale moves. Thresholds that are close enough
-    already are left alone.
+    The ratios between the layers' thresholds, which were learned, stay. Thresholds that are close enough already are
+    not changed.
 
     Args:
         model: With thresholds.
         batch: Model inputs that it is measured on.
         target: Wanted relative multiply-accumulates, in (0, 1].
         tolerance: Distance from it that is close enough.
-        measured: What `relative_macs` finds for the model as it is; None: it is asked.
+        measured: What `relative_macs` gives for the model as it is; None: it is computed.
 
     Returns:
         The factor, 1.0 where nothing was changed.
@@ -64,7 +64,7 @@ def scale_thresholds(
     now = (relative_macs(model, batch) if measured is None else measured) - target
     if abs(now) <= tolerance:
         return 1.0
-    values = thresholds_of(model).values
+    values = required_thresholds(model, "scale_thresholds").values
     learned = values.detach().clone()
 
     def distance(log_factor: float) -> float:
@@ -85,7 +85,7 @@ def scale_thresholds(
                 now + target,
             )
             return 1.0
-    # What is left is a step function: the root finder may stop at a step that is higher than the tolerance.
+    # The arithmetic is a step function of the factor: the root finder may stop at a step larger than the tolerance.
     root = brentq(distance, near, far, xtol=1e-3, maxiter=20, disp=False) if there else far
     values.copy_(learned * math.exp(root))
     return math.exp(root)

@@ -72,7 +72,8 @@ def normalised(
         return received / reference_length
     if norm == "live" and live is None:
         return received / received.shape[1]
-    count = live.sum(1) if norm == "live" else initial
+    count = live.sum(1) if live is not None and norm == "live" else initial
+    assert count is not None
     return received / count.clamp(min=1)[:, None]
 
 

@@ -1,4 +1,4 @@
-"""The forward passes of layers that drop tokens: really, in training softly, and for heads that read one token only.
+"""The forward passes of layers that drop tokens: hard, soft (in training), and for heads that read one token only.
 
 Letters: B batch, S padded length, n longest live length, N live tokens of the batch, H heads, d head size, D hidden.
 """
@@ -27,8 +27,8 @@ from hf_compress.methods.token_pruning.packing import Packing
 from hf_compress.methods.token_pruning.rule import TokenRule
 
 
-class PrunedLayer:
-    """The forward of a layer that drops tokens: `hidden_states` keeps its shape, dropped rows their last value."""
+class PrunedLayer(nn.Module):
+    """The forward of a layer that drops tokens: `hidden_states` keeps its shape, dropped rows keep their values."""
 
     token_rule: TokenRule
 
@@ -37,7 +37,7 @@ class PrunedLayer:
     ) -> Tensor:
         rule, state = self.token_rule, kwargs.get(FORWARD_STATE)
         state = LiveTokens() if state is None else state
-        # Looked up by layer, not carried along: gradient checkpointing runs a layer a second time, out of order.
+        # Looked up by layer, not handed on: gradient checkpointing runs a layer a second time, out of order.
         packing = state.packings.get(rule.index - 1) if rule.index else None
         if packing is None:
             packing = _initial(rule, hidden_states, attention_mask)
@@ -50,7 +50,7 @@ class PrunedLayer:
 
 def _initial(rule: TokenRule, hidden_states: Tensor, mask: Tensor | None) -> Packing:
     if mask is None:
-        return Packing.full(*hidden_states.shape[:2], hidden_states.device)
+        return Packing.full(hidden_states.shape[0], hidden_states.shape[1], hidden_states.device)
     if mask.ndim != 2:
         raise ValueError(f"attention_mask must be [batch, tokens] to prune tokens, got shape {tuple(mask.shape)}.")
     return Packing.of(mask if mask.dtype == torch.bool else mask >= 0, need_first=rule.reads_first)
@@ -66,7 +66,8 @@ def _padding_alone(
     return _first_without_protection(layer, rule, packing, packing, None, hidden_states)
 
 
-def _importance(rule: TokenRule, received: Tensor, inside: Tensor | None, initial: Tensor) -> Tensor:
+def _importance(rule: TokenRule, received: Tensor | None, inside: Tensor | None, initial: Tensor) -> Tensor:
+    assert received is not None
     return normalised(received, inside, rule.norm, rule.config.score_reference_length, initial)
 
 
@@ -79,7 +80,7 @@ def _hard_forward(
         return _first_token_forward(layer, rule, state, packing, hidden_states, rows)
     prunes = rule.prunes()
     context, received = attend(layer, rule, packing, rows, prunes)
-    left = packing
+    remaining = packing
     if prunes:
         inside, initial = packing.inside, state.attended[0]
         scores = _importance(rule, received, inside, initial)
@@ -88,27 +89,32 @@ def _hard_forward(
             keep = keep_top(scores, inside, counts, not rule.published)
         else:
             keep = keep_above(scores, inside, rule.threshold().detach(), not rule.published)
-        left, chosen = packing.only(keep)
+        remaining, chosen = packing.only(keep)
         if rule.published:
-            hidden_states = _first_without_protection(layer, rule, packing, left, context, hidden_states)
+            hidden_states = _first_without_protection(layer, rule, packing, remaining, context, hidden_states)
         if chosen is not None:
             context, rows = (x.index_select(0, chosen) for x in (context, rows))
     elif rule.published:
-        hidden_states = _first_without_protection(layer, rule, packing, left, context, hidden_states)
+        hidden_states = _first_without_protection(layer, rule, packing, remaining, context, hidden_states)
     out = rule.finish(layer, context, rows)
-    state.packings[rule.index] = left
-    state.fed[rule.index] = left.lengths
-    return _write(hidden_states, left.rows, out)
+    state.packings[rule.index] = remaining
+    state.fed[rule.index] = remaining.lengths
+    return _write(hidden_states, remaining.rows, out)
 
 
 def _first_without_protection(
-    layer: nn.Module, rule: TokenRule, packing: Packing, left: Packing, context: Tensor | None, hidden_states: Tensor
+    layer: nn.Module,
+    rule: TokenRule,
+    packing: Packing,
+    remaining: Packing,
+    context: Tensor | None,
+    hidden_states: Tensor,
 ) -> Tensor:
-    """Hidden states in which first tokens that are gone, which heads read all the same, go on as the original's do.
+    """Compute the first tokens that were dropped as the released code does, because heads read them all the same.
 
-    One that goes in this layer still has its context, later ones see nothing.
+    A first token that this layer drops still has its attention context; one that was dropped before has none.
     """
-    gone = ~left.live()[:, 0]
+    gone = ~remaining.live()[:, 0]
     if not bool(gone.any()):
         return hidden_states
     first = hidden_states[:, 0]
@@ -122,7 +128,7 @@ def _first_without_protection(
 
 
 def _write(hidden_states: Tensor, index: Tensor | None, rows: Tensor) -> Tensor:
-    """Hidden states with some rows replaced; all of them when there is no index."""
+    """Replace rows of the hidden states: those of the index, or all of them without one."""
     rows = rows.to(hidden_states.dtype)
     if index is None:
         return rows.view_as(hidden_states)
@@ -133,7 +139,7 @@ def _write(hidden_states: Tensor, index: Tensor | None, rows: Tensor) -> Tensor:
 def _first_token_forward(
     layer: nn.Module, rule: TokenRule, state: LiveTokens, packing: Packing, hidden_states: Tensor, rows: Tensor
 ) -> Tensor:
-    """The last layer for a head that reads the first token only: one query an example."""
+    """The last layer for a head that reads the first token only: one query for each example."""
     paths = rule.architecture.paths
     key, value = (project(layer, rule, paths[role], packing, rows) for role in (Role.KEY, Role.VALUE))
     first = rows.index_select(0, packing.starts)
@@ -142,11 +148,11 @@ def _first_token_forward(
     context = F.scaled_dot_product_attention(query, key, value, mask, scale=rule.head_size**-0.5)
     out = rule.finish(layer, context.flatten(1), first)
     if packing.rows is not None:
-        # An example without tokens has borrowed a row of another one.
+        # An example without tokens has borrowed a row of another example.
         out = torch.where(packing.lengths[:, None] > 0, out.to(hidden_states.dtype), hidden_states[:, 0])
-    left = state.packings[rule.index] = packing.first()
-    state.fed[rule.index] = left.lengths
-    return _write(hidden_states, left.rows, out)
+    remaining = state.packings[rule.index] = packing.first()
+    state.fed[rule.index] = remaining.lengths
+    return _write(hidden_states, remaining.rows, out)
 
 
 def _soft_forward(
@@ -166,9 +172,9 @@ def _soft_forward(
             # Padding, whose score is zero, counts as well: up to the length that scores refer to.
             missing = max(rule.config.score_reference_length, hidden_states.shape[1]) - scores.shape[1]
             scores, inside = F.pad(scores, (0, missing)), None
-        mask = soft_mask(scores, rule.threshold(), rule.thresholds.temperature)
+        mask = soft_mask(scores, rule.threshold(), rule.temperature)
         if not rule.published:
-            # The first token always stays, so nothing is to be learned about it.
+            # The first token always stays: there is nothing to learn about it.
             mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
         state.soft[rule.index] = mask, torch.ones_like(mask, dtype=torch.bool) if inside is None else inside
         mask = mask[:, : packing.longest]
@@ -176,13 +182,15 @@ def _soft_forward(
     return _write(hidden_states, packing.rows, out)
 
 
-def _finish_bert(layer: nn.Module, context: Tensor, residual: Tensor) -> Tensor:
-    return layer.feed_forward_chunk(layer.attention.output(context, residual))
+def _finish_bert(layer: Any, context: Tensor, residual: Tensor) -> Tensor:
+    rows: Tensor = layer.feed_forward_chunk(layer.attention.output(context, residual))
+    return rows
 
 
-def _finish_distilbert(layer: nn.Module, context: Tensor, residual: Tensor) -> Tensor:
+def _finish_distilbert(layer: Any, context: Tensor, residual: Tensor) -> Tensor:
     attended = layer.sa_layer_norm(layer.attention.out_lin(context) + residual)
-    return layer.output_layer_norm(layer.ffn(attended) + attended)
+    rows: Tensor = layer.output_layer_norm(layer.ffn(attended) + attended)
+    return rows
 
 
 # What follows attention, by model type.

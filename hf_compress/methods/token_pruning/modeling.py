@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import architecture_of, layers_of
 from hf_compress.core.attention import use_cores_
+from hf_compress.core.data_needs import Data
 from hf_compress.core.forward_state import carry_state_
 from hf_compress.core.layers import specialise_
 from hf_compress.methods.token_pruning.config import TokenPruningConfig
@@ -31,7 +30,8 @@ def check(model: PreTrainedModel, config: TokenPruningConfig) -> None:
     """Refuse models whose layers cannot drop tokens.
 
     Raises:
-        ValueError: Unsupported architecture, or a decoder; or a length for scores that nothing would read.
+        ValueError: If the architecture is not supported or is a decoder, or if `score_reference_length` would have no
+            effect.
     """
     lengths_read = (config.score_norm == "reference" and config.scoring_mode == "mean") or config.compat == "ltp"
     if not lengths_read and config.score_reference_length != TokenPruningConfig.score_reference_length:
@@ -48,15 +48,13 @@ def check(model: PreTrainedModel, config: TokenPruningConfig) -> None:
     layers_of(model)
 
 
-def compress(
-    model: PreTrainedModel, config: TokenPruningConfig, data: Iterable[Mapping[str, Any]] | None
-) -> TokenPruningConfig:
+def compress(model: PreTrainedModel, config: TokenPruningConfig, data: Data | None) -> TokenPruningConfig:
     """Let a model drop tokens.
 
     Args:
         model: An encoder; changed in place.
-        config: How.
-        data: Not needed.
+        config: Which tokens go.
+        data: Not read.
 
     Returns:
         The config.
@@ -76,27 +74,27 @@ def compress(
 
 def rebuild(model: PreTrainedModel, config: TokenPruningConfig) -> None:
     """Give a dense skeleton the layers and thresholds of a model that drops tokens."""
-    blocks = layers_of(model)
+    layers = layers_of(model)
     thresholds = None
     if config.prune_mode == "absolute_threshold":
-        initial = threshold_ramp(config.final_token_threshold, len(blocks), config.threshold_ramp)
-        weight = blocks[0].attention_out.weight
+        initial = threshold_ramp(config.final_token_threshold, len(layers), config.threshold_ramp)
+        weight = layers[0].attention_out.weight
         # Scores near 1/128 lie closer together than half precision can tell.
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         thresholds = TokenThresholds(initial, config.temperature, weight.device, dtype, config.compat == "ltp")
         model.base_model.add_module(_THRESHOLDS, thresholds)
     reads_first = _reads_first_token(model)
-    for block in blocks:
-        finish = FINISH[model.config.model_type]
-        rule = TokenRule(config, thresholds, block, len(blocks), reads_first, finish)
-        object.__setattr__(block.module, "token_rule", rule)
-        specialise_(block.module, PrunedLayer)
+    finish = FINISH[model.config.model_type]
+    for layer in layers:
+        rule = TokenRule(config, thresholds, layer, len(layers), reads_first, finish)
+        object.__setattr__(layer.module, "token_rule", rule)
+        specialise_(layer.module, PrunedLayer)
     carry_state_(model, new_live_tokens)
     use_cores_(model)
 
 
 def _reads_first_token(model: PreTrainedModel) -> bool:
-    # Somebody else's class of such a name may pool as it likes; ELECTRA's multiple choice can be told how to.
+    # A class of another package may pool as it likes under such a name; ELECTRA's multiple choice can be configured.
     stock = type(model).__module__.startswith("transformers.models.")
     pools_first = getattr(model.config, "summary_type", "first") == "first"
     return stock and pools_first and type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
@@ -105,3 +103,22 @@ def _reads_first_token(model: PreTrainedModel) -> bool:
 def thresholds_of(model: PreTrainedModel) -> TokenThresholds | None:
     """The thresholds of a model, None when it has none."""
     return getattr(model.base_model, _THRESHOLDS, None)
+
+
+def required_thresholds(model: PreTrainedModel, asking: str) -> TokenThresholds:
+    """The thresholds of a model that cannot do without.
+
+    Args:
+        model: Being trained or measured.
+        asking: What needs thresholds, for the message.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    thresholds = thresholds_of(model)
+    if thresholds is None:
+        raise ValueError(
+            f"{asking} must train a model with token thresholds, got {type(model).__name__} without. Apply "
+            "compress(model, TokenPruningConfig(masking_mode='soft')) first."
+        )
+    return thresholds

@@ -47,10 +47,10 @@ class Packing:
             ValueError: If there is such an example.
         """
         lengths = live.sum(1)
-        # One question to the device for all three.
-        headless = (lengths * ~live[:, 0]).amax()
-        shortest, longest, headless = torch.stack([*lengths.aminmax(), headless]).tolist()
-        if need_first and headless:
+        # One wait for the device for all three numbers.
+        without_first = (lengths * ~live[:, 0]).amax()
+        shortest, longest, without_first = torch.stack([*lengths.aminmax(), without_first]).tolist()
+        if need_first and without_first:
             raise ValueError(
                 "attention_mask must have padding on the right for a classifier that reads the first token, got it on "
                 "the left. Set the tokenizer's padding_side to 'right'."
@@ -63,14 +63,14 @@ class Packing:
         return Packing(rows, lengths, width, longest, slots)
 
     def only(self, keep: Tensor) -> tuple[Packing, Tensor | None]:
-        """What remains of the tokens of a left-aligned batch, and which of the packed ones that are.
+        """The packing of those tokens of a left-aligned batch that stay.
 
         Args:
             keep: [B, n] bool, False behind the end of each example.
 
         Returns:
-            The packing, and [N'] positions among the N packed tokens; None when all stay. Waits for the device once
-            when all stay or there is one example, else twice.
+            The new packing, and [N'] the indices of its tokens among the N packed ones, None when all stay. Waits for
+            the device once when all stay or there is one example, otherwise twice.
         """
         chosen = self.unalign(keep).nonzero().squeeze(1)
         total = len(chosen)
@@ -87,12 +87,12 @@ class Packing:
         return Packing(rows, lengths, self.width, longest, slots), chosen
 
     def first(self) -> Packing:
-        """Only the first token of each example, the first position where an example has none."""
+        """The packing of each example's first token alone; of the first position where an example has none."""
         batch = self.lengths.shape[0]
         rows = torch.arange(0, batch * self.width, self.width, device=self.lengths.device)
         if self.rows is not None and self.slots is None and self.longest:
             rows = self.rows.view(batch, -1)[:, 0]
-        elif self.slots is not None:
+        elif self.rows is not None and self.slots is not None:
             rows = torch.where(self.lengths > 0, self.rows[self.starts], rows)
         return Packing(rows, torch.ones_like(self.lengths), self.width, 1, None)
 
@@ -110,20 +110,20 @@ class Packing:
         return flat if self.rows is None else flat.index_select(0, self.rows)
 
     def align(self, packed: Tensor) -> Tensor:
-        """[B, n, D] from [N, D], some row again behind the end of each example."""
+        """[B, n, D] from [N, D]; positions behind the end of an example repeat some row."""
         aligned = packed if self.slots is None else packed.index_select(0, self._sources)
         return aligned.reshape(len(self.lengths), self.longest, packed.shape[-1])
 
     @functools.cached_property
     def _sources(self) -> Tensor:
-        """[B * n] the packed token of each place; behind the end of an example its last token again."""
-        places = torch.arange(self.longest, device=self.lengths.device).minimum(self.lengths[:, None] - 1)
-        # An example without tokens borrows one that nobody will read.
-        return (places + self.starts[:, None]).clamp(min=0).flatten()
+        """[B * n] the packed token at each position; behind the end of an example, its last token again."""
+        positions = torch.arange(self.longest, device=self.lengths.device).minimum(self.lengths[:, None] - 1)
+        # An example without tokens borrows a row that nobody reads.
+        return (positions + self.starts[:, None]).clamp(min=0).flatten()
 
     @functools.cached_property
     def starts(self) -> Tensor:
-        """[B] the first packed token of each example; of one without tokens some other, the last one at most."""
+        """[B] the index of each example's first packed token; for one without tokens, the index of another token."""
         if self.slots is None:
             return torch.arange(0, len(self.lengths) * self.longest, self.longest, device=self.lengths.device)
         ends = self.lengths.cumsum(0)
@@ -136,13 +136,13 @@ class Packing:
 
     @functools.cached_property
     def inside(self) -> Tensor | None:
-        """[B, n] bool, True on tokens of the aligned batch; None when there is nothing else."""
+        """[B, n] bool, True on the tokens of the aligned batch; None when it holds nothing else."""
         if self.slots is None:
             return None
         return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
 
 
 def _left_aligned(live: Tensor, longest: int) -> Tensor:
-    """[B * S] place of each live token when every example starts at a multiple of `longest`."""
+    """[B * S] position of each live token when every example starts at a multiple of `longest`."""
     starts = torch.arange(0, len(live) * longest, longest, device=live.device)
     return (live.cumsum(1) - 1 + starts[:, None]).flatten()

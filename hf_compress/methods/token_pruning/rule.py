@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TokenThresholds(nn.Module):
-    """One absolute threshold a layer, a child of the base model.
+    """One absolute threshold for each layer; a child of the base model.
 
     Args:
         initial: Their starting values, rounded to single precision as in the released code.
@@ -37,7 +37,7 @@ class TokenThresholds(nn.Module):
             add `weight * regularizer` to the loss in the soft phase.
         integral: Scalar, memory of that callback's controller.
         temperature: Of the soft phase at this moment; the callback anneals it.
-        session: What the training that runs, or was prepared last, knows about them; None: none was.
+        session: The training that runs or was prepared last; None before the first one.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class TokenThresholds(nn.Module):
         published: bool = False,
     ) -> None:
         super().__init__()
+        self.weight: Tensor
+        self.integral: Tensor
         self.values = nn.Parameter(torch.tensor(initial, dtype=torch.float32, device=device).to(dtype))
         for name in ("weight", "integral"):
             self.register_buffer(name, torch.zeros((), dtype=dtype, device=device))
@@ -63,13 +65,13 @@ def _keep_rates(rate: float, num_layers: int) -> tuple[float, ...]:
 
 
 class TokenRule:
-    """What one layer needs to know to prune; a plain attribute of the layer.
+    """What one layer needs to know to drop tokens; a plain attribute of its module.
 
     Args:
-        config: Of the step. Only what is fixed once thresholds exist is read from it; the rest are fields of the
-            model's config, which every forward pass reads anew.
+        config: Of the step. Only what cannot change once the layer is made is read from it; everything else is a field
+            of the model's config, read anew in every forward pass.
         thresholds: Of the base model; None for `topk`.
-        layer: That it is for.
+        layer: The layer that drops tokens.
         num_layers: L.
         reads_first: Whether the head reads nothing but the first token, so that the last layer need not compute
             the others, and padding must not stand there.
@@ -97,15 +99,16 @@ class TokenRule:
         self.finish = finish
         self.architecture = layer.architecture
         self.head_size = layer.head_size
-        self._attention: nn.Module = layer.attention
+        self._attention: Any = layer.attention
         # A threshold that starts at zero belongs to a layer that never prunes, as published: no gradient moves it.
         ramp = threshold_ramp(1.0, num_layers, config.threshold_ramp)
         self.switched_off = config.prune_mode == "absolute_threshold" and ramp[layer.index] == 0
 
     @property
     def config(self) -> PretrainedConfig:
-        """The model's config, as the layer's attention holds it."""
-        return self._attention.config
+        """The model's config, through the module of the layer that holds it."""
+        config: PretrainedConfig = self._attention.config
+        return config
 
     @property
     def keep_rate(self) -> float:
@@ -122,6 +125,12 @@ class TokenRule:
         if vars(self.config)["prune_mode"] == "topk":
             return self.keep_rate < 1
         return not self.switched_off
+
+    @property
+    def temperature(self) -> float:
+        """Of the soft phase."""
+        assert self.thresholds is not None
+        return self.thresholds.temperature
 
     def threshold(self) -> Tensor:
         """The scalar that the scores of this layer are compared with.

@@ -25,7 +25,7 @@ from hf_compress.core.method_training import MethodCallback, MethodTraining, Par
 from hf_compress.methods.token_pruning.config import TokenPruningConfig
 from hf_compress.methods.token_pruning.live_tokens import LiveTokens
 from hf_compress.methods.token_pruning.measures import regularizer, relative_cost
-from hf_compress.methods.token_pruning.modeling import thresholds_of
+from hf_compress.methods.token_pruning.modeling import required_thresholds, thresholds_of
 
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,8 @@ class TokenPruningTraining(MethodTraining):
 
     @property
     def phase(self) -> Literal["soft", "hard"]:
-        return self.model.config.masking_mode
+        phase: Literal["soft", "hard"] = self.model.config.masking_mode
+        return phase
 
     def begin(self) -> None:
         """Freeze the thresholds where all of the training is hard, and note down what kind of training it is."""
@@ -125,7 +126,8 @@ class TokenPruningTraining(MethodTraining):
             done: Fraction of the training that is over.
         """
         soft = 1.0 if self.soft_fraction is None else self.soft_fraction
-        self.thresholds.temperature = start * (end / start) ** min(1.0, done / soft)
+        if self.thresholds is not None:
+            self.thresholds.temperature = start * (end / start) ** min(1.0, done / soft)
 
     def callbacks(self, present: Sequence[TrainerCallback]) -> list[TrainerCallback]:
         steered = any(isinstance(callback, SteeringCallback) for callback in present)
@@ -181,10 +183,4 @@ def training_of(model: PreTrainedModel, asking: str) -> TokenPruningTraining:
     Raises:
         ValueError: If the model has none.
     """
-    thresholds = thresholds_of(model)
-    if thresholds is None:
-        raise ValueError(
-            f"{asking} must train a model with token thresholds, got {type(model).__name__} without. Apply "
-            "compress(model, TokenPruningConfig(masking_mode='soft')) first."
-        )
-    return thresholds.session or TokenPruningTraining(model)
+    return required_thresholds(model, asking).session or TokenPruningTraining(model)
