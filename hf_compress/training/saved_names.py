@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 _ACCEPTS = "_hf_compress_accepts_saved_names"
 
 
-def _translate(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _translate(model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Bring tensors under the names that the model has for them, as `from_pretrained` does."""
     known = model.state_dict(keep_vars=True).keys()
     if prefix or state_dict.keys() <= known:
