@@ -51,7 +51,7 @@ def kinds_of(stage: Stage) -> dict[str, type]:
     hints = get_type_hints(stage.arguments_class)
     kinds = {field.name: hints[field.name] for field in fields(stage.arguments_class) if field.name != "given"}
     if stage.method is not None:
-        kinds["config"] = METHODS[stage.name].config_class
+        kinds["method"] = METHODS[stage.name].config_class
     return kinds
 
 

@@ -95,7 +95,7 @@ def stage_groups(stage: Stage) -> dict[str, Group]:
     for statement in _source(module).classes[name].body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             path = _defined_at(module, ast.unparse(statement.annotation))
-            if stage.method is not None and statement.target.id == "config":
+            if stage.method is not None and statement.target.id == "method":
                 path = _config_class(stage.method)
             found[statement.target.id] = read_group(path or "")
     return found
@@ -132,9 +132,10 @@ def _config_class(method: str) -> str | None:
     """The path of a method's config class.
 
     Args:
-        method: `module:NAME`, where `NAME = Method(..., config_class=X)`.
+        method: `module` or `module:NAME`, where `NAME = Method(..., config_class=X)`; without a name: METHOD.
     """
     module, _, name = method.partition(":")
+    name = name or "METHOD"
     for node in _source(module).tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Call):
             for keyword in node.value.keywords:

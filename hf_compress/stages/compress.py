@@ -28,7 +28,7 @@ class Compress(StageArguments):
 
     Args:
         model: A fine-tuned model.
-        config: What the method makes of it; decides which method it is.
+        method: What the method makes of it; decides which method it is.
         calibration: Which training examples the method looks at, if it looks at any.
         data: The task; only read when the method looks at examples.
         output: Where the compressed model goes.
@@ -36,7 +36,7 @@ class Compress(StageArguments):
     """
 
     model: ModelArguments
-    config: MethodConfig
+    method: MethodConfig
     calibration: CalibrationArguments = CalibrationArguments()
     data: DataArguments
     output: OutputArguments
@@ -52,9 +52,9 @@ def compress_model(arguments: Compress) -> dict[str, Any]:
     Raises:
         ValueError: If the method cannot be applied, or model and data do not fit together.
     """
-    method = next(method for method in METHODS.values() if method.config_class is type(arguments.config))
+    method = next(method for method in METHODS.values() if method.config_class is type(arguments.method))
     require_left_out(arguments.model, ("freeze_embeddings",), f"{method.name} trains nothing")
-    reads = method.needs_of(arguments.config).passes > 0
+    reads = method.needs_of(arguments.method).passes > 0
     # A method that looks at no data must not ask for a task.
     task = task_for(arguments.model.model_name_or_path, arguments.data) if reads else None
     tokenizer, model = open_pair(arguments.model, task)
@@ -69,7 +69,7 @@ def compress_model(arguments: Compress) -> dict[str, Any]:
         results = {"calibration_samples": draw.calibration_samples, "calibration_seed": draw.calibration_seed}
     before = count_cost(model, _SEQ_LEN).to_dict()
     start = time.perf_counter()
-    compress(model, arguments.config, data=batches)
+    compress(model, arguments.method, data=batches)
     results["seconds"] = round(time.perf_counter() - start, 3)
     results |= {"step": steps_of(model)[-1], "before": before, "after": count_cost(model, _SEQ_LEN).to_dict()}
     save_stage(arguments.output.output_dir, model, tokenizer, results, task)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_compress.stages.arguments import StageArguments
 
 
-# Packages outside this one announce their methods here, as `name = module:METHOD`.
+# Packages outside this one announce their methods here; `hf_compress.methods` reads the same group, but imports torch.
 METHOD_GROUP = "hf_compress.methods"
 _METHOD_FOLDERS = Path(__file__).resolve().parents[1] / "methods"
 
@@ -62,7 +62,7 @@ class Stage:
         defaults: Values that replace the dataclasses' own defaults.
         defaults_when: (option, value) -> further defaults while that option has that value.
         note: What a person should know before the options.
-        method: Where the method of a generic stage is, as `module:METHOD`; its config is then the topic `config`.
+        method: Where the method of a generic stage is, as an entry point names it; its config is then the topic `method`.
     """
 
     name: str
@@ -166,6 +166,6 @@ def _generic(name: str, method: str) -> Stage:
 def all_stages() -> dict[str, Stage]:
     """`STAGES`, and a generic stage for each method that has none of its own, in this package or outside it."""
     folders = (path.parent.name for path in _METHOD_FOLDERS.glob("*/__init__.py"))
-    methods = {name: f"{METHOD_GROUP}.{name}:METHOD" for name in sorted(folders)}
+    methods = {name: f"{METHOD_GROUP}.{name}" for name in sorted(folders)}
     methods |= {point.name: point.value for point in entry_points(group=METHOD_GROUP)}
     return STAGES | {name: _generic(name, place) for name, place in methods.items() if name not in STAGES}
