@@ -232,7 +232,7 @@ def typing_errors() -> list[str]:
             lines.append(_with(name, option.name, "''"))
             if option.kind != "bool":
                 lines.append(_with(name, option.name, "").strip())
-            if option.default is REQUIRED:
+            if option.default is REQUIRED and option.name not in COMMANDS[name].defaults:
                 lines.append(" ".join(_with(name, option.name, "x").split()[:-2]))
     return lines
 

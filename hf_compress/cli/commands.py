@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_compress.cli.output import print_results
 from hf_compress.cli.parsing import parse
 from hf_compress.methods import METHODS
+from hf_compress.stages.arguments import StageArguments
 from hf_compress.stages.table import Stage
 
 
@@ -35,14 +36,15 @@ def run(stage: Stage, arguments: Sequence[str]) -> None:
     if not sys.stderr.isatty():
         # In a file, a progress bar is one line for each time it moves.
         datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     parsed = parse(list(kinds.values()), arguments, defaults, stage.defaults_when)
     groups = dict(zip(kinds, parsed.values, strict=True))
     filled = stage.arguments_class(given=parsed.given, **groups)
     print_results(stage, filled, run_stage(stage, filled))
 
 
-def run_stage(stage: Stage, arguments: Any) -> Mapping[str, Any]:
+def run_stage(stage: Stage, arguments: StageArguments) -> Mapping[str, Any]:
+    """Run a stage whose arguments are filled."""
     return stage.function(arguments)
 
 
@@ -57,4 +59,5 @@ def kinds_of(stage: Stage) -> dict[str, type]:
 
 def training_help() -> str:
     """The flags of `transformers.TrainingArguments`."""
-    return HfArgumentParser((TrainingArguments,), add_help=False, usage=argparse.SUPPRESS).format_help()
+    classes: Any = [TrainingArguments]
+    return HfArgumentParser(classes, add_help=False, usage=argparse.SUPPRESS).format_help()

@@ -30,7 +30,7 @@ def _print_metrics(results: Mapping[str, Any]) -> None:
 
 
 def _print_saved(arguments: StageArguments, hint: str = "") -> None:
-    print(f"saved to {arguments.option('output_dir')}{hint}")
+    print(f"saved to {arguments.output_dir}{hint}")
 
 
 def _print_trained(arguments: StageArguments, results: Mapping[str, Any]) -> None:
@@ -123,7 +123,7 @@ def _print_evaluated(arguments: StageArguments, results: Mapping[str, Any]) -> N
 
 
 def _print_report(arguments: StageArguments, results: Mapping[str, Any]) -> None:
-    print_report(arguments.option("output_dir"))
+    print_report(arguments.output_dir)
 
 
 def print_report(folder: str) -> None:
@@ -133,7 +133,7 @@ def print_report(folder: str) -> None:
 
 
 def _print_demo(arguments: StageArguments, results: Mapping[str, Any]) -> None:
-    print_report(str(Path(arguments.option("output_dir"), "report")))
+    print_report(str(Path(arguments.output_dir, "report")))
     hint = recovery_hint(results.get("models", ()), results.get("metric", ""), results.get("num_examples", 0))
     if hint:
         print(hint)

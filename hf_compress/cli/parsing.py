@@ -10,7 +10,7 @@ import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -39,16 +39,17 @@ class _Parser(HfArgumentParser):
     """`HfArgumentParser` that raises instead of printing its usage and leaving."""
 
     def __init__(self, kinds: Sequence[type]) -> None:
-        super().__init__(kinds, allow_abbrev=False, add_help=False)
+        classes: Any = list(kinds)
+        super().__init__(classes, allow_abbrev=False, add_help=False)
         # argparse takes -1e-3 for the name of an option.
         self._negative_number_matcher = re.compile(r"^-(\d|\.\d|inf)")
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         # argparse names a flag in both spellings, --max_length/--max-length.
         raise BadInput(re.sub(r"(--\w+)(/--[\w-]+)+", r"\1", message))
 
     @staticmethod
-    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
         """As the parent, which knows lists only: a tuple is one or more values, a dict among them is JSON."""
         if field.metadata.get("output"):
             return
@@ -78,7 +79,7 @@ def build_parser(kinds: Sequence[type]) -> HfArgumentParser:
     return _Parser(kinds)
 
 
-def _settable(kind: type) -> list[dataclasses.Field]:
+def _settable(kind: type) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(kind) if field.init and not field.metadata.get("output")]
 
 
@@ -97,7 +98,7 @@ def _reject_unknown(names: Sequence[Any], known: Sequence[str], where: str) -> N
             raise BadInput(f"{where}: {name!r} is not an option.{hint}")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """PyYAML's safe loader, which takes the last of two values of one name without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -105,7 +106,8 @@ class _Loader(yaml.SafeLoader):
         for name in names:
             if names.count(name) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{name} stands there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def _read_yaml(file: str) -> dict[Any, Any]:

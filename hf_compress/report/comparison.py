@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 def compare_models(
-    models: Mapping[str, Measured | PreTrainedModel | str | os.PathLike],
+    models: Mapping[str, Measured | PreTrainedModel | str | os.PathLike[str]],
     rows: Dataset | None,
     tokenizer: PreTrainedTokenizerBase | None,
     task_name: str,
-    output_dir: str | os.PathLike,
+    output_dir: str | os.PathLike[str],
     *,
     split: str | None = None,
     folders: Mapping[str, str] | None = None,

@@ -37,7 +37,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Markdown that can also be read in a terminal; the first column is text, the others are numbers."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     aligned = ["left", *["right"] * (len(header) - 1)]
-    return tabulate(cells, header, tablefmt="pipe", colalign=aligned, disable_numparse=True).splitlines()
+    table: str = tabulate(cells, header, tablefmt="pipe", colalign=aligned, disable_numparse=True)
+    return table.splitlines()
 
 
 def render_markdown(report: dict[str, Any]) -> str:
@@ -112,7 +113,7 @@ def _changes(models: Sequence[dict[str, Any]]) -> list[str]:
 
 def _zeros(models: Sequence[dict[str, Any]]) -> list[str]:
     """Sparsity of each layer's matrices, for the models that have zeros."""
-    lines = []
+    lines: list[str] = []
     for model in models:
         matrices = [Matrix(**matrix) for matrix in model["matrices"]]
         if not has_zeros(matrices):

@@ -16,11 +16,11 @@ CUDA_MEMORY = "parameters, buffers and the growth of torch.cuda.max_memory_alloc
 TENSOR_MEMORY = "parameters, buffers and the tensors alive at once, without workspaces inside kernels"
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own is untyped
     """Counts the bytes of the tensors that operations create, as long as they are alive."""
 
     def __init__(self, known: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         # Addresses of tensors that were there before: views of them are nothing new.
         self.known = known
         self.live = self.peak = 0

@@ -77,7 +77,7 @@ def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, s
             text.remove()
 
 
-def plot_quality_latency(report: dict[str, Any], file: str | os.PathLike) -> None:
+def plot_quality_latency(report: dict[str, Any], file: str | os.PathLike[str]) -> None:
     """The metric of each model against its median latency, one panel and colour for each batch size.
 
     Args:
@@ -116,7 +116,7 @@ def plot_quality_latency(report: dict[str, Any], file: str | os.PathLike) -> Non
     figure.savefig(file, format="png")
 
 
-def plot_layer_sizes(report: dict[str, Any], file: str | os.PathLike) -> None:
+def plot_layer_sizes(report: dict[str, Any], file: str | os.PathLike[str]) -> None:
     """Attention heads and feed-forward neurons of each layer as bars, one colour a model.
 
     Args:
@@ -157,7 +157,7 @@ def plot_layer_sizes(report: dict[str, Any], file: str | os.PathLike) -> None:
     figure.savefig(file, format="png")
 
 
-def plot_sparsity(report: dict[str, Any], file: str | os.PathLike) -> None:
+def plot_sparsity(report: dict[str, Any], file: str | os.PathLike[str]) -> None:
     """Fraction of zeros in each layer's matrices as a heat map, one panel a model that has zeros.
 
     Args:

@@ -74,8 +74,8 @@ def grid_of(matrices: Sequence[Matrix]) -> tuple[list[int], list[str], list[list
         >>> grid_of([Matrix(0, "query", 3, 4), Matrix(2, "key", 1, 4)])
         ([0, 2], ['query', 'key'], [[0.75, None], [None, 0.25]])
     """
-    inside = [matrix for matrix in matrices if matrix.layer is not None]
-    layers = sorted({matrix.layer for matrix in inside})
-    kinds = list(dict.fromkeys(matrix.kind for matrix in inside))
-    cells = {(matrix.layer, matrix.kind): matrix.zeros / max(matrix.weights, 1) for matrix in inside}
+    inside = [(matrix.layer, matrix) for matrix in matrices if matrix.layer is not None]
+    layers = sorted({layer for layer, _ in inside})
+    kinds = list(dict.fromkeys(matrix.kind for _, matrix in inside))
+    cells = {(layer, matrix.kind): matrix.zeros / max(matrix.weights, 1) for layer, matrix in inside}
     return layers, kinds, [[cells.get((layer, kind)) for kind in kinds] for layer in layers]

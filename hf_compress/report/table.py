@@ -52,7 +52,7 @@ class Entry:
     steps: list[dict[str, Any]] = field(default_factory=list)
 
 
-def bytes_on_disk(folder: str | os.PathLike | None) -> int | None:
+def bytes_on_disk(folder: str | os.PathLike[str] | None) -> int | None:
     """The size of a folder's `*.safetensors`; None when it is no local folder or has none."""
     if folder is None:
         return None

@@ -41,8 +41,10 @@ def trace_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
     base = model.base_model
     with evaluating(model):
         base(input_ids=inputs["input_ids"].to(base.device), **arguments)
-    tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
-    return TokenTrace(tokens, [state.kept_after(block.index)[0].tolist() for block in layers_of(model)])
+    tokens = list(tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist()))
+    kept = [state.kept_after(layer.index) for layer in layers_of(model)]
+    # A layer without an answer keeps every token.
+    return TokenTrace(tokens, [[True] * len(tokens) if mask is None else mask[0].tolist() for mask in kept])
 
 
 def write_token_page(file: str | Path, traces: list[TokenTrace], title: str = "Which words survive") -> None:

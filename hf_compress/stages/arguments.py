@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import nn
 from transformers import TrainingArguments
 
 from hf_compress.core.devices import chosen_device
@@ -44,9 +44,9 @@ class DeviceArguments:
     def __post_init__(self) -> None:
         chosen_device(self.device)
 
-    @property
-    def chosen(self) -> torch.device:
-        return chosen_device(self.device)
+    def place_(self, model: nn.Module) -> None:
+        """Move a model there."""
+        model.to(chosen_device(self.device))
 
 
 @dataclass
@@ -143,9 +143,14 @@ class StageArguments:
                 found.update({title.format(each): each for each in value or ()})
         return found
 
+    @property
+    def output_dir(self) -> str:
+        """The folder that the stage writes; empty where it writes none."""
+        return self.option("output_dir") or ""
+
     def folders_written(self) -> list[str]:
-        folder = self.option("output_dir")
-        return [] if folder is None else [folder]
+        """The folders that must be the stage's own."""
+        return [] if self.option("output_dir") is None else [self.output_dir]
 
     def chosen(self) -> frozenset[str]:
         """Names of the options that the user wrote, equal to the default or not."""

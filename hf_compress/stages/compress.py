@@ -58,7 +58,7 @@ def compress_model(arguments: Compress) -> dict[str, Any]:
     # A method that looks at no data must not ask for a task.
     task = task_for(arguments.model.model_name_or_path, arguments.data) if reads else None
     tokenizer, model = open_pair(arguments.model, task)
-    model.to(arguments.device.chosen)
+    arguments.device.place_(model)
     results: dict[str, Any] = {}
     batches = None
     if task is not None:

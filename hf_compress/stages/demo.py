@@ -21,6 +21,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_compress import __version__
+from hf_compress.core.devices import chosen_device
 from hf_compress.core.digests import weights_digest
 from hf_compress.core.saving import write_json
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
@@ -50,6 +51,7 @@ from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
 with torch.no_grad():
     logits = model(input_ids=torch.tensor(json.loads(sys.argv[2]))).logits
+from hf_compress.core.devices import chosen_device
 from hf_compress.core.digests import weights_digest
 print(json.dumps({"weights": weights_digest(model), "logits": logits.tolist()}))
 """
@@ -119,7 +121,7 @@ def _training(arguments: Demo, folder: Path, epochs: float, rate: float) -> dict
         "logging_steps": 25,
         "report_to": "none",
         "dataloader_pin_memory": torch.accelerator.is_available(),
-        "use_cpu": arguments.device.chosen.type == "cpu",
+        "use_cpu": chosen_device(arguments.device.device).type == "cpu",
         "disable_tqdm": not sys.stderr.isatty(),
         "seed": arguments.demo.seed,
     }
@@ -147,7 +149,10 @@ def _inputs(args: DemoArguments, data: DataArguments, source: str) -> dict[str, 
     pruned = {**dense, "mac_ratio": args.mac_ratio}
     recovered = {**pruned, "recovery_epochs": args.recovery_epochs}
     # As they come back from a file, where tuples are lists.
-    return json.loads(json.dumps({"dense": dense, "pruned": pruned, "recovered": recovered}))
+    found: dict[str, dict[str, Any]] = json.loads(
+        json.dumps({"dense": dense, "pruned": pruned, "recovered": recovered})
+    )
+    return found
 
 
 def _run_stage(folder: Path, inputs: dict[str, Any], title: str, stage: Callable[[], Any]) -> None:
@@ -230,7 +235,8 @@ def compare_reloaded(folder: str) -> dict[str, Any]:
     Raises:
         RuntimeError: If the fresh process cannot open the model.
     """
-    model = open_model(folder).eval()
+    model = open_model(folder)
+    model.train(False)
     tokens = [[(5 + i) % model.config.vocab_size for i in range(16)]]
     with torch.no_grad():
         here = model(input_ids=torch.tensor(tokens)).logits

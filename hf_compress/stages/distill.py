@@ -60,7 +60,7 @@ class JointDistill(StageArguments):
     distillation: JointTeacherArguments
 
     def folders_written(self) -> list[str]:
-        return [self.distillation.output_dir, f"{self.distillation.output_dir}/teacher"]
+        return [self.output_dir, f"{self.output_dir}/teacher"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +127,10 @@ def joint_distill(arguments: JointDistill) -> dict[str, Any]:
 
 def _share_new_head_(teacher: PreTrainedModel, student: PreTrainedModel, teacher_name: str) -> None:
     """Give a teacher the student's values where its own files have none: both start from one head and pooler."""
-    _, loaded = type(teacher).from_pretrained(teacher_name, config=teacher.config, output_loading_info=True)
+    opened: Any = type(teacher).from_pretrained(teacher_name, config=teacher.config, output_loading_info=True)
+    missing = opened[1]["missing_keys"]
     ours, theirs = teacher.state_dict(), student.state_dict()
-    values = {
-        name: theirs[name]
-        for name in loaded["missing_keys"]
-        if name in theirs and theirs[name].shape == ours[name].shape
-    }
+    values = {name: theirs[name] for name in missing if name in theirs and theirs[name].shape == ours[name].shape}
     if values:
         teacher.load_state_dict(values, strict=False)
         logger.info("The teacher starts with the student's head (%d tensors).", len(values))
@@ -151,6 +148,6 @@ def snapshot_distill(arguments: SnapshotDistill) -> dict[str, Any]:
     args = arguments.distillation
     task, tokenizer, student, rows = prepare(arguments.model, arguments.data, args.seed)
     common = trainer_arguments(task, student, tokenizer, args, rows)
-    if args.uses_teacher:
+    if args.uses_teacher and args.teacher_snapshots:
         add_teacher_columns(common, task, arguments.data, args.teacher_snapshots[0])
     return run_training(SnapshotTeacherTrainer(**common), task, student, tokenizer, args)

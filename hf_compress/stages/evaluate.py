@@ -64,7 +64,9 @@ class Evaluate(StageArguments):
 
 def _extra(names: Sequence[str], answers: Answers) -> dict[str, float]:
     results: dict[str, float] = {}
-    if names and not isinstance(answers, ClassAnswers):
+    if not names:
+        return results
+    if not isinstance(answers, ClassAnswers):
         raise ValueError("extra_metrics compare classes or scores; leave them out for this kind of task.")
     for name in names:
         try:

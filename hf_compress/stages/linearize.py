@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import statistics
 from collections import Counter
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.api import compress, steps_of
 from hf_compress.core.architectures import layers_of
-from hf_compress.core.cost import count_cost, layer_macs
+from hf_compress.core.cost import layer_macs
 from hf_compress.core.positions import most_tokens
 from hf_compress.methods.linformer import LinformerConfig
 from hf_compress.stages.arguments import DeviceArguments, OutputArguments, StageArguments
@@ -35,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 
 _MEASURED_TEXTS = 2000
+_LENGTHS = (128, 512, 2048)
+# More tokens than any text has; tokenizers cannot cut at the even larger number that stands for no limit.
+_UNLIMITED = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,28 +86,27 @@ def linearize(arguments: Linearize) -> dict[str, Any]:
     tokenizer, model = open_pair(model_args, task, fresh_head=True)
     if task is not None:
         fit_labels(task, model, model_args.model_name_or_path)
-    model.to(arguments.device.chosen)
+    arguments.device.place_(model)
     if not named and not has_head(model_args.model_name_or_path):
         logger.warning(
             "%s has no head: it gets one with %d labels. Name the task (task_name or data_dir) to size it.",
             model_args.model_name_or_path,
             model.config.num_labels,
         )
-    before = count_cost(model, 1)
-    dense_macs = {length: count_cost(model, length).macs for length in (128, 512, 2048)}
+    params = sum(parameter.numel() for parameter in model.parameters())
+    dense_macs = {length: _macs(model, [length]) for length in _LENGTHS}
     lengths = _text_lengths(task, tokenizer, config.max_tokens or most_tokens(model)) if task else []
-    dense_texts = _macs_of_texts(model, lengths)
+    dense_texts = _macs(model, lengths)
     compress(model, config)
     step = steps_of(model)[-1]
     tokenizer.model_max_length = step["max_tokens"]
-    macs = {length: count_cost(model, length).macs for length in dense_macs}
     results = {
         "step": step,
-        "params": {"before": before.params, "after": count_cost(model, 1).params},
-        "mac_ratio_by_length": {length: macs[length] / dense_macs[length] for length in macs},
+        "params": {"before": params, "after": sum(parameter.numel() for parameter in model.parameters())},
+        "mac_ratio_by_length": {length: _macs(model, [length]) / dense for length, dense in dense_macs.items()},
     }
     if lengths:
-        ratio = _macs_of_texts(model, lengths) / dense_texts
+        ratio = _macs(model, lengths) / dense_texts
         median = statistics.median_low(lengths)
         results["texts"] = {"mac_ratio": ratio, "median_tokens": median, "longest_tokens": max(lengths)}
         if ratio >= 1:
@@ -117,15 +121,17 @@ def linearize(arguments: Linearize) -> dict[str, Any]:
 
 
 def _text_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> list[int]:
-    """Tokens of each text of the task, of a sample when there are many."""
-    rows = task.splits["train"] if "train" in task.splits else next(iter(task.splits.values()))
+    """Tokens of each example of the task, of a sample when there are many."""
+    split = "train" if "train" in task.splits else next(iter(task.splits))
+    rows = task.splits[split]
     if len(rows) > _MEASURED_TEXTS:
         rows = rows.shuffle(seed=0).select(range(_MEASURED_TEXTS))
-    texts = [rows[column][:] for column in task.text_columns]
-    return [len(ids) for ids in tokenizer(*texts, truncation=longest is not None, max_length=longest)["input_ids"]]
+    sample = dataclasses.replace(task, splits=DatasetDict({split: rows}))
+    most = min(longest or _UNLIMITED, tokenizer.model_max_length, _UNLIMITED)
+    return [len(ids) for ids in sample.encode(split, tokenizer, most)["input_ids"]]
 
 
-def _macs_of_texts(model: PreTrainedModel, lengths: Sequence[int]) -> float:
+def _macs(model: PreTrainedModel, lengths: Sequence[int]) -> float:
     blocks = layers_of(model)
     counts = Counter(lengths)
     return sum(count * sum(layer_macs(block, length) for block in blocks) for length, count in counts.items())

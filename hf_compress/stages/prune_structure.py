@@ -52,7 +52,7 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
     task = task_for(model_args.model_name_or_path, data)
     tokenizer, model = open_pair(model_args, task)
     task = fit_labels(task, model, model_args.model_name_or_path)
-    model.to(arguments.device.chosen)
+    arguments.device.place_(model)
     rows = task.encode("train", tokenizer, data.max_length)
     batches = calibration_batches(rows, tokenizer, calibration.calibration_samples, calibration.calibration_seed)
     seq_len = config.seq_len or _mean_length(batches)
@@ -65,7 +65,7 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
         "step": steps_of(model)[-1],
         "before": before.to_dict(),
         "after": after.to_dict(),
-        "mac_ratio": after.macs / before.macs,
+        "mac_ratio": (after.macs or 0) / (before.macs or 1),
         "seconds": round(seconds, 3),
         "calibration_samples": calibration.calibration_samples,
         "calibration_seed": calibration.calibration_seed,

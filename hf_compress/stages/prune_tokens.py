@@ -7,7 +7,7 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from transformers import PretrainedConfig, TrainingArguments
+from transformers import PretrainedConfig, TrainerCallback, TrainingArguments
 
 from hf_compress.api import compress, steps_of
 from hf_compress.methods.token_pruning import TokenPruningConfig
@@ -117,7 +117,8 @@ def _as_published(pruning: TokenPruningArguments, chosen: Set[str]) -> TokenPrun
             f"soft_fraction must be 0 or 1 with compat={pruning.compat!r}, whose stages are trainings of their own, "
             f"got {pruning.soft_fraction}."
         )
-    return dataclasses.replace(pruning, **{name: value for name, value in _PUBLISHED.items() if name not in chosen})
+    published: dict[str, Any] = {name: value for name, value in _PUBLISHED.items() if name not in chosen}
+    return dataclasses.replace(pruning, **published)
 
 
 def _require_same(config: PretrainedConfig, pruning: TokenPruningArguments, chosen: Set[str]) -> None:
@@ -129,13 +130,13 @@ def _require_same(config: PretrainedConfig, pruning: TokenPruningArguments, chos
             )
 
 
-def _begin_stage(config: PretrainedConfig, pruning: TokenPruningArguments) -> bool:
-    """Write down the stage that training begins with; returns whether thresholds are learned."""
+def _begin_phase(config: PretrainedConfig, pruning: TokenPruningArguments) -> bool:
+    """Write down the phase that training begins with; returns whether thresholds are learned."""
     if pruning.soft_fraction == 0:
         config.masking_mode = "hard"
     elif config.prune_mode == "absolute_threshold" and config.token_prune_stage is None:
         config.masking_mode = "soft"
-    return config.masking_mode == "soft"
+    return bool(config.masking_mode == "soft")
 
 
 def _require_effect(config: PretrainedConfig, arguments: PruneTokens, learns: bool) -> None:
@@ -189,7 +190,7 @@ def prune_tokens(arguments: PruneTokens) -> dict[str, Any]:
             )
     else:
         compress(model, pruning.config())
-    learns = _begin_stage(model.config, pruning)
+    learns = _begin_phase(model.config, pruning)
     _require_effect(model.config, arguments, learns)
     shared = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(args) if entry.init}
     distillation = DistillationArguments(**shared, alpha_output=0.0 if teacher_name is None else pruning.alpha_output)
@@ -198,7 +199,7 @@ def prune_tokens(arguments: PruneTokens) -> dict[str, Any]:
     if teacher_name is not None:
         teacher = open_model(teacher_name, task)
         add_teacher_columns(common, task, arguments.data, teacher_name)
-    callbacks = common["callbacks"]
+    callbacks: list[TrainerCallback] = common["callbacks"]
     if learns or pruning.target_relative_macs is not None:
         callbacks.append(
             ThresholdAnnealingCallback(

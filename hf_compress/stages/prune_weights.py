@@ -24,7 +24,13 @@ from hf_compress.stages.arguments import (
     StageArguments,
 )
 from hf_compress.stages.models import ModelArguments, open_model, save_stage
-from hf_compress.stages.training import add_teacher_columns, prepare, run_training, trainer_arguments
+from hf_compress.stages.training import (
+    add_teacher_columns,
+    evaluation_results,
+    prepare,
+    run_training,
+    trainer_arguments,
+)
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import calibration_batches
 from hf_compress.tasks.task import Task
@@ -112,8 +118,8 @@ def prune_weights(arguments: PruneWeights) -> dict[str, Any]:
     results.update(_zeros(model, config, slims))
     if trainer.is_world_process_zero():
         if results.get("slimmed"):
-            save_stage(args.output_dir, model, tokenizer, results, task)
-        write_json(Path(args.output_dir) / "results.json", results)
+            save_stage(arguments.output_dir, model, tokenizer, results, task)
+        write_json(Path(arguments.output_dir) / "results.json", results)
     return results
 
 
@@ -194,9 +200,8 @@ def _prune_at_once(task: Task, common: dict[str, Any], arguments: PruneWeights) 
     start = time.perf_counter()
     compress(model, config, data=batches)
     results["prune_seconds"] = round(time.perf_counter() - start, 3)
-    if trainer.eval_dataset is not None:
-        results.update(trainer.evaluate(), eval_split=str(trainer.eval_dataset.split))
+    results |= evaluation_results(trainer)
     results.update(_zeros(model, config, arguments.also.slim))
     if trainer.is_world_process_zero():
-        save_stage(trainer.args.output_dir, model, tokenizer, results, task)
+        save_stage(arguments.output_dir, model, tokenizer, results, task)
     return results

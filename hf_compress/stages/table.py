@@ -62,7 +62,7 @@ class Stage:
         defaults: Values that replace the dataclasses' own defaults.
         defaults_when: (option, value) -> further defaults while that option has that value.
         note: What a person should know before the options.
-        method: Where the method of a generic stage is, as an entry point names it; its config is then the topic `method`.
+        method: Where the method of a generic stage is, as an entry point names it; the topic `method` is its config.
     """
 
     name: str
@@ -78,12 +78,14 @@ class Stage:
     @cached_property
     def function(self) -> Callable[[Any], Mapping[str, Any]]:
         """What `run` names; imports it."""
-        return _load(self.run)
+        function: Callable[[Any], Mapping[str, Any]] = _load(self.run)
+        return function
 
     @cached_property
     def arguments_class(self) -> type[StageArguments]:
         """What `arguments` names; imports it."""
-        return _load(self.arguments)
+        kind: type[StageArguments] = _load(self.arguments)
+        return kind
 
 
 def _load(path: str) -> Any:

@@ -144,18 +144,21 @@ def run_training(
     trainer: CompressionTrainer, task: Task, model: PreTrainedModel, processor: Processor, args: TrainingArguments
 ) -> dict[str, Any]:
     """Train (or go on training), evaluate, save; returns the results that were written."""
-    resume = args.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "1", "yes"):
-        resume = True
-    elif isinstance(resume, str) and resume.lower() in ("false", "0", "no"):
-        resume = None
-    outcome = trainer.train(resume_from_checkpoint=resume)
-    results = {"train_seconds": outcome.metrics["train_runtime"], "train_loss": outcome.metrics["train_loss"]}
-    if trainer.eval_dataset is not None:
-        results.update(trainer.evaluate(), eval_split=str(trainer.eval_dataset.split))
+    wanted = str(args.resume_from_checkpoint or "no")
+    # `Trainer` takes these words for names of folders.
+    words = {"true": True, "1": True, "yes": True, "false": None, "0": None, "no": None}
+    outcome = trainer.train(resume_from_checkpoint=words.get(wanted.lower(), wanted))
+    seconds, loss = outcome.metrics["train_runtime"], outcome.metrics["train_loss"]
+    results = {"train_seconds": seconds, "train_loss": loss, **evaluation_results(trainer)}
     if trainer.is_world_process_zero():
-        save_stage(args.output_dir, model, processor, results, task)
+        save_stage(str(args.output_dir), model, processor, results, task)
     return results
+
+
+def evaluation_results(trainer: CompressionTrainer) -> dict[str, Any]:
+    """The metrics of the evaluation split, and its name; nothing where there is none."""
+    rows = trainer.eval_dataset
+    return {**trainer.evaluate(), "eval_split": str(rows.split)} if isinstance(rows, Dataset) else {}
 
 
 def add_teacher_columns(common: dict[str, Any], task: Task, data: DataArguments, teacher_name: str) -> None:
@@ -180,7 +183,7 @@ def add_teacher_columns(common: dict[str, Any], task: Task, data: DataArguments,
         return
     common["data_collator"] = TeacherStudentCollator(common["data_collator"], DataCollatorWithPadding(tokenizer))
     for name, column in (("train", "train_dataset"), (task.evaluation_split, "eval_dataset")):
-        if common[column] is not None:
+        if name is not None and common[column] is not None:
             common[column] = _with_teacher_columns(name, common[column], task, tokenizer, data)
 
 
