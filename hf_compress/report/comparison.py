@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hf_compress.core.forward_state import carries_state
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.saving import write_json
 from hf_compress.folder_card import steps_with_settings
+from hf_compress.methods import METHODS
 from hf_compress.report.changes import changed_answers
 from hf_compress.report.latency import batches_by_length, batches_of, measure_latency
 from hf_compress.report.machine import environment
@@ -87,6 +88,8 @@ def compare_models(
             model, loaded = AutoModelForSequenceClassification.from_pretrained(model, output_loading_info=True)
             require_complete(loaded)
         if not isinstance(model, Measured):
+            if rows is None or tokenizer is None:
+                raise ValueError(f"rows and tokenizer must be given for {name!r}, which has none of its own.")
             model = Measured(model, rows, tokenizer, task_of_rows(model.config, task_name), "")
         opened[name] = model
     counts = {name: len(each.rows) for name, each in opened.items()}
@@ -97,7 +100,7 @@ def compare_models(
     first = next(iter(opened.values()))
     # Two sizes above the number of rows would be the same measurement under two names.
     batch_sizes = list(dict.fromkeys(min(size, len(first.rows)) for size in batch_sizes))
-    blocks = {size: batches_by_length(first.rows, size, limit) for size in batch_sizes}
+    places = {size: batches_by_length(first.rows, size, limit) for size in batch_sizes}
     settings = {"repeats": repeats, "warmup": warmup, "limit": limit}
     metric, place, folder = first.task.main_metric, environment(), Path(output_dir)
 
@@ -116,9 +119,9 @@ def compare_models(
         write(entries)
     for size in batch_sizes:
         logger.info("Timing %d models at batch size %d, %d rounds.", len(opened), size, repeats)
-        batches = {name: batches_of(each.rows, each.processor, blocks[size]) for name, each in opened.items()}
+        batches = {name: batches_of(each.rows, each.processor, places[size]) for name, each in opened.items()}
         timed = measure_latency({name: each.model for name, each in opened.items()}, batches, repeats, warmup)
-        entries = [replace(e, latencies=[*e.latencies, t]) for e, t in zip(entries, timed, strict=True)]
+        entries = [dataclasses.replace(e, latencies=[*e.latencies, t]) for e, t in zip(entries, timed, strict=True)]
         report = write(entries)
     _plot(report, folder)
     return report
@@ -138,35 +141,53 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
     def text_of(example: int) -> str:
         if first.split in first.task.splits:
             return first.task.text_of(first.split, example)
-        return str(first.processor.decode(first.rows[example]["input_ids"], skip_special_tokens=True))
+        if isinstance(first.processor, PreTrainedTokenizerBase):
+            return str(first.processor.decode(first.rows[example]["input_ids"], skip_special_tokens=True))
+        return f"example {example}"
 
     for name, each in models.items():
         logger.info("Evaluating %s on %d examples.", name, len(each.rows))
         answers = evaluated(each)
         baseline = baseline or answers
-        blocks = _blocks(each.model, name)
+        layers = _counted_layers(each.model, name)
         seq_len = _mean_length(each.rows)
-        counted = list(length_sorted(each.rows, 32, each.processor)) if drops and blocks else None
+        counted = list(length_sorted(each.rows, 32, each.processor)) if drops and layers else None
         yield Entry(
             name=name,
             metrics=answers.metrics(),
-            cost=count_cost(each.model, seq_len, data=counted)
-            if blocks
-            else Cost(**count_size(each.model), macs=None),
+            cost=count_cost(each.model, seq_len, data=counted) if layers else _size_alone(each.model),
             latencies=[],
             folder=folders.get(name),
             disk_bytes=bytes_on_disk(folders.get(name)),
-            heads=[block.num_units for block in blocks],
-            neurons=[block.num_neurons for block in blocks],
+            heads=[layer.num_units for layer in layers],
+            neurons=[layer.num_neurons for layer in layers],
             matrices=matrices_of(each.model),
             seq_len=seq_len,
             standard_error=None if answers is baseline else standard_error(baseline, answers, metric),
             changes=None if answers is baseline else changed_answers(baseline, answers, text_of),
-            steps=[{"method": m, "settings": values} for m, values in steps_with_settings(each.model.config)],
+            steps=_steps(each.model),
         )
 
 
-def _blocks(model: PreTrainedModel, name: str) -> list[TransformerLayer]:
+def _steps(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """What the record says was done, without the sizes that came out of it."""
+    return [
+        {"method": name, "settings": {key: settings[key] for key in settings if key in _inputs_of(name)}}
+        for name, settings in steps_with_settings(model.config)
+    ]
+
+
+def _inputs_of(method: str) -> set[str]:
+    fields = dataclasses.fields(METHODS[method].config_class)
+    return {field.name for field in fields if not field.metadata.get("output")}
+
+
+def _size_alone(model: PreTrainedModel) -> Cost:
+    size = count_size(model)
+    return Cost(params=size["params"], nonzero_params=size["nonzero_params"], macs=None, bytes=size["bytes"])
+
+
+def _counted_layers(model: PreTrainedModel, name: str) -> list[TransformerLayer]:
     try:
         return layers_of(model)
     except ValueError as error:

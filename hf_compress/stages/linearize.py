@@ -95,11 +95,14 @@ def linearize(arguments: Linearize) -> dict[str, Any]:
         )
     params = sum(parameter.numel() for parameter in model.parameters())
     dense_macs = {length: _macs(model, [length]) for length in _LENGTHS}
-    lengths = _text_lengths(task, tokenizer, config.max_tokens or most_tokens(model)) if task else []
+    lengths = []
+    if task is not None and isinstance(tokenizer, PreTrainedTokenizerBase):
+        lengths = _text_lengths(task, tokenizer, config.max_tokens or most_tokens(model))
     dense_texts = _macs(model, lengths)
     compress(model, config)
     step = steps_of(model)[-1]
-    tokenizer.model_max_length = step["max_tokens"]
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer.model_max_length = step["max_tokens"]
     results = {
         "step": step,
         "params": {"before": params, "after": sum(parameter.numel() for parameter in model.parameters())},

@@ -117,7 +117,7 @@ def trainer_arguments(
     Raises:
         ValueError: If the losses in `args` do not exist for the task.
     """
-    if not task.has_own_loss and (getattr(args, "alpha_task", 1) or getattr(args, "alpha_output", 1)):
+    if not task.has_own_loss and any(getattr(args, name, 1.0) for name in ("alpha_task", "alpha_output")):
         raise ValueError(
             f"alpha_task and alpha_output must be 0 for {task.kind}, which has neither labels to learn nor logits: "
             "set alpha_layer, which distils hidden states."
