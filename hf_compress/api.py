@@ -27,7 +27,7 @@ def _parse(step: Mapping[str, Any], config: PretrainedConfig, position: int) -> 
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"Step {position}: method must be one of {', '.join(METHODS)}, got {name!r}.")
     method = METHODS[name]
-    values = {key: value for key, value in step.items() if key != "method"}
+    values = {key: value for key, value in step.items() if key != "method" and key not in method.config_class.retired}
     for key in method.config_class.flat:
         if hasattr(config, key):
             values[key] = getattr(config, key)

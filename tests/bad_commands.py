@@ -46,7 +46,6 @@ OUT_OF_RANGE = {
     "round_to": ("0", "-1"),
     "seq_len": ("0", "-1", "nan"),
     "ridge": ("-1", "nan", "inf"),
-    "sketch_rows": ("0", "-1"),
     "calibration_samples": ("0", "-1", "1000000"),
     "calibration_seed": ("-1", "99999999999999999999999"),
     "final_token_threshold": ("-0.1", "nan", "inf"),
@@ -160,7 +159,7 @@ CONTRADICTIONS = {
     "snapshot-distill": ("--teacher_cache_dir cache", "--teacher_snapshots model data"),
     "prune-structure": (
         "--prune_heads false --prune_neurons false", "--selection fisher --order sequential",
-        "--selection fisher --round_to 2", "--route sketch --center", "--heads_per_layer 1 1", "--tolerance 0.1",
+        "--selection fisher --round_to 2", "--route sketch", "--heads_per_layer 1 1", "--tolerance 0.1",
         "--neurons_per_layer 8 8", "--prune_heads false --mac_ratio 0.2",
     ),
     "prune-tokens": (

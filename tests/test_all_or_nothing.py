@@ -19,7 +19,6 @@ SPARSEGPT = {"pattern": "2:4", "target_sparsity": 0.5, "criterion": "sparsegpt",
 STEPS = {
     "one shot": [hc.StructuredPruningConfig(mac_ratio=0.6)],
     "sequential": [hc.StructuredPruningConfig(mac_ratio=0.6, order="sequential")],
-    "sketch": [hc.StructuredPruningConfig(mac_ratio=0.6, route="sketch")],
     "fisher": [hc.StructuredPruningConfig(mac_ratio=0.6, selection="fisher")],
     "sparsegpt": [hc.WeightPruningConfig(**SPARSEGPT)],
     "linear, then smaller": [hc.LinformerConfig(projected_length=4, max_tokens=80),

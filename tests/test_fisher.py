@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import BertModel
 
+import hf_compress as hc
 from hf_compress.core.architectures import ARCHITECTURES, TransformerLayer, layers_of
 from hf_compress.methods.structured_pruning.fisher import (
     collect_gradients,
@@ -79,11 +80,10 @@ def test_missing_labels():
 
 def test_no_data_and_data_that_can_be_read_once():
     model = tiny()
-    blocks = layers_of(model)
     with pytest.raises(ValueError, match="at least one batch"):
-        collect_gradients(model, blocks, [])
+        collect_gradients(model, layers_of(model), [])
     with pytest.raises(ValueError, match="one-shot"):
-        fisher_selection(model, blocks, iter(batches(1)), 8, 0.5, 1, 1, True, True, tune=True)
+        hc.compress(model, hc.StructuredPruningConfig(selection="fisher"), data=iter(batches(1)))
 
 
 def test_gradients_that_are_not_finite():

@@ -183,7 +183,6 @@ REFUSED = {
     "empty data": ("bert", {}, lambda config, batches: [], "at least one batch"),
     "too few tokens": ("bert", {}, lambda config, batches: batches(config, count=1, size=2), "at least 128 tokens"),
     "no ids": ("bert", {}, lambda config, batches: [{"labels": torch.ones(2)}], "dicts with input_ids"),
-    "iterator, sketch": ("bert", {"route": "sketch"}, lambda c, b: iter(b(c)), "readable 2 times.*one-shot"),
     "centring without bias": ("llama", {"center": True}, lambda c, b: b(c), "center must be False for llama"),
     "budget, by data": ("bert", {"mac_ratio": 0.01}, lambda c, b: b(c), "mac_ratio must be at least"),
     "budget, sequential": ("bert", {"mac_ratio": 0.01, "order": "sequential"}, lambda c, b: b(c), "must be at least"),
@@ -240,7 +239,6 @@ def test_refuses_broken_weights_and_foreign_objects(model, batches):
         ({"ridge": -1e-3}, "ridge must not be negative"),
         ({"prune_heads": False, "prune_neurons": False}, "prune_heads or prune_neurons must be true"),
         ({"selection": "fisher", "center": True}, "selection='fisher' must go with"),
-        ({"route": "sketch", "order": "sequential"}, "route='sketch' must go with"),
         ({"heads_per_layer": [2, 0]}, "heads_per_layer must hold a positive size"),
     ],
 )

@@ -66,10 +66,12 @@ class MethodConfig:
 
     Subclasses are keyword-only dataclasses whose fields all have defaults. `flat` names the fields that live as
     plain fields of the model's config, where `from_pretrained(path, name=value)` can override them; all others
-    are written into the step of the record.
+    are written into the step of the record. `retired` names fields that records of older releases hold and that no
+    longer mean anything.
     """
 
     flat: ClassVar[tuple[str, ...]] = ()
+    retired: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_field_types(self)

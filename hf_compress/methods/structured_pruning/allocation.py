@@ -1,7 +1,7 @@
 """How many units each sublayer keeps under an exact budget of multiply-accumulates.
 
-A *sublayer* is the attention or the feed-forward half of a layer; its units are ranked, most important first, and
-every unit has a priority. The most deserving units of all sublayers are kept until nothing more fits.
+The units of every sublayer are ranked, most important first, and each has a priority. The units with the highest
+priorities in the whole model are kept until nothing more fits.
 """
 
 from __future__ import annotations
@@ -9,23 +9,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+
+# What structured pruning removes from the attention and from the feed-forward part of a layer.
+Kind: TypeAlias = Literal["heads", "neurons"]
+KINDS: tuple[Kind, Kind] = ("heads", "neurons")
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """A ranked list of units of one price.
+    """The units of one sublayer, ranked, all at one price.
 
     Args:
         layer: Zero-based layer index.
-        kind: `heads` or `neurons`.
+        kind: What its units are.
         priorities: One for each unit, in rank order, non-increasing: the relative residual before it is kept.
         macs: Multiply-accumulates of one unit.
-        minimum: Units that stay whatever they cost.
+        minimum: Number of units that stay, whatever they cost.
         step: Units are kept in bundles of this many.
     """
 
     layer: int
-    kind: str
+    kind: Kind
     priorities: Sequence[float]
     macs: float
     minimum: int
@@ -37,25 +43,44 @@ class Sublayer:
         return min(-(-self.minimum // self.step) * self.step, len(self.priorities))
 
 
+def too_small(least: float, full: float, budget: float) -> ValueError:
+    """The error that says why a budget cannot be met, and which one can.
+
+    Args:
+        least: Multiply-accumulates of what may not be removed.
+        full: Those of everything.
+        budget: Those that were asked for.
+    """
+    # Rounded up, so that the number in the message works when it is used.
+    reachable = math.ceil(1e4 * least / full) / 1e4
+    return ValueError(
+        f"mac_ratio must be at least {reachable:.4f} here (what may not be removed costs that much), "
+        f"got {budget / full:.4g}. Lower the minima (min_heads, min_neurons), or allow heads and neurons to be pruned."
+    )
+
+
+def full_cost(sublayers: Sequence[Sublayer]) -> float:
+    """Multiply-accumulates of all units."""
+    return sum(len(s.priorities) * s.macs for s in sublayers)
+
+
 def check_budget(sublayers: Sequence[Sublayer], budget: float) -> None:
-    """Raise `ValueError` when even the minima cost more than the budget; says what can be reached."""
-    full = sum(len(s.priorities) * s.macs for s in sublayers)
+    """Check that the minima cost no more than the budget.
+
+    Raises:
+        ValueError: If they do; says what can be reached.
+    """
     least = sum(s.floor * s.macs for s in sublayers)
     if least > budget:
-        # Rounded up, so that the number in the message works when it is used.
-        reachable = math.ceil(1e4 * least / full) / 1e4
-        raise ValueError(
-            f"mac_ratio must be at least {reachable:.4f} here (what may not be removed costs that much), "
-            f"got {budget / full:.4f}. Allow pruning of heads and of neurons, or lower min_heads and min_neurons."
-        )
+        raise too_small(least, full_cost(sublayers), budget)
 
 
 def allocate(sublayers: Sequence[Sublayer], budget: float) -> tuple[list[int], float]:
     """Keep the units with the highest priorities while they fit.
 
     Args:
-        sublayers: All halves of all layers, attention first within a layer.
-        budget: Multiply-accumulates, at most this many are used.
+        sublayers: Of all layers, attention first within a layer.
+        budget: At most this many multiply-accumulates are used.
 
     Returns:
         Units kept in each sublayer, and the highest priority of a unit that was not kept (0 if all were).
@@ -64,7 +89,8 @@ def allocate(sublayers: Sequence[Sublayer], budget: float) -> tuple[list[int], f
         ValueError: If the minima do not fit.
 
     Source:
-        STAT specification 4.3, the rule of one global tolerance.
+        One relative tolerance for the whole model is our reading of Flynn et al. 2024 (arXiv 2406.00061), which leaves
+        the rule open.
 
     Example:
         >>> allocate([Sublayer(0, "heads", [1.0, 0.1], 3.0, 1), Sublayer(0, "neurons", [1.0, 0.5], 2.0, 1)], 8.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hf_compress.core.method import MethodConfig
 
@@ -17,13 +17,13 @@ class StructuredPruningConfig(MethodConfig):
         selection: How heads and neurons are ranked. `interpolative`: pivoted decomposition of their activations;
             `fisher`: mask search on squared gradients (needs labels in the data); `magnitude`: norm of their weights;
             `random`.
-        correction: Fold what the removed units carried into the next layer: least squares on the kept units, or with
-            `fisher` one least-squares scale for each kept unit, as its authors do.
+        correction: Fold what the removed units carried into the output projection: least squares on the kept units,
+            or with `fisher` one least-squares scale for each kept unit, as its authors do.
         allocation: How much each layer loses. `tolerance`: one relative residual for all layers; `uniform`: the same
             fraction everywhere.
         order: When statistics are taken. `one_shot`: all from the intact model; `sequential`: each layer sees the
             layers below it already pruned.
-        center: Decompose deviations from the mean and fold the mean into the bias of the next layer.
+        center: Decompose deviations from the mean and fold the mean into the bias of the output projection.
         prune_heads: Whether attention heads may be removed.
         prune_neurons: Whether feed-forward neurons may be removed.
         min_heads: How many heads every layer keeps at least.
@@ -32,17 +32,14 @@ class StructuredPruningConfig(MethodConfig):
         seq_len: Tokens a sequence has in the MAC count. Left out: the mean unpadded length of the calibration data.
         ridge: Added to the Gram matrix as a fraction of its mean diagonal when correcting; 0 refuses calibration sets
             with fewer than two tokens a neuron.
-        route: How activations are summarised. `gram`: exact second moments; `sketch`: pivots from a CountSketch of
-            `sketch_rows` rows and the correction from a second exact pass, for layers so wide that the moments do not
-            fit.
-        sketch_rows: How many rows the sketch has; at least four times the kept width is advised.
-        seed: Random seed of `selection=random` and of the sketch.
+        seed: Random seed of `selection="random"`.
         heads_per_layer, neurons_per_layer: Filled in by `compress`: what is left in each layer. Heads are counted as
             key-value heads.
         tolerance: Filled in by `compress`: the largest relative residual of a removed unit.
 
     Source:
-        STAT (arXiv 2406.00061); the rules the paper leaves open are described in the method's README.
+        Flynn et al. 2024 (arXiv 2406.00061); the method's README says how the rules that the paper leaves open were
+        chosen.
 
     Example:
         >>> StructuredPruningConfig(mac_ratio=1.5)
@@ -50,6 +47,9 @@ class StructuredPruningConfig(MethodConfig):
             ...
         ValueError: mac_ratio must be in (0, 1], got 1.5.
     """
+
+    # Older records hold them: how activations were summarised, which makes no difference to the model's shape.
+    retired: ClassVar[tuple[str, ...]] = ("route", "sketch_rows")
 
     mac_ratio: float = 0.5
     selection: Literal["interpolative", "fisher", "magnitude", "random"] = "interpolative"
@@ -64,8 +64,6 @@ class StructuredPruningConfig(MethodConfig):
     round_to: int = 1
     seq_len: float | None = None
     ridge: float = 0.0
-    route: Literal["gram", "sketch"] = "gram"
-    sketch_rows: int = 8192
     seed: int = 0
     heads_per_layer: list[int] | None = field(default=None, metadata={"output": True})
     neurons_per_layer: list[int] | None = field(default=None, metadata={"output": True})
@@ -74,7 +72,7 @@ class StructuredPruningConfig(MethodConfig):
     def check(self) -> None:
         if not 0 < self.mac_ratio <= 1:
             raise ValueError(f"mac_ratio must be in (0, 1], got {self.mac_ratio}.")
-        for name in ("min_heads", "min_neurons", "round_to", "sketch_rows"):
+        for name in ("min_heads", "min_neurons", "round_to"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.seq_len is not None and self.seq_len <= 0:
@@ -85,15 +83,15 @@ class StructuredPruningConfig(MethodConfig):
             raise ValueError(f"ridge must not be negative, got {self.ridge}.")
         if not (self.prune_heads or self.prune_neurons) and self.mac_ratio < 1:
             raise ValueError("prune_heads or prune_neurons must be true when mac_ratio is below 1, got neither.")
-        if self.selection == "fisher" and (self.order == "sequential" or self.center or self.route == "sketch"):
-            raise ValueError("selection='fisher' must go with order='one_shot', center=False and route='gram'.")
+        if self.selection == "fisher" and (self.order == "sequential" or self.center):
+            raise ValueError(
+                "selection='fisher' must go with order='one_shot' and center=False: it ranks by gradients of the "
+                "intact model and looks at no activations. Leave order and center out."
+            )
         if self.selection == "fisher" and self.round_to != 1:
             raise ValueError(
-                f"round_to must be 1 with selection='fisher' (its search knows single units), got {self.round_to}."
-            )
-        if self.route == "sketch" and (self.order == "sequential" or self.center or self.selection != "interpolative"):
-            raise ValueError(
-                "route='sketch' must go with selection='interpolative', order='one_shot' and center=False."
+                f"round_to must be 1 with selection='fisher' (its search exchanges single neurons), got "
+                f"{self.round_to}. Leave round_to out, or take another selection."
             )
         for name in ("heads_per_layer", "neurons_per_layer"):
             sizes = getattr(self, name)

@@ -54,7 +54,7 @@ def interpolation_matrix(gram: Tensor, keep: Tensor, ridge: float = 0.0, cross: 
     lower, failed = torch.linalg.cholesky_ex(inner + ridge * scale * eye)
     if int(failed) or float(lower.diagonal().min()) < 1e-7 * float(lower.diagonal().max()):
         # Dependent or dead columns among the kept ones: the minimum-norm solution gives them no weight.
-        result = torch.linalg.pinv(inner + ridge * scale * eye, rtol=1e-12, hermitian=True) @ cross
+        result: Tensor = torch.linalg.pinv(inner + ridge * scale * eye, rtol=1e-12, hermitian=True) @ cross
     else:
         result = torch.cholesky_solve(cross, lower)
         if float(lower.diagonal().min()) < _REFINE * float(lower.diagonal().max()):

@@ -18,14 +18,10 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.batches import on_device
-from hf_compress.core.data_needs import require_data
+from hf_compress.core.data_needs import Data
 from hf_compress.core.modes import evaluating
-from hf_compress.methods.structured_pruning.mask_tuning import (
-    Data,
-    Masks,
-    masked,
-    tune_masks,
-)
+from hf_compress.methods.structured_pruning.allocation import too_small
+from hf_compress.methods.structured_pruning.mask_tuning import Masks, masked, tune_masks
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def _ranked(fisher: Sequence[Tensor], macs: Sequence[float], minimum: int) -> tu
 def _first(order: Tensor, count: int, fisher: Sequence[Tensor]) -> list[Tensor]:
     keep = torch.zeros(len(order), dtype=torch.bool)
     keep[order[:count]] = True
-    return list(keep.split([len(f) for f in fisher]))
+    return list(torch.split(keep, [len(f) for f in fisher]))
 
 
 def search_masks(
@@ -160,11 +156,8 @@ def search_masks(
     score[:fewest] = -torch.inf
     best = int(score.argmax())
     if score[best] == -torch.inf:
-        needed = float(unit_cost[fewest] + neuron_cost[forced_neurons]) / full
-        raise ValueError(
-            f"mac_ratio must be at least {needed:.4g} for what every layer has to keep, got {mac_ratio:.4g}. "
-            "Lower the minima, or allow heads and neurons to be pruned."
-        )
+        least = float(unit_cost[fewest] + neuron_cost[forced_neurons])
+        raise too_small(least, full, mac_ratio * full)
     return Masks(_first(units, best, unit_fisher), _first(neurons, int(affordable[best]), neuron_fisher))
 
 
@@ -221,9 +214,8 @@ def fisher_selection(
         tune: Compute scales, with the masks for `sqrt(mac_ratio)` as the teacher; otherwise all are 1.
 
     Raises:
-        ValueError: As the four steps do, and for data that cannot be read often enough.
+        ValueError: As the four steps do.
     """
-    data = require_data(data, 1 + 2 * len(layers) * tune)
     unit_grads, neuron_grads = collect_gradients(model, layers, data)
 
     def search(ratio: float) -> Masks:

@@ -6,10 +6,10 @@ Letters: B batches, H attention units, D hidden, F neurons, n units or neurons o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from scipy.sparse.linalg import lsmr
@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, architecture_of
 from hf_compress.core.batches import on_device, seen_tokens
+from hf_compress.core.data_needs import Data
 from hf_compress.core.modes import evaluating
 from hf_compress.core.moments import SecondMoments
 from hf_compress.core.projections import Role
 from hf_compress.core.surgery import unit_columns
+from hf_compress.core.watching import After, Stop, watched
 
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ _LARGEST_SCALE = 10.0
 # Endings of the names of classes that give one answer for an input, not one for a token.
 _CLASSIFIERS = ("SequenceClassification", "ImageClassification")
 
-Data = Iterable[Mapping[str, Any]]
+Part: TypeAlias = Literal["attention", "ffn"]
 
 
 @dataclass(frozen=True)
@@ -67,51 +69,40 @@ def masked(layers: Sequence[TransformerLayer], masks: Masks) -> Iterator[None]:
             handle.remove()
 
 
-class _Stop(Exception):
-    """Raised by the last hook: the rest of the forward pass is not needed."""
-
-
 def _sublayer(
-    model: PreTrainedModel, layer: TransformerLayer, part: str, inputs: Mapping[str, Tensor], rows: Tensor
+    model: PreTrainedModel, layer: TransformerLayer, part: Part, inputs: Mapping[str, Tensor], rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Input and output of an output projection and what the model adds to it: [N, n], [N, D], [N, D] of given rows."""
     seen: dict[str, Tensor] = {}
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["entry"] = args[0] if args else kwargs["hidden_states"]
 
-    def before_ffn(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter_ffn(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["ffn_in"] = args[0]
 
-    def leave(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def leaving(name: Part) -> After:
+        def leave(args: tuple[Any, ...], output: Tensor) -> None:
             seen["in"], seen[name] = args[0], output
             if name == part:
-                raise _Stop
+                raise Stop
 
-        return hook
+        return leave
 
-    handles = [
-        layer.module.register_forward_pre_hook(enter, with_kwargs=True),
-        layer.attention_out.module.register_forward_hook(leave("attention")),
-        layer.projection(Role.FFN_IN).module.register_forward_pre_hook(before_ffn),
-        layer.ffn_out.module.register_forward_hook(leave("ffn")),
-    ]
-    try:
+    before = [(layer.module, enter), (layer.projection(Role.FFN_IN).module, enter_ffn)]
+    after = [(layer.attention_out.module, leaving("attention")), (layer.ffn_out.module, leaving("ffn"))]
+    with watched(before, after):
         model.base_model(**inputs)
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     if part == "attention":
         residual = seen["entry"]
     else:
         # A pre-norm sublayer is added to what came before the norm, a post-norm one to its own input.
         pre_norm = layer.architecture.normalises_first(model.config)
         residual = seen["entry"] + seen["attention"] if pre_norm else seen["ffn_in"]
-    found = (seen["in"], seen[part], residual)
-    return tuple(t.reshape(-1, t.shape[-1])[rows.flatten().to(t.device)] for t in found)
+    context, output, residual = (
+        t.reshape(-1, t.shape[-1])[rows.flatten().to(t.device)] for t in (seen["in"], seen[part], residual)
+    )
+    return context, output, residual
 
 
 def _fitted_rows(model: PreTrainedModel, inputs: Mapping[str, Tensor], pooled: bool) -> Tensor:
@@ -129,7 +120,7 @@ def normal_equations(
     layers: Sequence[TransformerLayer],
     data: Data,
     index: int,
-    part: Literal["attention", "ffn"],
+    part: Part,
     teacher: Masks,
     student: Masks,
 ) -> tuple[Tensor, Tensor]:
@@ -160,9 +151,10 @@ def normal_equations(
     weight = out.weight.detach().to(device).double()[:, columns.to(device)]
     bias = 0.0 if out.bias is None else out.bias.detach().to(device).double()
     cross, target_sum = torch.zeros_like(moments.total), 0.0
+    base = cast(PreTrainedModel, model.base_model)
     with torch.no_grad(), evaluating(model):
         for batch in data:
-            inputs = on_device(model.base_model, batch)
+            inputs = on_device(base, batch)
             rows = _fitted_rows(model, inputs, pooled)
             with masked(layers, teacher):
                 _, output, residual = _sublayer(model, layer, part, inputs, rows)
@@ -213,7 +205,8 @@ def tune_masks(
     """
     tuned = Masks([m.cpu().double() for m in student.units], [m.cpu().double() for m in student.neurons])
     for index in range(len(layers)):
-        for part, mask in (("attention", tuned.units[index]), ("ffn", tuned.neurons[index])):
+        masks: list[tuple[Part, Tensor]] = [("attention", tuned.units[index]), ("ffn", tuned.neurons[index])]
+        for part, mask in masks:
             if not mask.any() or (part == "attention" and index == 0):
                 continue
             scales = _solve(*normal_equations(model, layers, data, index, part, teacher, tuned))

@@ -175,7 +175,8 @@ def residual_along(gram: Tensor, groups: Sequence[Tensor]) -> Tensor:
     ends = torch.tensor([len(g) for g in groups]).cumsum(0)
     total = explained.cumsum(0)
     kept = torch.cat([total.new_zeros(1), total[ends - 1]])
-    return (total[-1] - kept).clamp(min=0)
+    unexplained: Tensor = (total[-1] - kept).clamp(min=0)
+    return unexplained
 
 
 def _jitter(matrix: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.projections import NEURON_ROLES
 from hf_compress.core.surgery import unit_columns
+from hf_compress.methods.structured_pruning.allocation import Kind
 from hf_compress.methods.structured_pruning.pivoting import (
     PivotedColumns,
     pivoted_blocks,
@@ -39,7 +40,13 @@ class Ranking:
     def priorities(self) -> list[float]:
         """[units] relative residual before each unit is kept; 1 for the first."""
         total = float(self.residual[0]) or 1.0
-        return (self.residual[:-1] / total).tolist()
+        priorities: list[float] = (self.residual[:-1] / total).tolist()
+        return priorities
+
+
+def rank(layer: TransformerLayer, kind: Kind, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
+    """Rank the attention units or the neurons of a layer; arguments as for each of them."""
+    return (rank_heads if kind == "heads" else rank_neurons)(layer, gram, selection, generator)
 
 
 def rank_heads(layer: TransformerLayer, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:

@@ -1,12 +1,11 @@
-"""Pruning at once with a look at what layers are fed: data streams by, statistics stay.
+"""Pruning at once by what the modules are fed: the data streams by, and only statistics are kept.
 
-Letters: R outputs, C inputs of a layer.
+Letters: C inputs of a module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +13,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.calibration import call_order, collect_inputs
+from hf_compress.core.data_needs import Data
 from hf_compress.core.moments import SecondMoments, device_of_doubles
 from hf_compress.core.sweep import sweep
+from hf_compress.core.watching import Before, watched
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import wanda
 from hf_compress.methods.weight_pruning.prunable import PrunableWeight
 from hf_compress.methods.weight_pruning.reconstruction import inverse_factor, prune_and_reconstruct
-
-
-Data = Iterable[Mapping[str, Any]]
 
 
 class ColumnNorms:
@@ -52,22 +50,22 @@ class ColumnNorms:
         return self._squares.sqrt()
 
 
-def _width(layer: PrunableWeight) -> int:
-    return layer.matrix(layer.weight).shape[1]
+def _width(prunable: PrunableWeight) -> int:
+    return prunable.matrix(prunable.weight).shape[1]
 
 
-def check_linear(model: nn.Module, config: WeightPruningConfig, layers: Sequence[PrunableWeight]) -> None:
-    """Refuse layers that do not multiply their input by their weight.
+def check_linear(model: nn.Module, config: WeightPruningConfig, weights: Sequence[PrunableWeight]) -> None:
+    """Refuse weights of modules that do not multiply their input by them.
 
     Raises:
         ValueError: Names the first one.
     """
-    for layer in layers:
-        module = model.get_submodule(layer.name)
+    for prunable in weights:
+        module = model.get_submodule(prunable.name)
         if not isinstance(module, nn.Linear | Conv1D):
             raise ValueError(
                 f"pruning_op_types must be linear layers (Linear, Conv1D) with criterion={config.criterion!r}, got "
-                f"{type(module).__name__} at {layer.name}."
+                f"{type(module).__name__} at {prunable.name}."
             )
 
 
@@ -81,56 +79,56 @@ def _require_called(names: Iterable[str], called: set[str], criterion: str) -> N
 
 
 def wanda_scores(
-    model: PreTrainedModel, layers: Sequence[tuple[WeightPruningConfig, PrunableWeight]], data: Data
+    model: PreTrainedModel, weights: Sequence[tuple[WeightPruningConfig, PrunableWeight]], data: Data
 ) -> dict[PrunableWeight, Tensor]:
     """Scores of the patterns' units from one pass of the data through the model as it is.
 
     Args:
         model: Not changed.
-        layers: Linear layers, each with its config.
+        weights: Of linear modules, each with its config.
         data: Batches of inputs, read once. Padding does not count.
 
     Returns:
-        For each layer what `Pattern.reduce` makes of its scores, float32.
+        For each weight what `Pattern.reduce` makes of its scores, float32.
 
     Raises:
-        ValueError: If a layer is not reached, sees something else than tokens, or gets non-finite inputs.
+        ValueError: If a module does not run, sees something else than tokens, or gets non-finite inputs.
     """
-    modules = {layer.name: model.get_submodule(layer.name) for _, layer in layers}
-    norms = {layer.name: ColumnNorms(_width(layer), layer.weight.device) for _, layer in layers}
+    modules = {prunable.name: model.get_submodule(prunable.name) for _, prunable in weights}
+    norms = {prunable.name: ColumnNorms(_width(prunable), prunable.weight.device) for _, prunable in weights}
     called: set[str] = set()
-    handles = [m.register_forward_pre_hook(lambda *_, n=n: called.add(n)) for n, m in modules.items()]
-    try:
+
+    def caller(name: str) -> Before:
+        return lambda args, kwargs: called.add(name)
+
+    with watched(before=[(module, caller(name)) for name, module in modules.items()]):
         collect_inputs(model, modules, norms, data, description="input norms", whole=True)
-    finally:
-        for handle in handles:
-            handle.remove()
     _require_called(modules, called, "wanda")
     scores = {}
-    for config, layer in layers:
-        weight = layer.matrix(layer.weight.detach()).float()
-        elements = wanda(weight, norms[layer.name].value.to(weight))
-        scores[layer] = layer.pattern(config).reduce(elements, config.criterion_reduce_type)
+    for config, prunable in weights:
+        weight = prunable.matrix(prunable.weight.detach()).float()
+        elements = wanda(weight, norms[prunable.name].value.to(weight))
+        scores[prunable] = prunable.pattern(config).reduce(elements, config.criterion_reduce_type)
     return scores
 
 
 def reconstruct_(
-    model: PreTrainedModel, layers: Sequence[tuple[WeightPruningConfig, PrunableWeight, int]], data: Data
+    model: PreTrainedModel, weights: Sequence[tuple[WeightPruningConfig, PrunableWeight, int]], data: Data
 ) -> None:
-    """Prune layers in the order in which they run; each one sees the inputs that the pruned ones before it make.
+    """Prune weights in the order in which their modules run; each module sees what the pruned ones before it make.
 
-    One Gram matrix exists at a time; layers with the same input (query, key and value) share it.
+    One Gram matrix exists at a time; modules with the same input (query, key and value) share it.
 
     Args:
         model: Changed in place.
-        layers: Linear layers, each with its config and the number of units to prune.
+        weights: Of linear modules, each with its config and the number of units to prune.
         data: Batches of inputs that can be read again and again. Padding does not count.
 
     Raises:
-        ValueError: If a layer is not reached, sees something else than tokens, or gets non-finite inputs.
+        ValueError: If a module does not run, sees something else than tokens, or gets non-finite inputs.
     """
-    modules = {layer.name: model.get_submodule(layer.name) for _, layer, _ in layers}
-    entries = {layer.name: (config, layer, count) for config, layer, count in layers}
+    modules = {prunable.name: model.get_submodule(prunable.name) for _, prunable, _ in weights}
+    entries = {prunable.name: (config, prunable, count) for config, prunable, count in weights}
     first = next(iter(data), None)
     if first is None:
         raise ValueError("data must hold at least one batch, got none.")
@@ -143,8 +141,10 @@ def reconstruct_(
         factor = inverse_factor(moments.gram)
         del moments
         for name in names:
-            config, layer, count = entries[name]
-            weight, reduction = layer.matrix(layer.weight.detach()), config.criterion_reduce_type
-            pruned = prune_and_reconstruct(weight, factor, config.parsed_pattern, count, reduction)
+            config, prunable, count = entries[name]
+            pattern, reduction = prunable.pattern(config), config.criterion_reduce_type
+            pruned = prune_and_reconstruct(
+                prunable.matrix(prunable.weight.detach()), factor, pattern, count, reduction
+            )
             # Not in place: until all is done, the old values are what a failure goes back to.
-            layer.weight.data = layer.like_weight(pruned)
+            prunable.weight.data = prunable.like_weight(pruned)

@@ -1,7 +1,7 @@
-"""Pruning a matrix while what stays makes up for what goes, so that its products with known inputs change little.
+"""Pruning a matrix so that the weights that stay make up for those that go: products with known inputs change little.
 
-The order of columns is fixed. Eliminating a weight changes those to its right by the optimal brain surgeon's rule;
-one triangular factor holds the inverse matrices of all steps.
+Columns are treated from left to right. Removing a weight changes those to its right by the optimal brain surgeon's
+rule; one triangular factor holds the inverse matrices of all columns.
 
 Letters: R outputs (rows), C inputs (columns), N rows of inputs X, U units.
 """
@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_compress.methods.weight_pruning.patterns import NMPattern, Pattern
+from hf_compress.methods.weight_pruning.patterns import MatrixPattern, NMPattern
 from hf_compress.methods.weight_pruning.selection import select_units
 
 
-# Of the mean diagonal, added to the diagonal. As published.
+# Added to the diagonal, as a fraction of its mean. As published.
 DAMPING = 0.01
 # Columns whose units are chosen together and whose changes reach the columns behind them in one product. As published.
 COLUMNS = 128
@@ -29,8 +29,8 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
         damping: Added to the diagonal, as a fraction of its mean.
 
     Returns:
-        [C, C] in the dtype of `gram`. Inputs that are always zero need no care: damping stands alone there, which
-        makes their weights cheap and touches no others.
+        [C, C] in the dtype of `gram`. Inputs that are always zero need no special care: only the damping is left
+        there, which makes their weights cheap to remove and changes no others.
 
     Source:
         Frantar and Alistarh 2023 (arXiv 2301.00774), section 3.3. The original inverts between two factorisations;
@@ -40,18 +40,19 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
         >>> inverse_factor(torch.diag(torch.tensor([4.0, 16.0])), damping=0.0).diagonal()
         tensor([0.5000, 0.2500])
     """
-    # All inputs zero: any positive diagonal makes this pruning by magnitude.
+    # Where all inputs are zero, any positive diagonal will do: it makes this pruning by magnitude.
     ridge = damping * float(gram.diagonal().mean()) or (1.0 if not gram.any() else 0.0)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     backwards = torch.linalg.cholesky((gram + ridge * identity).flip(0, 1))
-    return torch.linalg.solve_triangular(backwards.flip(0, 1), identity, upper=True)
+    factor: Tensor = torch.linalg.solve_triangular(backwards.flip(0, 1), identity, upper=True)
+    return factor
 
 
-def _num_units(pattern: Pattern, rows: int, columns: int, device: torch.device) -> int:
+def _num_units(pattern: MatrixPattern, rows: int, columns: int, device: torch.device) -> int:
     return len(pattern.pruned_units(torch.zeros(rows, columns, dtype=torch.bool, device=device)))
 
 
-def _chosen(pattern: Pattern, scores: Tensor, count: int, reduction: str) -> Tensor:
+def _chosen(pattern: MatrixPattern, scores: Tensor, count: int, reduction: str) -> Tensor:
     """[U] bool, the `count` units of some columns with the lowest scores."""
     nothing = torch.zeros_like(scores, dtype=torch.bool)
     values = pattern.unit_scores(pattern.reduce(scores, reduction), nothing, reduction)
@@ -60,12 +61,12 @@ def _chosen(pattern: Pattern, scores: Tensor, count: int, reduction: str) -> Ten
 
 
 def prune_and_reconstruct(
-    weight: Tensor, factor: Tensor, pattern: Pattern, count: int, reduction: str = "mean", columns: int = COLUMNS
+    weight: Tensor, factor: Tensor, pattern: MatrixPattern, count: int, reduction: str = "mean", columns: int = COLUMNS
 ) -> Tensor:
-    """A matrix with exactly `count` units pruned, whose other weights make up for them.
+    """Prune exactly `count` units of a matrix and change the other weights to make up for them.
 
-    Units are chosen block of columns by block, in equal shares, from the weights as they are by then; which elements
-    of an N:M group go is decided when the sweep arrives at the group.
+    Columns are treated in panels. Every panel loses an equal share of the units, chosen from the weights as they are
+    by then; which elements of an N:M group go is decided when its first column is reached.
 
     Args:
         weight: [R, C], not changed.
@@ -73,14 +74,14 @@ def prune_and_reconstruct(
         pattern: `N:M`, or blocks of one column.
         count: Units to prune.
         reduction: How scores of a unit become one, as in `WeightPruningConfig`.
-        columns: Width of the column blocks; rounded to whole N:M groups.
+        columns: Width of a panel; rounded to whole N:M groups.
 
     Returns:
         [R, C] in the dtype of `weight`, computed in at least single precision.
 
     Source:
-        Frantar and Alistarh 2023 (arXiv 2301.00774), algorithm 1. Shares of the blocks add up to `count`; the
-        original's threshold takes one unit more in each block.
+        Frantar and Alistarh 2023 (arXiv 2301.00774), algorithm 1. The shares of the panels add up to `count`;
+        the original's threshold takes one unit more in each.
     """
     group = pattern.group if isinstance(pattern, NMPattern) else 1
     width = max(columns // group, 1) * group
@@ -104,7 +105,7 @@ def prune_and_reconstruct(
             right = min(left + step, stop - start)
             inside = slice(start + left, start + right)
             if isinstance(pattern, NMPattern):
-                # The weights have changed since the block began.
+                # The weights have changed since the panel began.
                 scores = (work[inside] / scale[inside]).square_().T
                 picked = units.view(num_rows, -1)[:, left // step]
             else:
