@@ -6,16 +6,16 @@ import scipy.linalg
 import torch
 from scipy.linalg.interpolative import interp_decomp
 
-from hf_compress.core.moments import SecondMoments, add_gram_, add_gram_by_blocks_
+from hf_compress.core.moments import SecondMoments, add_gram_, add_gram_in_parts_
 from hf_compress.methods.structured_pruning.decomposition import (
     CountSketch,
     interpolation_matrix,
     interpolative_decomposition,
 )
 from hf_compress.methods.structured_pruning.pivoting import (
-    pivoted_blocks,
     pivoted_by_panels,
     pivoted_cholesky,
+    pivoted_units,
     residual_along,
 )
 from tests.rounding import assert_equal_to_rounding
@@ -177,7 +177,7 @@ def test_symmetric_product_is_that_of_general_ones():
     a, half = gaussian(300, 450), torch.ones(450, 450, dtype=torch.float64)
     blocks = half.clone()
     add_gram_(half, a)
-    add_gram_by_blocks_(blocks, a)
+    add_gram_in_parts_(blocks, a)
     for gram in (half, blocks):
         assert relative((gram - 1 - a.T @ a).triu(), a.T @ a) < 1e-14
 
@@ -288,7 +288,7 @@ def test_block_order_is_greedy_on_what_is_unexplained(correlated):
     a = gaussian(300, 32)
     if correlated:
         a = a @ gaussian(32, 32, 1) + 0.1 * gaussian(300, 32, 2)
-    order, residual = pivoted_blocks(a.T @ a, 4)
+    order, residual = pivoted_units(a.T @ a, 4)
     kept = []
     for rank in range(8):
         energy = unexplained(a, [c for b in kept for c in range(4 * b, 4 * b + 4)]).square().reshape(300, 8, 4)
@@ -304,7 +304,7 @@ def test_blocks_that_are_images_of_others_come_last():
     for image, sources in ((2, (0,)), (5, (1, 3)), (6, (7,))):
         a[:, image] = 0.2 * sum(a[:, s] @ gaussian(6, 6, 10 + image + s) for s in sources)
     a = a.reshape(500, 48)
-    order, residual = pivoted_blocks(a.T @ a, 6)
+    order, residual = pivoted_units(a.T @ a, 6)
     assert float(residual[5] / residual[0]) < 1e-14
     columns = torch.tensor([c for block in order[:5] for c in range(6 * block, 6 * block + 6)])
     weight = gaussian(10, 48, 99)
@@ -316,7 +316,7 @@ def test_blocks_that_are_images_of_others_come_last():
     assert relative(again - output, output) < 1e-9
     moved = torch.tensor([3, 0, 7, 5, 1, 6, 2, 4])
     b = a.reshape(500, 8, 6)[:, moved].reshape(500, 48)
-    order_moved, residual_moved = pivoted_blocks(b.T @ b, 6)
+    order_moved, residual_moved = pivoted_units(b.T @ b, 6)
     assert moved[order_moved[:5]].tolist() == order[:5]
     assert torch.allclose(residual_moved / residual_moved[0], residual / residual[0], atol=1e-14)
 
@@ -338,7 +338,7 @@ def test_refuses_impossible_input():
         with pytest.raises(ValueError, match="gram must be finite"):
             pivoted_cholesky(torch.full((2, 2), broken, dtype=torch.float64))
         with pytest.raises(ValueError, match="gram must be finite"):
-            pivoted_blocks(torch.full((2, 2), broken, dtype=torch.float64), 1)
+            pivoted_units(torch.full((2, 2), broken, dtype=torch.float64), 1)
     for k in (0, 7):
         with pytest.raises(ValueError, match=rf"k must be in 1..6, got {k}"):
             interpolative_decomposition(gaussian(20, 6), k)

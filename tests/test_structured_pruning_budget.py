@@ -80,7 +80,7 @@ def test_units_are_kept_by_priority_minima_first():
     assert allocate([heads, neurons], 28.0) == ([2, 4], 0.2)
     assert allocate([heads, neurons], 23.9) == ([1, 4], 0.9)
     assert allocate([heads, neurons], 38.0) == ([3, 4], 0.0)
-    by_three = Sublayer(0, "neurons", [1.0] * 8, 1.0, 2, step=3)
+    by_three = Sublayer(0, "neurons", [1.0] * 8, 1.0, 2, bundle=3)
     assert [allocate([by_three], budget)[0] for budget in (3.0, 5.9, 6.0, 8.0)] == [[3], [3], [6], [8]]
     with pytest.raises(ValueError, match=r"mac_ratio must be at least 0\.3685 here"):
         allocate([heads, neurons], 13.0)

@@ -110,7 +110,7 @@ class LayerRecorder:
         self._returned: list[weakref.ref[Tensor]] = []
 
     def recording(self) -> AbstractContextManager[None]:
-        """A block in which one forward pass is recorded."""
+        """Records the forward pass that runs inside the `with` statement."""
         return watched(
             before=[(layer, self._entering(index)) for index, layer in enumerate(self._layers)],
             after=[(layer, self._left) for layer in self._layers],

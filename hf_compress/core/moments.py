@@ -14,8 +14,8 @@ from torch import Tensor
 
 # Rows in double precision at a time: enough for matrix products near the machine's peak, few enough for its caches.
 _ROWS = 1024
-# Columns a block of the symmetric product; smaller blocks waste less, larger ones run nearer to the machine's peak.
-_BLOCK = 384
+# Columns in one part of the symmetric product: smaller parts waste less, larger ones run nearer to the peak.
+_COLUMNS = 384
 
 
 def _in_double(rows: Tensor) -> Iterator[Tensor]:
@@ -41,14 +41,14 @@ def add_gram_(gram: Tensor, rows: Tensor) -> None:
         # columns: to it, both arrays are the transposes of what they are here, and upper is lower.
         dsyrk(1.0, rows.numpy().T, beta=1.0, c=gram.numpy().T, lower=1, overwrite_c=1)
     else:
-        add_gram_by_blocks_(gram, rows)
+        add_gram_in_parts_(gram, rows)
 
 
-def add_gram_by_blocks_(gram: Tensor, rows: Tensor) -> None:
+def add_gram_in_parts_(gram: Tensor, rows: Tensor) -> None:
     """`add_gram_` in general matrix products, for devices that BLAS does not reach."""
-    for start in range(0, gram.shape[0], _BLOCK):
-        block = slice(start, start + _BLOCK)
-        gram[block, start:].addmm_(rows[:, block].T, rows[:, start:])
+    for start in range(0, gram.shape[0], _COLUMNS):
+        part = slice(start, start + _COLUMNS)
+        gram[part, start:].addmm_(rows[:, part].T, rows[:, start:])
 
 
 def device_of_doubles(device: torch.device | str) -> torch.device:

@@ -23,7 +23,7 @@ class Stop(Exception):
 def watched(
     before: Iterable[tuple[nn.Module, Before]] = (), after: Iterable[tuple[nn.Module, After]] = ()
 ) -> Iterator[None]:
-    """Call functions whenever some modules run. One that raises `Stop` ends the block, and nobody else notices.
+    """Call functions whenever some modules run. One that raises `Stop` ends the body of the `with` statement quietly.
 
     Args:
         before: Modules, each with what is called before it runs.

@@ -27,7 +27,7 @@ class Sublayer:
         priorities: One for each unit, in rank order, non-increasing: the relative residual before it is kept.
         macs: Multiply-accumulates of one unit.
         minimum: Number of units that stay, whatever they cost.
-        step: Units are kept in bundles of this many.
+        bundle: Units are kept in bundles of this many.
     """
 
     layer: int
@@ -35,12 +35,12 @@ class Sublayer:
     priorities: Sequence[float]
     macs: float
     minimum: int
-    step: int = 1
+    bundle: int = 1
 
     @property
     def floor(self) -> int:
         """The minimum, rounded up to whole bundles, at most all units."""
-        return min(-(-self.minimum // self.step) * self.step, len(self.priorities))
+        return min(-(-self.minimum // self.bundle) * self.bundle, len(self.priorities))
 
 
 def too_small(least: float, full: float, budget: float) -> ValueError:
@@ -104,12 +104,12 @@ def allocate(sublayers: Sequence[Sublayer], budget: float) -> tuple[list[int], f
     bundles = [
         (-sublayer.priorities[start], position, start)
         for position, sublayer in enumerate(sublayers)
-        for start in range(sublayer.floor, len(sublayer.priorities), sublayer.step)
+        for start in range(sublayer.floor, len(sublayer.priorities), sublayer.bundle)
     ]
     closed: set[int] = set()
     for _, position, start in sorted(bundles):
         sublayer = sublayers[position]
-        size = min(sublayer.step, len(sublayer.priorities) - start)
+        size = min(sublayer.bundle, len(sublayer.priorities) - start)
         if position in closed:
             continue
         if size * sublayer.macs > left + slack:

@@ -28,7 +28,7 @@ _REFINE = 1e-3
 
 
 def interpolation_matrix(gram: Tensor, keep: Tensor, ridge: float = 0.0, cross: Tensor | None = None) -> Tensor:
-    """The least-squares map from kept columns to all columns: `A ~ A[:, keep] T`.
+    """The least-squares map T from kept columns to all columns: `A ~ A[:, keep] T`.
 
     Args:
         gram: [n, n] float64; only `gram[keep]` is read.
@@ -40,7 +40,7 @@ def interpolation_matrix(gram: Tensor, keep: Tensor, ridge: float = 0.0, cross: 
         [k, n] float64; `T[:, keep]` is exactly the identity when `ridge` is 0.
 
     Source:
-        STAT specification 1.2, fact 2: this T is also the optimum of re-fitting the next layer.
+        Flynn et al. 2024 (arXiv 2406.00061). This T also makes `W T^T` the least-squares fit of the next projection W.
 
     Example:
         >>> a = torch.tensor([[1.0, 2.0], [2.0, 4.0]], dtype=torch.float64)

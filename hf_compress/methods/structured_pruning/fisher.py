@@ -102,8 +102,8 @@ def _ranked(fisher: Sequence[Tensor], macs: Sequence[float], minimum: int) -> tu
     """All units of a kind from best to worst: (order, forced, information of the first j, cost of the first j)."""
     information = torch.cat([f.double() for f in fisher])
     cost = torch.cat([torch.full_like(f, m, dtype=torch.float64) for f, m in zip(fisher, macs, strict=True)])
-    places = [f.argsort(descending=True, stable=True).argsort() for f in fisher]
-    forced = torch.cat([place < minimum for place in places])
+    ranks = [f.argsort(descending=True, stable=True).argsort() for f in fisher]
+    forced = torch.cat([rank < minimum for rank in ranks])
     worth = torch.where(forced, torch.inf, information / (cost / cost.max()))
     order = worth.argsort(descending=True, stable=True)
     zero = cost.new_zeros(1)

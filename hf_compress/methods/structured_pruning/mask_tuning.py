@@ -136,7 +136,7 @@ def normal_equations(
         teacher, student: Masks of all layers; the student's nonzero entries in this layer are the unknowns.
 
     Returns:
-        `A^T A` [k, k] and `A^T b` [k], float64. Attention has one more unknown, an intercept, in the last place.
+        `A^T A` [k, k] and `A^T b` [k], float64. Attention has one more unknown, an intercept; it comes last.
     """
     layer, attention = layers[index], part == "attention"
     out, size = (layer.attention_out, layer.unit_size) if attention else (layer.ffn_out, 1)

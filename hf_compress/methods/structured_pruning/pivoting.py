@@ -1,4 +1,4 @@
-"""Orders of columns from second moments: by pivots, by blocks of columns, and along an order that is given.
+"""Orders of columns from second moments: by pivots, by units of several columns, and along a given order.
 
 Pivoted Cholesky of `G = A^T A` picks the same columns as column-pivoted QR of A and costs `n^3/3` in matrix products
 instead of `2 N n^2` in matrix-vector products. There are two routes: LAPACK's on the CPU, and one in torch for devices
@@ -42,14 +42,14 @@ def pivoted_cholesky(gram: Tensor, max_rank: int | None = None) -> PivotedColumn
 
     Args:
         gram: [n, n] float64, symmetric positive semi-definite. Not changed.
-        max_rank: So many pivots are enough. The CPU finds all of them anyway; an accelerator stops, and the rest of
-            its order is by remaining norm. None: all.
+        max_rank: How many pivots are needed; None: all. The CPU finds all of them anyway; an accelerator stops there
+            and orders the other columns by their remaining norm.
 
     Raises:
         ValueError: If the matrix is not square or not finite.
 
     Source:
-        STAT specification 1.2, fact 7, and 1.3, routes R3 and R4; Higham 2002, section 10.3.
+        Higham 2002, Accuracy and Stability of Numerical Algorithms, section 10.3.
 
     Example:
         >>> a = torch.tensor([[3.0, 0.0, 3.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
@@ -76,7 +76,7 @@ def _require_finite(gram: Tensor) -> None:
 
 
 def _smallest_pivot(gram: Tensor) -> float:
-    """What is left of a squared column norm counts as independent above this."""
+    """The squared norm above which what remains of a column counts as independent of the others."""
     largest = float(gram.diagonal().max().clamp(min=0)) if len(gram) else 0.0
     return len(gram) * torch.finfo(torch.float64).eps * largest
 
@@ -100,7 +100,7 @@ def pivoted_by_panels(gram: Tensor, max_rank: int | None = None) -> PivotedColum
     """`pivoted_cholesky` in torch, for devices that LAPACK does not reach.
 
     Right-looking and blocked: within a panel of columns only matrix-vector products with the panel are needed, then
-    one matrix product updates what is left, which shrinks with every panel.
+    one matrix product updates the remaining columns, which become fewer with every panel.
     """
     n = gram.shape[0]
     max_rank = n if max_rank is None else min(max_rank, n)
@@ -158,7 +158,7 @@ def pivoted_by_panels(gram: Tensor, max_rank: int | None = None) -> PivotedColum
 
 
 def residual_along(gram: Tensor, groups: Sequence[Tensor]) -> Tensor:
-    """What is left unexplained while groups of columns are kept one after the other, in the given order.
+    """What remains unexplained while groups of columns are kept one after the other, in the given order.
 
     Args:
         gram: [n, n] float64.
@@ -184,35 +184,35 @@ def _jitter(matrix: Tensor) -> Tensor:
     return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) * (1e-10 * mean)
 
 
-def pivoted_blocks(gram: Tensor, size: int) -> tuple[list[int], Tensor]:
-    """Order blocks of neighbouring columns (attention heads) by pivoted block elimination.
+def pivoted_units(gram: Tensor, size: int) -> tuple[list[int], Tensor]:
+    """Order units of neighbouring columns (attention heads) by pivoted elimination.
 
-    The block with the largest remaining energy is taken next; directions inside a block whose energy is below
+    The unit with the largest remaining energy is taken next; directions inside a unit whose energy is below
     1e-10 of the largest diagonal entry are dropped before it is eliminated.
 
     Args:
         gram: [H size, H size] float64.
-        size: Columns in a block.
+        size: Columns in a unit.
 
     Returns:
-        The block indices, and [H + 1] float64 residual traces.
+        The indices of the units, and [H + 1] float64 residual traces.
 
     Raises:
         ValueError: If the matrix is not finite.
 
     Source:
-        STAT specification 3 (block-pivoted Cholesky; the paper's own rule is not known).
+        Block-pivoted Cholesky. The rule of Flynn et al. 2024 (arXiv 2406.00061) for heads is not known.
     """
     _require_finite(gram)
     rest = gram.to(torch.float64).clone()
-    num_blocks = rest.shape[0] // size
+    num_units = rest.shape[0] // size
     floor = 1e-10 * float(gram.diagonal().max())
-    remaining = list(range(num_blocks))
+    remaining = list(range(num_units))
     order: list[int] = []
     residual = [rest.diagonal().clamp(min=0).sum().cpu()]
     while remaining:
-        energy = rest.diagonal().reshape(num_blocks, size).sum(1)
-        best = max(remaining, key=lambda block: (float(energy[block]), -block))
+        energy = rest.diagonal().reshape(num_units, size).sum(1)
+        best = max(remaining, key=lambda unit: (float(energy[unit]), -unit))
         inside = slice(best * size, (best + 1) * size)
         values, vectors = torch.linalg.eigh(rest[inside, inside])
         strong = values > floor
@@ -220,6 +220,6 @@ def pivoted_blocks(gram: Tensor, size: int) -> tuple[list[int], Tensor]:
         rest.addmm_(factor, factor.T, alpha=-1)
         remaining.remove(best)
         order.append(best)
-        left = rest.diagonal().reshape(num_blocks, size)[remaining]
-        residual.append(left.clamp(min=0).sum().cpu())
+        unexplained = rest.diagonal().reshape(num_units, size)[remaining]
+        residual.append(unexplained.clamp(min=0).sum().cpu())
     return order, torch.stack(residual).cummin(0).values

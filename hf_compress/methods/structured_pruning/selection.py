@@ -16,8 +16,8 @@ from hf_compress.core.surgery import unit_columns
 from hf_compress.methods.structured_pruning.allocation import Kind
 from hf_compress.methods.structured_pruning.pivoting import (
     PivotedColumns,
-    pivoted_blocks,
     pivoted_cholesky,
+    pivoted_units,
     residual_along,
 )
 
@@ -28,7 +28,7 @@ class Ranking:
 
     Args:
         order: Unit indices, most important first.
-        residual: [units + 1] float64, what is unexplained after keeping the first so many.
+        residual: [units + 1] float64, what is unexplained when as many units are kept; the first entry is all of it.
         columns: The pivots, when the order came from a decomposition of single columns.
     """
 
@@ -45,7 +45,7 @@ class Ranking:
 
 
 def rank(layer: TransformerLayer, kind: Kind, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
-    """Rank the attention units or the neurons of a layer; arguments as for each of them."""
+    """Rank the attention units or the neurons of a layer; the other arguments are those of `rank_heads`."""
     return (rank_heads if kind == "heads" else rank_neurons)(layer, gram, selection, generator)
 
 
@@ -60,7 +60,7 @@ def rank_heads(layer: TransformerLayer, gram: Tensor, selection: str, generator:
     """
     size, number = layer.unit_size, layer.num_units
     if selection == "interpolative":
-        return Ranking(*pivoted_blocks(gram, size))
+        return Ranking(*pivoted_units(gram, size))
     if selection == "magnitude":
         norms = layer.attention_out.weight.detach().double().square().sum(0).reshape(number, size).sum(1)
         order = torch.argsort(norms, descending=True, stable=True).tolist()

@@ -17,8 +17,8 @@ class CountSketch:
     Args:
         width: n.
         rows: c.
-        seed: Of the signs and places; batches must arrive in the same order for the same sketch.
-        device: Where the sketch lives.
+        seed: Of the random rows and signs. The same batches in the same order give the same sketch.
+        device: Where the sketch is kept.
 
     Source:
         Clarkson and Woodruff 2013 (arXiv 1207.6365).
@@ -31,7 +31,7 @@ class CountSketch:
 
     def update(self, batch: Tensor) -> None:
         count = len(batch)
-        place = torch.randint(len(self.rows), (count,), generator=self.generator).to(batch.device)
+        target = torch.randint(len(self.rows), (count,), generator=self.generator).to(batch.device)
         sign = torch.randint(2, (count, 1), generator=self.generator).to(batch.device) * 2.0 - 1.0
-        self.rows.index_add_(0, place.to(self.rows.device), (batch * sign).to(self.rows))
+        self.rows.index_add_(0, target.to(self.rows.device), (batch * sign).to(self.rows))
         self.num_rows += count
