@@ -104,8 +104,13 @@ def compare_models(
     settings = {"repeats": repeats, "warmup": warmup, "limit": limit}
     metric, place, folder = first.task.main_metric, environment(), Path(output_dir)
 
+    # An example may be several rows: both sentences of a pair, the windows of a long text.
+    examples = len(first.task.splits[first.split]) if first.split in first.task.splits else len(first.rows)
+
     def write(entries: Sequence[Entry]) -> dict[str, Any]:
-        report = build_report(entries, task_name, metric, len(first.rows), seq_len, settings, split)
+        report = build_report(
+            entries, task_name, metric, examples, seq_len, settings, split, first.task.lower_is_better
+        )
         report["environment"] = place
         write_json(folder / "report.json", report)
         (folder / "report.md").write_text(render_markdown(report), encoding="utf-8")

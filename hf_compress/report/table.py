@@ -76,6 +76,7 @@ def build_report(
     seq_len: float,
     settings: dict[str, Any] | None = None,
     split: str | None = None,
+    lower_is_better: bool = False,
 ) -> dict[str, Any]:
     """Put models side by side; everything in the result is plain JSON.
 
@@ -87,6 +88,7 @@ def build_report(
         seq_len: Tokens of the sequence whose MACs are counted.
         settings: Further facts to write down.
         split: That the metrics were computed on.
+        lower_is_better: Whether a lower value of the metric is the better one.
 
     Raises:
         ValueError: If there are no entries, names repeat, a model lacks the metric, or batch sizes differ.
@@ -104,7 +106,9 @@ def build_report(
     models = []
     for entry in entries:
         mac_ratio = _mac_ratio(entry.cost, baseline.cost)
-        quality = quality_verdict(metric, baseline.metrics[metric], entry.metrics[metric], entry.standard_error)
+        quality = quality_verdict(
+            metric, baseline.metrics[metric], entry.metrics[metric], entry.standard_error, lower_is_better
+        )
         timed = [
             {**latency.to_dict(), "speedup": asdict(at_size[entry.name])}
             for latency, at_size in zip(entry.latencies, ratios, strict=True)

@@ -32,19 +32,24 @@ def verdict(batch_size: int, speedup: float, mac_ratio: float | None) -> str:
     return f"batch {batch_size}: {speedup:.2f}x faster measured, {promised}"
 
 
-def quality_verdict(metric: str, before: float, after: float, error: float | None = None) -> str:
+def quality_verdict(
+    metric: str, before: float, after: float, error: float | None = None, lower_is_better: bool = False
+) -> str:
     """One plain clause: what quality was lost or gained, and whether that is more than chance.
 
     Args:
         metric: Its name.
         before, after: Of the baseline and of the model.
         error: Standard error of the difference; None: not known.
+        lower_is_better: Whether a lower value is the better one, as of perplexity.
 
     Example:
         >>> quality_verdict("accuracy", 0.77, 0.53, 0.02)
         'LOST 0.2400 accuracy (0.7700 -> 0.5300, standard error 0.0200)'
         >>> quality_verdict("accuracy", 0.92, 0.915, 0.01)
         'accuracy 0.9200 -> 0.9150 (a difference within two standard errors of 0.0100)'
+        >>> quality_verdict("perplexity", 36.0, 41.5, 0.5, lower_is_better=True)
+        'perplexity WORSE by 5.5000 (36.0000 -> 41.5000, standard error 0.5000)'
     """
     change, numbers = after - before, f"{before:.4f} -> {after:.4f}"
     if change == 0:
@@ -52,4 +57,6 @@ def quality_verdict(metric: str, before: float, after: float, error: float | Non
     if error is not None and abs(change) <= 2 * error:
         return f"{metric} {numbers} (a difference within two standard errors of {error:.4f})"
     known = f", standard error {error:.4f}" if error is not None else ""
+    if lower_is_better:
+        return f"{metric} {'WORSE' if change > 0 else 'better'} by {abs(change):.4f} ({numbers}{known})"
     return f"{'LOST' if change < 0 else 'gained'} {abs(change):.4f} {metric} ({numbers}{known})"
