@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.core.saving import write_json
 from hf_compress.report.quality import evaluate_model
-from hf_compress.stages.models import open_tokenizer
+from hf_compress.stages.processors import open_tokenizer
 from hf_compress.tasks.sources import DataArguments, Task, load_task
 
 

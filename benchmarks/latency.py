@@ -45,7 +45,8 @@ from hf_compress.core.saving import write_json
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
 from hf_compress.report.machine import OtherWork, idleness
 from hf_compress.report.table import verdict
-from hf_compress.stages.models import check_vocabulary, open_model, open_tokenizer
+from hf_compress.stages.models import open_model
+from hf_compress.stages.processors import check_vocabulary, open_tokenizer
 from hf_compress.tasks.sources import DataArguments, load_task
 from hf_compress.tasks.task import Task
 

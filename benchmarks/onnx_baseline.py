@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_compress.report.latency import unpadded_batches
-from hf_compress.stages.models import open_model, open_tokenizer
+from hf_compress.stages.models import open_model
+from hf_compress.stages.processors import open_tokenizer
 from hf_compress.tasks.inputs import length_sorted
 from hf_compress.tasks.sources import DataArguments, load_task
 

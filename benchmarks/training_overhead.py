@@ -29,7 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
 from hf_compress.core.saving import write_json
-from hf_compress.stages.models import freeze_embeddings_, open_model, open_tokenizer
+from hf_compress.stages.models import freeze_embeddings_, open_model
+from hf_compress.stages.processors import open_tokenizer
 from hf_compress.tasks.inputs import calibration_batches
 from hf_compress.tasks.sources import DataArguments, load_task
 

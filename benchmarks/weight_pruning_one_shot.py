@@ -18,7 +18,8 @@ from header import arguments_of, machine
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.stages.models import open_model, open_tokenizer
+from hf_compress.stages.models import open_model
+from hf_compress.stages.processors import open_tokenizer
 from hf_compress.tasks.inputs import calibration_batches
 from hf_compress.tasks.sources import DataArguments, load_task
 

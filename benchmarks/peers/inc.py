@@ -32,7 +32,8 @@ from hf_compress.core.saving import write_json
 from hf_compress.methods.weight_pruning.groups import groups_of
 from hf_compress.report.quality import evaluate_model
 from hf_compress.report.sparsity import element_ratio, matrices_of
-from hf_compress.stages.models import freeze_embeddings_, open_model, open_tokenizer
+from hf_compress.stages.models import freeze_embeddings_, open_model
+from hf_compress.stages.processors import open_tokenizer
 from hf_compress.tasks.sources import DataArguments, load_task
 
 

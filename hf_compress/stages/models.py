@@ -12,9 +12,6 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
-    AutoTokenizer,
-    BaseImageProcessor,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +25,7 @@ from hf_compress.core.positions import extend_positions_, most_tokens, position_
 from hf_compress.core.saving import complete_or_absent, write_json
 from hf_compress.folder_card import write_card
 from hf_compress.report.quality import Measured
+from hf_compress.stages.processors import check_vocabulary, open_processor
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.kinds import kind_of_model
 from hf_compress.tasks.sequence_classification import SequenceClassification
@@ -36,16 +34,6 @@ from hf_compress.tasks.task import Processor, Task
 
 
 logger = logging.getLogger(__name__)
-
-# Without any of these, transformers builds a tokenizer of the model's type with an empty vocabulary.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 
 
 @dataclass
@@ -71,38 +59,6 @@ def require_left_out(given: Any, names: Sequence[str], why: str) -> None:
     for entry in fields(given):
         if entry.name in names and getattr(given, entry.name) != entry.default:
             raise ValueError(f"{entry.name} must be left out, got {getattr(given, entry.name)}: {why}.")
-
-
-def has_tokenizer(name: str) -> bool:
-    """Whether a folder holds a tokenizer; of hub names it is taken for granted."""
-    return not Path(name).is_dir() or any((Path(name) / file).exists() for file in _TOKENIZER_FILES)
-
-
-def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A fast tokenizer from a hub name or folder; `ValueError` when there is none."""
-    if not has_tokenizer(name):
-        raise ValueError(f"No tokenizer can be opened at {name!r}: it must hold one of {', '.join(_TOKENIZER_FILES)}.")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        # transformers and tokenizers report a broken file as whatever it breaks first.
-        raise ValueError(f"No tokenizer can be opened at {name!r}: {first_line(error)}") from error
-
-
-def open_processor(name: str, kind: type[Task]) -> Processor:
-    """What prepares examples of a kind for a model: its tokenizer, or its image processor.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if not kind.reads_images:
-        return open_tokenizer(name)
-    try:
-        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
-    except Exception as error:
-        # transformers reports a broken file as whatever it breaks first.
-        raise ValueError(f"No image processor can be opened at {name!r}: {first_line(error)}") from error
-    return processor
 
 
 def _open_config(name: str) -> PretrainedConfig:
@@ -281,15 +237,6 @@ def freeze_embeddings_(model: PreTrainedModel) -> None:
     for name, parameter in embeddings.named_parameters():
         if "norm" not in name.lower():
             parameter.requires_grad_(False)
-
-
-def check_vocabulary(config: PretrainedConfig, processor: Processor) -> None:
-    """Raise `ValueError` when a tokenizer can produce ids that the model has no embedding for."""
-    if isinstance(processor, PreTrainedTokenizerBase) and len(processor) > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer must have at most the model's {config.vocab_size} tokens, got {len(processor)}: "
-            "it belongs to another model."
-        )
 
 
 def save_stage(

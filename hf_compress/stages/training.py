@@ -19,16 +19,14 @@ from hf_compress.core.positions import most_tokens
 from hf_compress.report.quality import TaskEvaluation, training_metrics
 from hf_compress.stages.models import (
     ModelArguments,
-    check_vocabulary,
     fit_labels,
     freeze_embeddings_,
-    has_tokenizer,
     head_config,
     open_pair,
-    open_tokenizer,
     save_stage,
     task_for,
 )
+from hf_compress.stages.processors import check_vocabulary, has_tokenizer, open_tokenizer
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import row_lengths
 from hf_compress.tasks.sources import load_task
