@@ -35,7 +35,7 @@ def zero_units(pattern, matrix):
         counts = zero.reshape(len(zero), -1, m).sum(2)
         return int((counts >= n).sum()), counts.size
     units = list(units_of(pattern, zero.shape))
-    return sum(all(zero[place] for place in unit) for unit in units), len(units)
+    return sum(all(zero[element] for element in unit) for unit in units), len(units)
 
 
 def linears(model):

@@ -29,7 +29,7 @@ def trained(model, folder, data, callbacks, kind=Trainer, resume=None, **changes
 
 
 @pytest.mark.parametrize("criterion", ["snip_momentum", "magnitude"])
-def test_two_callbacks_decide_each_about_its_own_layers(model, batches, tmp_path, criterion):
+def test_two_callbacks_decide_each_about_its_own_weights(model, batches, tmp_path, criterion):
     """As one callback with two local configs does; a model that was pruned before gets no old zeros back."""
     dense = hc.compress(model("bert", HEAD), BEFORE)
     data, both = examples(dense.config, batches), configs(criterion=criterion)
@@ -60,7 +60,7 @@ def test_held_zeros_leave_what_is_decided_anew(model, batches, tmp_path):
             assert torch.equal(ours, theirs), name
 
 
-def test_two_callbacks_for_one_layer_are_refused(model, batches, tmp_path):
+def test_two_callbacks_for_one_weight_are_refused(model, batches, tmp_path):
     config = hc.WeightPruningConfig(**COMMON)
     callbacks = [hc.WeightPruningCallback(config), hc.WeightPruningCallback(configs()["attention"])]
     dense = model("bert", HEAD)

@@ -24,14 +24,14 @@ def originals_update(scores, before, ratio, low, high, final):
     Capped flags begin empty, as the original clears them at every step for `snip_momentum`.
 
     Args:
-        scores: For each layer [U].
-        before: For each layer [U] bool, True for what the last update pruned.
-        ratio, low, high, final: Fractions of units: due now, at least and at most of each layer, due in the end.
+        scores: For each matrix [U].
+        before: For each matrix [U] bool, True for what the last update pruned.
+        ratio, low, high, final: Fractions of units: due now, at least and at most of each matrix, due in the end.
 
     Returns:
-        For each layer [U] bool, and the layers that lost fewer units because others are below their minimum.
+        For each matrix [U] bool, and the matrices that lost fewer units because others are below their minimum.
     """
-    sizes, gone = [len(layer) for layer in scores], [layer.copy() for layer in before]
+    sizes, gone = [len(matrix) for matrix in scores], [matrix.copy() for matrix in before]
     left, live, capped, lowered = int(sum(sizes) * ratio), None, set(), []
     while left >= 1:
         now = [i for i in range(len(scores)) if i not in capped]
@@ -41,7 +41,7 @@ def originals_update(scores, before, ratio, low, high, final):
         threshold = np.sort(np.concatenate([scores[i] for i in live]))[left - 1]
         for i in live:
             mask, size, changed = scores[i] <= threshold, sizes[i], False
-            zeros = [int(layer.sum()) for layer in gone]
+            zeros = [int(matrix.sum()) for matrix in gone]
             passed = any(Fraction(z, n) > final for z, n in zip(zeros, sizes, strict=True))
             zeros[i] = int(mask.sum())
             share = Fraction(zeros[i], size)
@@ -66,7 +66,7 @@ def originals_update(scores, before, ratio, low, high, final):
 
 
 def our_update(config, scores, before, sparsity):
-    """For each layer [U] bool, through the function that training uses."""
+    """For each matrix [U] bool, through the function that training uses."""
     weights = [PrunableWeight(str(i), nn.Parameter(torch.zeros(len(s) // WIDTH, WIDTH))) for i, s in enumerate(scores)]
     kept = [torch.tensor(s, dtype=torch.float32).view(-1, WIDTH) for s in scores]
     pruned = [torch.tensor(b).view(-1, WIDTH) for b in before]
@@ -78,7 +78,7 @@ def counts(masks):
 
 
 def cost(scores, masks):
-    return sum(float(layer[mask].sum()) for layer, mask in zip(scores, masks, strict=True))
+    return sum(float(matrix[mask].sum()) for matrix, mask in zip(scores, masks, strict=True))
 
 
 def a_case(generator, decay):
@@ -94,11 +94,11 @@ def a_case(generator, decay):
 
 
 def test_schedules_against_the_original_loop():
-    """Equal masks, but where two or more layers are above their minimum and together leave too little for the others.
+    """Equal masks, unless several matrices are above their minimum and together leave too little for the others.
 
-    The original takes the excess from the one layer that it is looking at when the excess shows, and counts layers
+    The original takes the excess from the one matrix that it is looking at when the excess shows, and counts matrices
     that it has not looked at yet by their masks of the last update. Ours takes it from the most important units of all
-    layers above their minimum: the same number of units, the same bounds, a lower total score, whatever their order.
+    matrices above their minimum: the same number of units, the same bounds, a lower total score, whatever their order.
     """
     seen = dict.fromkeys(("equal", "equal although minima were demanded", "cheaper"), 0)
     for seed in range(480):
@@ -108,7 +108,7 @@ def test_schedules_against_the_original_loop():
             pattern="1x1", target_sparsity=float(final), min_sparsity_ratio_per_op=float(low),
             max_sparsity_ratio_per_op=float(high),
         )  # fmt: skip
-        sizes = [len(layer) for layer in scores]
+        sizes = [len(matrix) for matrix in scores]
         theirs = ours = [np.zeros(n, dtype=bool) for n in sizes]
         for share in shares:
             theirs, lowered = originals_update(scores, theirs, share, low, high, final)
@@ -121,7 +121,7 @@ def test_schedules_against_the_original_loop():
             if all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)):
                 seen["equal although minima were demanded" if lowered else "equal"] += 1
             else:
-                # Never where the original demanded nothing, nor where one layer alone can give.
+                # Never where the original demanded nothing, nor where one matrix alone can give.
                 pairs = zip(counts(ours), counts(theirs), sizes, strict=True)
                 above = [max(pair) > n * low for *pair, n in pairs]
                 assert lowered
@@ -135,8 +135,8 @@ def test_schedules_against_the_original_loop():
     assert 20 < seen["cheaper"] < 150
 
 
-def test_a_layer_waits_while_later_updates_can_fill_it():
-    """Two layers of 32 units, 44 to go in the end and 16 of each at least; as the original has it."""
+def test_a_matrix_waits_while_later_updates_can_fill_it():
+    """Two matrices of 32 units, 44 to go in the end and 16 of each at least; as the original has it."""
     scores = [torch.arange(32.0), torch.arange(32.0) + 100]
     config = hc.WeightPruningConfig(pattern="1x1", target_sparsity=0.7, min_sparsity_ratio_per_op=0.5)
     weights = [PrunableWeight(name, nn.Parameter(torch.zeros(4, 8))) for name in "ab"]
@@ -161,8 +161,8 @@ def test_every_pattern_reaches_its_minima_at_the_end_and_not_before(pattern):
 
 def least(scores, count, final, lower, upper):
     """Least total score of `count` units that can grow to `final` within the bounds, by trying them all."""
-    sizes = [len(layer) for layer in scores]
-    flat, owner = np.concatenate([layer.numpy() for layer in scores]), np.repeat(np.arange(len(sizes)), sizes)
+    sizes = [len(matrix) for matrix in scores]
+    flat, owner = np.concatenate([matrix.numpy() for matrix in scores]), np.repeat(np.arange(len(sizes)), sizes)
     best = np.inf
     for choice in itertools.combinations(range(len(flat)), count):
         taken = np.bincount(owner[list(choice)], minlength=len(sizes))
@@ -183,5 +183,5 @@ def test_what_goes_now_is_the_cheapest_choice_that_leaves_the_bounds_in_reach():
             none = [torch.zeros(size, dtype=torch.bool) for size in sizes]
             chosen = select_units(scores, none, count, lower, upper, final)
             assert sum(counts(chosen)) == count
-            total = sum(float(layer[mask].sum()) for layer, mask in zip(scores, chosen, strict=True))
+            total = sum(float(matrix[mask].sum()) for matrix, mask in zip(scores, chosen, strict=True))
             assert total == pytest.approx(least(scores, count, final, lower, upper), abs=1e-6)

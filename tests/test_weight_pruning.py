@@ -1,4 +1,4 @@
-"""What weight pruning selects: patterns and bounds against brute force, schedules, layers that are no Linear."""
+"""What weight pruning selects: patterns and bounds against brute force, schedules, modules that are no Linear."""
 
 import itertools
 
@@ -30,15 +30,15 @@ def prune(config, scores, sparsity=None, pruned=None):
 def test_blocks_against_brute_force(pattern, shape):
     scores = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     units = list(units_of(pattern, shape))
-    means = [np.mean([float(scores[place]) for place in unit]) for unit in units]
+    means = [np.mean([float(scores[element]) for element in unit]) for unit in units]
     for target in (0.3, 0.5, 0.98):
         config = hc.WeightPruningConfig(pattern=pattern, target_sparsity=target)
         (mask,) = prune(config, [scores])
         count = int(len(units) * target + 1e-9)
         expected = np.zeros(shape, bool)
         for index in np.argsort(means)[:count]:
-            for place in units[index]:
-                expected[place] = True
+            for element in units[index]:
+                expected[element] = True
         assert np.array_equal(mask.numpy(), expected)
 
 
@@ -81,7 +81,7 @@ def test_reduction_of_a_block():
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 @pytest.mark.parametrize("pattern", ["1x1", "4x1", "1xchannel"])
-def test_equal_scores_never_wipe_a_layer(pattern, value):
+def test_equal_scores_never_wipe_out_a_matrix(pattern, value):
     shapes = [(16, 8), (32, 16), (8, 8)]
     scores = [torch.full(shape, value) for shape in shapes]
     config = hc.WeightPruningConfig(pattern=pattern, target_sparsity=0.5)
@@ -103,8 +103,8 @@ def test_ties_keep_what_is_pruned():
 
 def best_within_bounds(scores, count, lower, upper):
     """Least total score over all choices, by trying them all."""
-    sizes = [len(layer) for layer in scores]
-    flat = np.concatenate([layer.numpy() for layer in scores])
+    sizes = [len(values) for values in scores]
+    flat = np.concatenate([values.numpy() for values in scores])
     owner = np.repeat(np.arange(len(sizes)), sizes)
     best = None
     for choice in itertools.combinations(range(len(flat)), count):
@@ -124,13 +124,13 @@ def test_bounds_give_the_least_total_score():
         lower = [int(torch.randint(0, high + 1, (1,), generator=generator)) for high in upper]
         count = int(torch.randint(sum(lower), sum(upper) + 1, (1,), generator=generator))
         chosen = select_units(scores, [torch.zeros(s, dtype=torch.bool) for s in sizes], count, lower, upper)
-        assert sum(int(layer.sum()) for layer in chosen) == count
+        assert sum(int(units.sum()) for units in chosen) == count
         assert all(low <= int(c.sum()) <= high for low, c, high in zip(lower, chosen, upper, strict=True))
-        total = sum(float(layer[mask].sum()) for layer, mask in zip(scores, chosen, strict=True))
+        total = sum(float(values[mask].sum()) for values, mask in zip(scores, chosen, strict=True))
         assert total == pytest.approx(best_within_bounds(scores, count, lower, upper), abs=1e-6)
 
 
-def test_caps_and_floors_of_layers():
+def test_caps_and_floors_of_matrices():
     scores = [torch.rand(10, 10), torch.rand(10, 10) + 1, torch.rand(10, 10) + 2]
     config = hc.WeightPruningConfig(
         pattern="1x1", target_sparsity=0.5, min_sparsity_ratio_per_op=0.2, max_sparsity_ratio_per_op=0.7

@@ -19,7 +19,7 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "add_callback_to_ex
 
 
 @pytest.fixture
-def place(model, tokenizer, sentences, tmp_path, monkeypatch):
+def folder(model, tokenizer, sentences, tmp_path, monkeypatch):
     """A folder with a tiny classifier and 64 labelled sentences; commands run inside it."""
     monkeypatch.chdir(tmp_path)
     model("bert", "sequence_classification").save_pretrained("model")
@@ -49,7 +49,7 @@ def encoder(folder):
     return model, {n: p for n, p in model.named_parameters() if "encoder" in n and p.ndim == 2}
 
 
-def test_two_of_four(place, capsys):
+def test_two_of_four(folder, capsys):
     assert main([*COMMON, "--pattern", "2:4", "--target_sparsity", "0.5", "--output_dir", "sparse"]) == 0
     model, weights = encoder("sparse")
     assert len(weights) == 18
@@ -65,7 +65,7 @@ def test_two_of_four(place, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
-def test_dense_training_of_the_same_kind(place):
+def test_dense_training_of_the_same_kind(folder):
     assert main([*COMMON, "--do_prune", "false", "--output_dir", "dense"]) == 0
     model, weights = encoder("dense")
     assert all(weight.all() for weight in weights.values())
@@ -73,7 +73,7 @@ def test_dense_training_of_the_same_kind(place):
     assert json.loads(Path("dense/results.json").read_text())["element_sparsity"] == 0
 
 
-def test_a_model_without_linear_layers(place, tokenizer, capsys):
+def test_a_model_without_linear_layers(folder, tokenizer, capsys):
     """GPT-2 is made of `Conv1D`."""
     sizes = {"vocab_size": 99, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "pad_token_id": 0}
     GPT2ForSequenceClassification(GPT2Config(**sizes)).save_pretrained("model")
@@ -86,12 +86,12 @@ def test_a_model_without_linear_layers(place, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--alpha_task", "0", "--alpha_layer", "5"], ["--alpha_layer", "5"]])
-def test_hidden_states_need_a_teacher(place, capsys, flags):
+def test_hidden_states_need_a_teacher(folder, capsys, flags):
     assert main([*COMMON, *flags, "--output_dir", "sparse"]) == 2
     assert "teacher_name_or_path must be given with alpha_task=" in capsys.readouterr().err
 
 
-def test_mixed_patterns_from_a_file_with_a_teacher(place):
+def test_mixed_patterns_from_a_file_with_a_teacher(folder):
     """The published mixed recipe: local configs as a list, the last hidden state instead of the labels."""
     recipe = {
         "teacher_name_or_path": "model",
@@ -124,7 +124,7 @@ def test_mixed_patterns_from_a_file_with_a_teacher(place):
 CHANNELS = ["--pattern", "1xchannel", "--target_sparsity", "0.5", "--slim", "true", "--output_dir", "small"]
 
 
-def test_slim(place, capsys):
+def test_slim(folder, capsys):
     assert main([*COMMON, *CHANNELS, "--op_names", ".*intermediate.dense"]) == 0
     model, weights = encoder("small")
     widths = [weight.shape[0] for name, weight in weights.items() if "intermediate" in name]
@@ -142,7 +142,7 @@ def test_slim(place, capsys):
     assert f"{results['eval_accuracy']:.4f}" in printed.partition("saved to small")[2]
 
 
-def test_slim_says_when_there_is_nothing_to_cut(place, capsys):
+def test_slim_says_when_there_is_nothing_to_cut(folder, capsys):
     """Rows of queries and keys do not make whole heads."""
     assert main([*COMMON, *CHANNELS, "--op_names", ".*query"]) == 0
     assert "slim: nothing to remove" in capsys.readouterr().out
@@ -152,7 +152,7 @@ def test_slim_says_when_there_is_nothing_to_cut(place, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--pattern", "4x1"], ["--do_prune", "false"]])
-def test_slim_needs_a_channel_pattern(place, capsys, flags):
+def test_slim_needs_a_channel_pattern(folder, capsys, flags):
     assert main([*COMMON, *CHANNELS, *flags]) == 2
     assert "slim must go with do_prune and a pattern 'Nxchannel'" in capsys.readouterr().err
     assert not Path("small").exists()
@@ -163,7 +163,7 @@ AT_ONCE += ["--target_sparsity", "0.5", "--scope", "local", "--output_dir", "spa
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt", "snip", "magnitude"])
-def test_at_once(place, criterion, capsys):
+def test_at_once(folder, criterion, capsys):
     assert main([*AT_ONCE, "--criterion", criterion]) == 0
     model, weights = encoder("sparse")
     assert all(((w.reshape(len(w), -1, 4) == 0).sum(2) == 2).all() for w in weights.values())
@@ -181,7 +181,7 @@ def test_at_once(place, criterion, capsys):
     assert same == (criterion == "magnitude")
 
 
-def test_at_once_or_in_training(place, capsys):
+def test_at_once_or_in_training(folder, capsys):
     for flags, message in (
         (["--criterion", "wanda", "--num_train_epochs", "2"], "num_train_epochs must be 0 (and max_steps unset)"),
         (["--criterion", "wanda", "--max_steps", "2"], "with criterion='wanda', which prunes at once, got 0 and 2"),
@@ -194,7 +194,7 @@ def test_at_once_or_in_training(place, capsys):
         assert not Path("sparse/config.json").exists()
 
 
-def test_the_example_script(place, monkeypatch, capsys):
+def test_the_example_script(folder, monkeypatch, capsys):
     flags = ["--model", "model", "--data_dir", "data", "--out", "sparse"]
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *flags])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
@@ -205,7 +205,7 @@ def test_the_example_script(place, monkeypatch, capsys):
     assert len(added) == 3
 
 
-def test_slim_at_once(place):
+def test_slim_at_once(folder):
     """Channels by weight norm, cut out without any training."""
     flags = ["--num_train_epochs", "0", "--criterion", "magnitude", "--op_names", ".*intermediate.dense"]
     assert main([*COMMON, *CHANNELS, *flags]) == 0

@@ -76,7 +76,7 @@ def test_no_silent_success(model, batches, tmp_path):
         hc.WeightPruningCallback(hc.StructuredPruningConfig())
 
 
-def test_layers_without_gradient_are_left_alone(model, batches, tmp_path, caplog):
+def test_weights_without_gradient_are_left_alone(model, batches, tmp_path, caplog):
     dense = model("bert", HEAD)
     data = examples(dense.config, batches)
     dense.bert.encoder.layer[0].output.dense.requires_grad_(False)

@@ -96,7 +96,7 @@ def test_mixed_patterns_at_once(model):
     assert step["local_configs"] == list(config.local_configs)
 
 
-def test_layers_without_gradient_are_named_at_once(model, batches, caplog):
+def test_weights_without_gradient_are_named_at_once(model, batches, caplog):
     dense = model("bert", HEAD)
     dense.bert.encoder.layer[1].spare = nn.Linear(8, 8)
     data = [{**batch, "labels": torch.arange(8) % 2} for batch in batches(dense.config, count=1)]
