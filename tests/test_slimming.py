@@ -36,14 +36,18 @@ def zero_units_(layer, units, where):
     if where == "out":
         layer.attention_out.weight.data[:, unit_columns(units, layer.unit_size)] = 0
         return
-    layer.projection(Role.VALUE).weight.data[unit_columns(units, layer.head_size)] = 0
+    values, rows = layer.projection(Role.VALUE), unit_columns(units, layer.head_size)
+    values.weight.data[rows] = 0
+    if layer.attention_out.bias is None and values.bias is not None:
+        # Qwen2: no bias could take the constant.
+        values.bias.data[rows] = 0
 
 
 def masked(model, where):
     """A model with dead heads and neurons, different ones in each layer, and what must be left of it."""
     heads, neurons = [], []
     for layer in layers_of(model):
-        gone_heads, gone_neurons = ([1], []) if layer.index else ([0], [])
+        gone_heads = [1] if layer.index else [0]
         gone_neurons = list(range(layer.index, layer.num_neurons, 3))
         zero_units_(layer, gone_heads, where)
         zero_neurons_(layer, gone_neurons, where)
@@ -58,10 +62,10 @@ def sizes(model):
 
 
 def assert_close(model, other, batch):
-    live = batch["attention_mask"].bool()
+    live = batch["attention_mask"].bool() if "attention_mask" in batch else None
     for ours, theirs in zip(logits_of(model, batch), logits_of(other, batch), strict=True):
         # Nothing is promised about padding.
-        if ours.shape[:2] == live.shape:
+        if live is not None and ours.shape[:2] == live.shape:
             ours, theirs = ours[live], theirs[live]
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-10)
 
@@ -108,6 +112,15 @@ def test_the_constant_goes_into_the_next_bias(batches, activation):
     assert not torch.allclose(smaller.bias, layer.output.dense.bias, atol=1e-3)
     (batch,) = batches(config, count=1)
     assert torch.allclose(logits_of(slimmed, batch)[0], logits_of(dense, batch)[0], atol=1e-5)
+
+
+def test_without_a_bias_to_fold_into_a_constant_head_stays(model):
+    """Qwen2's values have a bias, its attention output has none."""
+    dense = model("qwen2")
+    layers_of(dense)[0].projection(Role.VALUE).weight.data[:8] = 0
+    assert sizes(hc.slim(copy.deepcopy(dense))) == sizes(dense)
+    layers_of(dense)[0].projection(Role.VALUE).bias.data[:8] = 0
+    assert sizes(hc.slim(dense))[0] == [1, 2]
 
 
 def test_without_a_bias_to_fold_into_a_constant_neuron_stays(batches):
