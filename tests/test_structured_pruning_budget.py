@@ -245,3 +245,14 @@ def test_refuses_broken_weights_and_foreign_objects(model, batches):
 def test_config_values(values, message):
     with pytest.raises(ValueError, match=message):
         hc.StructuredPruningConfig(**values)
+
+
+def test_records_may_name_settings_that_are_gone(model):
+    """Records of older releases hold the route by which activations were summarised."""
+    step = {"method": "structured_pruning", "route": "gram", "sketch_rows": 8192, "mac_ratio": 0.7}
+    step |= {"heads_per_layer": [2, 3, 4], "neurons_per_layer": [40, 50, 60]}
+    skeleton = model("bert")
+    skeleton.config.quantization_config = {"quant_method": "hf_compress", "version": 1, "steps": [step]}
+    assert sizes(hc.rebuild(skeleton)) == ([2, 3, 4], [40, 50, 60])
+    with pytest.raises(TypeError, match="route"):
+        hc.StructuredPruningConfig(route="gram")

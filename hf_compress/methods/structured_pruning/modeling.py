@@ -150,6 +150,8 @@ def _compress_by_activations(
         for key, ranking in rankings.items():
             cut_(layers[key[0]], key[1], ranking, kept[key], config, moments.pop(key))
     else:
+        # Every sublayer is measured anew: the memory is better used there.
+        moments.clear()
         _cut_along(walk, layers, config, kept, generator)
     return _completed(config, layers, seq_len, tolerance**0.5)
 
