@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,7 +16,7 @@ _TABLES = ("embeddings.position_embeddings", "decoder.embed_positions", "wpe")
 def _position_embeddings(model: PreTrainedModel) -> nn.Embedding | None:
     """The learned table of absolute positions; models with rotary positions have none."""
     for path in _TABLES if not getattr(model.config, "is_encoder_decoder", False) else ():
-        table = model.base_model
+        table: Any = model.base_model
         for name in path.split("."):
             table = getattr(table, name, None)
         # Vision models keep a plain parameter under the first name, of patches.
@@ -91,7 +93,7 @@ def extend_positions_(model: PreTrainedModel, rows: int) -> None:
     index = torch.where(index < offset, index, offset + (index - offset) % period)
     table.weight = nn.Parameter(table.weight.detach()[index].clone(), requires_grad=table.weight.requires_grad)
     table.num_embeddings = rows
-    embeddings = getattr(model.base_model, "embeddings", None)
+    embeddings: Any = getattr(model.base_model, "embeddings", None)
     for name, value in (
         ("position_ids", torch.arange(rows)),
         ("token_type_ids", torch.zeros(rows, dtype=torch.int64)),

@@ -24,10 +24,11 @@ def _translate(model: PreTrainedModel, state_dict: dict[str, Tensor], prefix: st
     if prefix or state_dict.keys() <= known:
         return
     opener: Any = type(model)
+    config: Any = model.config
     opened, info = opener.from_pretrained(
         None,
         # As a file holds it: a record that was read already is none for `from_pretrained`.
-        config=type(model.config).from_dict(model.config.to_dict()),
+        config=type(config).from_dict(config.to_dict()),
         state_dict=dict(state_dict),
         dtype=model.dtype,
         output_loading_info=True,
