@@ -84,7 +84,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_model_runs(place,
 def test_unusable_outputs_are_found_before_any_work(place, monkeypatch, capsys, name):
     monkeypatch.chdir(place)
     monkeypatch.setattr("hf_compress.stages.training.load_task", None)
-    monkeypatch.setattr("hf_compress.stages.prune_structure.load_task", None)
+    monkeypatch.setattr("hf_compress.stages.models.load_task", None)
     monkeypatch.setattr("hf_compress.stages.linearize.open_pair", None)
     flag, rest = COMMANDS[name]
     assert main([name.split()[0], flag, "model", "--output_dir", "file/deeper", *rest.split()]) == 2
