@@ -68,7 +68,7 @@ def steps_of(model_or_config: PreTrainedModel | PretrainedConfig) -> list[dict[s
 
 
 def check_finite(model: PreTrainedModel) -> None:
-    """Raise `ValueError` when a weight is NaN or infinite: everything computed from it would be."""
+    """Raise `ValueError` when a weight is NaN or infinite, because everything computed from it would be, too."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"Weights must be loaded, got {name} on the meta device. For shapes alone: rebuild().")
@@ -90,18 +90,18 @@ def compress(model: PreTrainedModel, *configs: MethodConfig, data: Data | None =
 
     Args:
         model: A dense or already compressed transformers model with ordinary weights.
-        configs: What to do, in order.
+        configs: One for each step, in the order in which they are applied.
         data: Calibration batches: dicts of tensors as the model takes them, or a `DataLoader` of such; rows of a
-            tokenized `datasets.Dataset` or lists of ids are padded into batches of eight. Methods that need several
-            passes ask for something that can be read again.
+            tokenized `datasets.Dataset` or lists of ids are padded into batches of eight. An iterator will do for a
+            single pass; a list, a data set or a `DataLoader` can be read as often as needed.
 
     Returns:
-        The same model. When anything fails on the way, Ctrl-C included, it is what it was before, down to the
-        parameter objects; until all steps are done, the memory of what they replace is not freed.
+        The same model. If anything fails on the way, Ctrl-C included, the model is as it was before, down to the
+        parameter objects. The memory of what the steps replace is freed when all of them are done.
 
     Raises:
-        ValueError: Before the model is touched, when a config is impossible for it or for the steps before, or its
-            weights are not finite.
+        ValueError: Before the model is changed, if a config is impossible for it or cannot follow the steps before,
+            if data are missing, cannot be read often enough or have no labels, or if a weight is not finite.
 
     Example:
         >>> import hf_compress as hc
@@ -141,13 +141,13 @@ def _check(method: Method, model: PreTrainedModel, config: MethodConfig) -> None
 
 
 def apply_implied(model: PreTrainedModel) -> PreTrainedModel:
-    """Do what flat fields ask for that somebody wrote into `config.json` by hand, as published workflows do.
+    """Apply the methods that flat fields of the config ask for: published workflows write them into it by hand.
 
     Returns:
         The same model, on the device it was on.
 
     Raises:
-        ValueError: If such a field has an impossible value or the model cannot be changed so.
+        ValueError: If such a field has an impossible value, or the model cannot go through the method.
     """
     foreign = quantized_by_another(model.config)
     done = [] if foreign else [step["method"] for step in steps_of(model)]
@@ -189,13 +189,13 @@ def trainings_of(model: PreTrainedModel) -> dict[str, MethodTraining]:
 
 
 def to_plain(model: PreTrainedModel) -> PreTrainedModel:
-    """Drop the record when stock transformers can build the same modules from ordinary config fields.
+    """Drop the record, if stock transformers can build the same modules from ordinary config fields.
 
     Returns:
-        The same model, saved by `save_pretrained` as something that opens without this package.
+        The same model. What `save_pretrained` writes of it opens without this package.
 
     Raises:
-        ValueError: If a step cannot be expressed; says which layer prevents it. The model is unchanged then.
+        ValueError: If a step cannot be expressed so; names the layer that prevents it. The model is then unchanged.
     """
     fields: dict[str, Any] = {}
     for position, (method, completed) in enumerate(_parsed(model.config)):

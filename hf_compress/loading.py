@@ -1,4 +1,4 @@
-"""The door into plain `from_pretrained`: rebuilds the modules of a record before its weights are read.
+"""How plain `from_pretrained` opens compressed models: the modules of the record are rebuilt before weights are read.
 
 This is the only file that touches `transformers.quantizers`. It is imported by `hf_compress` right after
 transformers has imported its own registry, which may be in the middle of importing its models; so it reaches the
@@ -22,7 +22,7 @@ register_quantization_config(QUANT_METHOD)(CompressionConfig)
 
 @register_quantizer(QUANT_METHOD)
 class CompressionLoader(HfQuantizer):
-    """Reshapes the skeleton, then steps aside: what remains is an ordinary model with ordinary weights."""
+    """Rebuilds the modules of the record, and leaves an ordinary model with ordinary weights."""
 
     requires_calibration = False
     # Class attributes, not properties: Trainer asks both and refuses "quantized" models otherwise.
@@ -40,7 +40,7 @@ class CompressionLoader(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # transformers knows how to start its own modules where weights are missing; ours would keep whatever the
+        # transformers initialises its own modules where weights are missing; those of methods would keep whatever the
         # memory held.
         missing = [
             f"{path}.{name}"
@@ -51,7 +51,7 @@ class CompressionLoader(HfQuantizer):
         ]
         if missing:
             raise ValueError(f"The saved weights must hold what the record names, got no {', '.join(missing)}.")
-        # Without this, .half() and .float() raise and Trainer and PEFT treat plain weights as quantised ones.
+        # Otherwise .half() and .float() raise, and Trainer and PEFT take plain weights for quantised ones.
         model.__dict__.pop("hf_quantizer", None)
         model.__dict__.pop("quantization_method", None)
         model.is_quantized = False

@@ -91,6 +91,28 @@ def test_the_best_model_is_forgotten_at_the_switch_alone(student, step, kept):
     assert found == ((0.9, 2, "c") if kept else (None, None, None))
 
 
+def test_trainers_of_one_model_keep_their_settings_apart(student, rows, tokenizer, tmp_path):
+    """What one trainer's callbacks say of the thresholds does not reach another trainer, nor is it lost to it."""
+    network = student(masking_mode="hard")
+    args = TrainingArguments(
+        str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, max_steps=4, save_strategy="no",
+        learning_rate=1e-3,
+    )  # fmt: skip
+    shared = {"model": network, "args": args, "train_dataset": rows, "processing_class": tokenizer}
+    callbacks = [hc.ThresholdAnnealingCallback(learning_rate=1e-2), hc.StageSwitchCallback(0.5)]
+    switching = hc.CompressionTrainer(**shared, callbacks=callbacks)
+    hard = hc.CompressionTrainer(**shared)
+    hard.train()
+    assert network.config.token_prune_stage == "hard"
+    assert not thresholds_of(network).values.requires_grad
+    assert all(group["initial_lr"] == 1e-3 for group in hard.optimizer.param_groups)
+    before = thresholds_of(network).values.detach().clone()
+    switching.train()
+    assert switching.optimizer.param_groups[-1]["initial_lr"] == 1e-2
+    assert not torch.equal(thresholds_of(network).values, before)
+    assert (network.config.masking_mode, network.config.token_prune_stage) == ("hard", "hard")
+
+
 @pytest.mark.parametrize("stage", ["soft", "hard"])
 def test_a_checkpoint_of_a_switching_run_needs_the_switch(student, train, tmp_path, stage):
     saved = student(masking_mode=stage, token_prune_stage="switching")

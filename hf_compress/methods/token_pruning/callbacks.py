@@ -1,4 +1,4 @@
-"""How time drives token pruning: temperature, regulariser, stages."""
+"""Callbacks that steer token pruning over a training: temperature, regulariser, phases."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ logger = logging.getLogger(__name__)
 
 
 class ThresholdAnnealingCallback(SteeringCallback):
-    """Anneals the temperature, warms lambda up, and steers it to a wanted amount of arithmetic.
+    """Anneals the temperature, warms lambda up, and steers thresholds to a target for the arithmetic.
 
     Works with any `Trainer` on a model with `TokenPruningConfig(masking_mode="soft")`. The regulariser itself is added
     to the loss by the trainers of this package; a plain `Trainer` learns thresholds from the task alone.
 
     Args:
-        temperature_start, temperature_end: Ends of a geometric schedule over the soft stage: up to the switch of a
-            `StageSwitchCallback`, else over the training. None leaves the config's.
+        temperature_start, temperature_end: Both ends of a geometric schedule over the soft phase, which ends at the
+            switch of a `StageSwitchCallback` or with the training. None leaves the config's temperature.
         lambda_threshold: Weight of the regulariser.
         lambda_warmup: Fraction of the training over which it rises from 0.
-        target_relative_macs: When given, every measurement takes the distance to it away by one factor on all
-            thresholds (in both stages and at the end of the training, where the distance is above 0.01), so that what
-            is learned is what the layers' thresholds are to each other. In the soft stage lambda is what a
-            proportional-integral controller makes of the distances that were found, on top of `lambda_threshold`: it
-            becomes the weight at which nothing is left to take away, and may be negative. In a model of the hard stage
-            thresholds keep the shape that they have, the initial ramp for instance.
-        gain: Of the controller: lambda for a distance of 1.
-        integral_gain: Added to the integral of the distance at every measurement.
+        target_relative_macs: Fraction of the multiply-accumulates to keep, in (0, 1]. At every measurement in both
+            phases, and at the end of the training, all thresholds are multiplied by one factor that reaches the
+            target (unless it is missed by at most 0.01): what training learns is the ratios between the layers. In
+            the soft phase a proportional-integral controller also adds to lambda, on top of `lambda_threshold`,
+            until nothing is left for the factor to correct; lambda may become negative. In the hard phase the
+            thresholds keep their ratios, for instance those of the initial ramp.
+        gain: Proportional gain of the controller: lambda for a distance of 1 to the target.
+        integral_gain: Weight of a measured distance in the controller's integral.
         measure_every: Updates between measurements.
-        measure_examples: Training examples that are measured on, always the same, evenly spread over the set.
+        measure_examples: Number of training examples to measure on: always the same, evenly spread over the set.
         learning_rate: Of the thresholds; None: that of the weights.
 
     Raises:
@@ -127,7 +127,7 @@ class ThresholdAnnealingCallback(SteeringCallback):
                 )
             size = len(loader.dataset)
             count = min(self.measure_examples, size)
-            # Spread out: files are often sorted by label.
+            # Evenly spread: files are often sorted by label.
             self._probe = dict(loader.collate_fn([loader.dataset[i * size // count] for i in range(count)]))
 
     def on_step_begin(
@@ -147,7 +147,7 @@ class ThresholdAnnealingCallback(SteeringCallback):
         if training.phase == "soft":
             measured = relative_macs(model, self._probe or {})
             distance = measured - self.target_relative_macs
-            # Both live in buffers, so that a resumed run steers on from where it was.
+            # Both are buffers of the model, so that a resumed training goes on steering from where it was.
             thresholds.integral += self.integral_gain * distance
             steered = self.lambda_threshold + self.gain * distance + float(thresholds.integral)
             thresholds.weight.fill_(warm * steered)
@@ -166,17 +166,16 @@ class ThresholdAnnealingCallback(SteeringCallback):
             logger.info("Update %d: all thresholds times %.4f.", step, factor)
 
     def logged_values(self) -> dict[str, float]:
-        """What our trainers add to every entry of their training log."""
         if self._thresholds is None or not self._thresholds.values.requires_grad:
             return {}
         return {"prune/lambda": round(float(self._thresholds.weight), 6)}
 
 
 class StageSwitchCallback(MethodCallback):
-    """Switches from the soft to the hard stage inside one training: thresholds freeze, tokens really disappear.
+    """Switches from the soft to the hard phase within one training: thresholds freeze, and tokens are really dropped.
 
     Args:
-        fraction: Of the updates that belong to the soft stage.
+        fraction: Fraction of the updates that belong to the soft phase, between 0 and 1.
 
     Source:
         The "mixed" mode that LTP's code names but does not have.
@@ -203,10 +202,10 @@ class StageSwitchCallback(MethodCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         switch = math.ceil(self.fraction * state.max_steps)
-        # Not whenever the mode changes: a run that resumes behind the switch begins with a soft model, too.
+        # Not whenever the mode changes: a training that resumes after the switch also begins with a soft model.
         if state.global_step == switch:
-            logger.info("Update %d: the hard stage begins.", state.global_step)
-            # Models of the soft stage were not measured under the thresholds that are kept now.
+            logger.info("Update %d: the hard phase begins.", state.global_step)
+            # Models of the soft phase were measured under thresholds that were still moving.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         self._training(kwargs["model"]).enter("soft" if state.global_step < switch else "hard")
 

@@ -25,13 +25,13 @@ class TokenPruningConfig(MethodConfig):
         score_reference_length: For `score_norm="reference"`; a live token has 1 / this on average.
         masking_mode: In training, `soft` multiplies by a sigmoid that thresholds learn from, `hard` really drops.
             Evaluation always drops.
-        temperature: Width of that sigmoid, in units of scores. It stands in the record: transformers takes a flat
-            field of this name for a setting of text generation and refuses to save it.
-        token_prune_stage: Which training the weights have been through; resuming another one is refused.
+        temperature: Width of that sigmoid, in units of scores. Kept in the record: transformers takes a flat field of
+            this name for a setting of text generation and refuses to save it.
+        token_prune_stage: The kind of training that the weights went through. Resuming another kind is refused.
         compat: `ltp` does what the released code does where this package differs on purpose. The first token is
             scored and dropped like any other (and goes on without attention, as there); top-k may keep no token; the
             regulariser is a mean over `score_reference_length` positions of every example, padding included; weights
-            and thresholds are clipped by one norm. It stands in the record.
+            and thresholds are clipped by one norm. Kept in the record.
 
     Source:
         LTP (arXiv 2107.00910). Unlike the released code, the first token always stays and padding never counts,

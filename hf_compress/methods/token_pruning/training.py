@@ -47,7 +47,7 @@ class SteeringCallback(MethodCallback):
 
 
 class _UnsteeredWarning(TrainerCallback):
-    """Says once that thresholds learn without a regulariser."""
+    """Warns once when thresholds learn without a regulariser."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -57,7 +57,7 @@ class _UnsteeredWarning(TrainerCallback):
         thresholds = thresholds_of(model)
         if thresholds is not None and model.config.masking_mode == "soft" and not thresholds.weight:
             logger.warning(
-                "Thresholds are in their soft stage, but lambda is 0: nothing pushes tokens out. Add "
+                "Thresholds are in their soft phase, but lambda is 0: nothing pushes tokens out. Add "
                 "ThresholdAnnealingCallback() to the callbacks, or set masking_mode to 'hard' to train under pruning."
             )
 
