@@ -277,3 +277,12 @@ def strip_head(folder):
     weights = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in weights.items() if not name.startswith("classifier.")}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_f1_says_of_which_class_it_is(perfect, tmp_path, capsys):
+    assert measured("model")["positive_class"] == "up"
+    assert main(["evaluate", "--models", "model", "--data_dir", "data", "--max_length", "16", "--device", "cpu"]) == 0
+    assert "1.0000  (of the class 'up')" in next(
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("f1 ")
+    )

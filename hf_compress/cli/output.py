@@ -26,7 +26,13 @@ def print_results(stage: Stage, arguments: StageArguments, results: Mapping[str,
 def _print_metrics(results: Mapping[str, Any]) -> None:
     for name, value in results.items():
         if isinstance(value, int | float):
-            print(f"{name:32s} {value:.4f}" if isinstance(value, float) else f"{name:32s} {value}")
+            number = f"{value:.4f}" if isinstance(value, float) else str(value)
+            of_class = f"  (of the class {results['positive_class']!r})" if _is_f1_of_a_class(name, results) else ""
+            print(f"{name:32s} {number}{of_class}")
+
+
+def _is_f1_of_a_class(name: str, results: Mapping[str, Any]) -> bool:
+    return name.removeprefix("eval_") == "f1" and "positive_class" in results
 
 
 def _print_saved(arguments: StageArguments, hint: str = "") -> None:

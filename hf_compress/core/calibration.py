@@ -36,9 +36,11 @@ class Statistic(Protocol):
 
 
 def with_progress(data: Iterable[Mapping[str, Any]], description: str) -> Iterator[Mapping[str, Any]]:
-    """The batches, with a progress bar where the program logs what it does."""
+    """The batches, with a progress bar where the program logs what it does to a terminal."""
     total = len(data) if isinstance(data, Sized) else None
-    yield from tqdm(data, total=total, desc=description, leave=False, disable=not logger.isEnabledFor(logging.INFO))
+    # None: tqdm looks whether it writes to a terminal.
+    hidden = None if logger.isEnabledFor(logging.INFO) else True
+    yield from tqdm(data, total=total, desc=description, leave=False, disable=hidden)
 
 
 def run_base(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:

@@ -107,6 +107,8 @@ def evaluate(arguments: Evaluate) -> dict[str, dict[str, Any]]:
         answers = evaluated(model, wanted.eval_batch_size)
         extra = _extra(wanted.extra_metrics or (), answers)
         results[name] = {**answers.metrics(), **extra, "split": split, "num_examples": len(answers)}
+        if task.positive_class is not None:
+            results[name]["positive_class"] = task.positive_class
         if wanted.output_file:
             # What is known of the first models must not be lost with a later one.
             write_json(wanted.output_file, results)

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_compress.api import compress, steps_of
+from hf_compress.core.architectures import layers_of
+from hf_compress.core.batches import live_tokens
 from hf_compress.core.cost import count_cost
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
+from hf_compress.methods.structured_pruning.modeling import require_tokens
 from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
 from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage, task_for
 from hf_compress.tasks.arguments import DataArguments
@@ -55,6 +58,10 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
     arguments.device.place_(model)
     rows = task.encode("train", tokenizer, data.max_length)
     batches = calibration_batches(rows, tokenizer, calibration.calibration_samples, calibration.calibration_seed)
+    tokens = sum(int(live_tokens(batch).sum()) for batch in batches) if "input_ids" in batches[0] else None
+    if tokens is not None:
+        # The method would find out only after its pass over the data.
+        require_tokens(layers_of(model), config, tokens)
     seq_len = config.seq_len or _mean_length(batches)
     before = count_cost(model, seq_len)
     start = time.perf_counter()

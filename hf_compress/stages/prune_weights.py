@@ -200,7 +200,7 @@ def _prune_at_once(task: Task, common: dict[str, Any], arguments: PruneWeights) 
     start = time.perf_counter()
     compress(model, config, data=batches)
     results["prune_seconds"] = round(time.perf_counter() - start, 3)
-    results |= evaluation_results(trainer)
+    results |= evaluation_results(trainer, task)
     results.update(_zeros(model, config, arguments.also.slim))
     if trainer.is_world_process_zero():
         save_stage(arguments.output_dir, model, tokenizer, results, task)

@@ -147,16 +147,21 @@ def run_training(
     words = {"true": True, "1": True, "yes": True, "false": None, "0": None, "no": None}
     outcome = trainer.train(resume_from_checkpoint=words.get(wanted.lower(), wanted))
     seconds, loss = outcome.metrics["train_runtime"], outcome.metrics["train_loss"]
-    results = {"train_seconds": seconds, "train_loss": loss, **evaluation_results(trainer)}
+    results = {"train_seconds": seconds, "train_loss": loss, **evaluation_results(trainer, task)}
     if trainer.is_world_process_zero():
         save_stage(str(args.output_dir), model, processor, results, task)
     return results
 
 
-def evaluation_results(trainer: CompressionTrainer) -> dict[str, Any]:
-    """The metrics of the evaluation split, and its name; nothing where there is none."""
+def evaluation_results(trainer: CompressionTrainer, task: Task) -> dict[str, Any]:
+    """The metrics of the evaluation split, its name, and the class that F1 is of; nothing where there is no split."""
     rows = trainer.eval_dataset
-    return {**trainer.evaluate(), "eval_split": str(rows.split)} if isinstance(rows, Dataset) else {}
+    if not isinstance(rows, Dataset):
+        return {}
+    found: dict[str, Any] = {**trainer.evaluate(), "eval_split": str(rows.split)}
+    if task.positive_class is not None:
+        found["positive_class"] = task.positive_class
+    return found
 
 
 def add_teacher_columns(common: dict[str, Any], task: Task, data: DataArguments, teacher_name: str) -> None:

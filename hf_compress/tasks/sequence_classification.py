@@ -138,6 +138,12 @@ class SequenceClassification(LabelledTask):
         row = self.split(split)[example]
         return " ".join(row[column] for column in self.text_columns)
 
+    @property
+    def positive_class(self) -> str | None:
+        """The second of two classes, in the order of the files."""
+        names = self.own_names()
+        return names[1] if len(names) == 2 and not self.several else None
+
     def collator(self, processor: Processor) -> Collator:
         """Pads to the longest row."""
         return DataCollatorWithPadding(tokenizer_for(processor))

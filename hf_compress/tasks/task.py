@@ -84,6 +84,11 @@ class Task(ABC):
         return bool(cls.heads) and cls.has_head(config)
 
     @property
+    def positive_class(self) -> str | None:
+        """The class that F1 is of, where it is of one of two classes."""
+        return None
+
+    @property
     @abstractmethod
     def main_metric(self) -> str:
         """The metric that selects models and enters tables."""

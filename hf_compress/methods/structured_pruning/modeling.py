@@ -136,7 +136,7 @@ def _compress_by_activations(
     moments = {key: _moments(out) for key, out in output_projections(layers).items()}
     lengths = _Lengths(model)
     walk = _measure(model, layers, config, data, moments, lengths)
-    _require_rows(layers, config, moments)
+    require_tokens(layers, config, min(found.num_rows for found in moments.values()))
     generator = torch.Generator().manual_seed(config.seed)
     rankings = {
         (index, kind): rank(layers[index], kind, gram_matrix(found, config.center), config.selection, generator)
@@ -236,17 +236,24 @@ def _warn_of_filled_zeros(config: StructuredPruningConfig, layers: Sequence[Tran
         )
 
 
-def _require_rows(
-    layers: Sequence[TransformerLayer],
-    config: StructuredPruningConfig,
-    moments: Mapping[tuple[int, Kind], SecondMoments],
-) -> None:
-    rows = min(found.num_rows for found in moments.values())
+def require_tokens(layers: Sequence[TransformerLayer], config: StructuredPruningConfig, tokens: int) -> None:
+    """Refuse calibration data that is too little for the correction.
+
+    Args:
+        layers: Of the model.
+        config: What to reach.
+        tokens: Live tokens in the data.
+
+    Raises:
+        ValueError: If there are fewer than two tokens for each input of the widest projection.
+    """
+    if config.selection == "fisher" or not config.correction or config.ridge > 0 or config.mac_ratio == 1:
+        return
     width = max(out.in_features for out in output_projections(layers).values())
-    if config.correction and config.ridge == 0 and rows < 2 * width:
+    if tokens < 2 * width:
         raise ValueError(
             f"data must hold at least {2 * width} tokens for layers of width {width} (the correction would fit "
-            f"noise), got {rows}. Give more examples or set ridge above 0."
+            f"noise), got {tokens}. Give more examples or set ridge above 0."
         )
 
 
