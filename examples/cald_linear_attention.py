@@ -18,7 +18,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 import hf_compress as hc
 from hf_compress.report.quality import evaluate_model
-from hf_compress.tasks.label_matching import match_labels
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -56,7 +55,7 @@ def main() -> None:
     origin = args.teacher if args.mode in ("target", "hybrid") and not args.student_reinit else args.model
     set_seed(args.seed)  # A new head is drawn here.
     student = AutoModelForSequenceClassification.from_pretrained(origin, num_labels=task.num_labels)
-    task = match_labels(task, student.config)
+    task = task.matched(student.config)
     splits = ("train", task.measured_split())
     train, valid = (task.encode(name, tokenizer, args.max_length) for name in splits)
     dense = copy.deepcopy(student)

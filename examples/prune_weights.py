@@ -34,7 +34,6 @@ from transformers import (
 import hf_compress as hc
 from hf_compress.report.quality import evaluate_model
 from hf_compress.report.sparsity import element_ratio, matrices_of
-from hf_compress.tasks.label_matching import match_labels
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -79,7 +78,7 @@ def main() -> None:
         task_name=args.task_name, data_dir=args.data_dir, max_train_samples=args.max_train_samples, max_length=64
     )
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
-    task = match_labels(load_task(data), model.config)
+    task = load_task(data).matched(model.config)
     splits = ("train", task.measured_split())
     train, valid = (task.encode(name, tokenizer, 64) for name in splits)
     print(f"measured on the {splits[1]} split")

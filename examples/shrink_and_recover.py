@@ -15,7 +15,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 import hf_compress as hc
 from hf_compress.report.quality import evaluate_model
 from hf_compress.tasks.inputs import calibration_batches
-from hf_compress.tasks.label_matching import match_labels
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -33,7 +32,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     teacher = AutoModelForSequenceClassification.from_pretrained(args.model)
     student = AutoModelForSequenceClassification.from_pretrained(args.model)
-    task = match_labels(load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir)), student.config)
+    task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir)).matched(student.config)
     length = min(128, tokenizer.model_max_length)
     splits = ("train", task.measured_split())
     train, valid = (task.encode(name, tokenizer, length) for name in splits)

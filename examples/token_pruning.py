@@ -14,8 +14,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 import hf_compress as hc
 from hf_compress.report.tokens import trace_tokens, write_token_page
-from hf_compress.tasks.label_matching import match_labels
-from hf_compress.tasks.metrics import task_metrics
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
@@ -34,7 +32,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
-    task = match_labels(load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir)), model.config)
+    task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir)).matched(model.config)
     splits = ("train", task.measured_split())
     train, valid = (task.encode(name, tokenizer, 128) for name in splits)
     print(f"measured on the {splits[1]} split")
@@ -55,7 +53,7 @@ def main() -> None:
         eval_dataset=valid,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=lambda p: task_metrics(p.predictions, p.label_ids),
+        compute_metrics=lambda p: task.training_metrics(p.predictions, p.label_ids),
         callbacks=callbacks,
     )
     trainer.train()
