@@ -72,7 +72,7 @@ def _deberta(**changes):
         "pooler_dropout": 0.0,
         "num_hidden_layers": 2,
     }
-    return transformers.DebertaV2Config(**_BERT_LIKE, **relative, **plain, **changes)
+    return transformers.DebertaV2Config(**{**_BERT_LIKE, **relative, **plain, **changes})
 
 
 def _modernbert(**changes):

@@ -70,7 +70,8 @@ def real_tokens(batch):
 
 def cast(batch, model):
     """The batch with images and sounds in the dtype of the model."""
-    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}
+    floats = {name: value for name, value in batch.items() if torch.is_tensor(value) and value.is_floating_point()}
+    return {**batch, **{name: value.to(model.dtype) for name, value in floats.items()}}
 
 
 class WholeInputClassifier:

@@ -4,11 +4,14 @@ import copy
 
 import torch
 from torch import nn
+from transformers import DebertaV2Model, MistralConfig, MistralModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.architectures import layers_of
+from hf_compress.core.cost import count_cost
 from hf_compress.core.projections import HEAD_ROLES, NEURON_ROLES, Projection, Role
 from hf_compress.core.surgery import keep_heads_, keep_inputs_, keep_neurons_, keep_outputs_, resize_
+from tests.conftest import ARCHITECTURES
 from tests.images_and_sounds import cast, real_tokens
 from tests.rounding import assert_equal_to_rounding
 
@@ -145,3 +148,35 @@ def test_heads_that_are_cut_twice_keep_their_own_position_bias(model, batches):
     for layer in layers_of(other):
         layer.attention.kept_heads.fill_(0)
     assert (hidden(other, batch)[live] - hidden(once, batch)[live]).abs().max() > 1e-3
+
+
+def test_positions_with_projections_of_their_own(batches):
+    """DeBERTa-v2 without shared keys: the projections of positions lose the same heads, and their work is counted."""
+    config = ARCHITECTURES["deberta-v2"](share_att_key=False)
+    torch.manual_seed(0)
+    dense = DebertaV2Model(config).eval().double()
+    for layer in layers_of(dense):
+        assert {Role.POSITION_QUERY, Role.POSITION_KEY} <= layer.projections.keys()
+    cut, masked = cut_and_masked(dense, [([1, 3], [0, 1, 2]), ([2], [5])])
+    batch = batches(config, count=1)[0]
+    live = batch["attention_mask"].bool()
+    assert_equal_to_rounding(hidden(cut, batch)[live], hidden(masked, batch)[live])
+    shared = DebertaV2Model(ARCHITECTURES["deberta-v2"]())
+    assert count_cost(dense, seq_len=9).macs_by_layer == count_cost(shared, seq_len=9).macs_by_layer
+    one_sided = DebertaV2Model(ARCHITECTURES["deberta-v2"](share_att_key=False, pos_att_type=["c2p"]))
+    once, each = 16 * 32 * 32, 9 * 16 * 32
+    lost = [
+        a - b for a, b in zip(count_cost(dense, 9).macs_by_layer, count_cost(one_sided, 9).macs_by_layer, strict=True)
+    ]
+    assert lost == [once + each] * 2
+
+
+def test_a_window_of_the_whole_model_is_counted():
+    """Mistral's attention modules do not know their window, its config does."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64}
+    wide, narrow = (
+        MistralModel(MistralConfig(**sizes, vocab_size=99, num_hidden_layers=1, sliding_window=window))
+        for window in (None, 3)
+    )
+    pairs = sum(abs(i - j) < 3 for i in range(10) for j in range(10))
+    assert count_cost(wide, 10).macs - count_cost(narrow, 10).macs == 2 * (100 - pairs) * 32

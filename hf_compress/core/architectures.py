@@ -6,7 +6,7 @@ Letters: H heads, G query heads a key-value head, d head size, D hidden, F feed-
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -53,7 +53,10 @@ class TransformerLayer:
     def modules(self) -> dict[str, nn.Linear | Conv1D]:
         """Path -> module of each projection; a fused module is there once."""
         paths = self.architecture.projections
-        return {path: self.module.get_submodule(path) for path, roles in paths.items() if self._has(path, roles)}
+        return {path: self._linear(path) for path, roles in paths.items() if self._has(path, roles)}
+
+    def _linear(self, path: str) -> nn.Linear | Conv1D:
+        return cast(nn.Linear, self.module.get_submodule(path))
 
     def _has(self, path: str, roles: tuple[Role, ...]) -> bool:
         if roles[0] not in OPTIONAL_ROLES:
@@ -73,7 +76,7 @@ class TransformerLayer:
     def projection(self, role: Role) -> Projection:
         """The projection with a role; a `KeyError` where the architecture has none."""
         path = self.architecture.paths[role]
-        return self._within(path, self.module.get_submodule(path), role)
+        return self._within(path, self._linear(path), role)
 
     def _within(self, path: str, module: nn.Linear | Conv1D, role: Role) -> Projection:
         roles = self.architecture.projections[path]
@@ -90,7 +93,7 @@ class TransformerLayer:
         return context // self.queries_per_unit if role in (Role.KEY, Role.VALUE) else context
 
     def _inputs_of(self, role: Role) -> int:
-        return module_inputs(self.module.get_submodule(self.architecture.paths[role]))
+        return module_inputs(self._linear(self.architecture.paths[role]))
 
     @property
     def attention(self) -> nn.Module:
@@ -114,7 +117,7 @@ class TransformerLayer:
 
     @property
     def hidden_size(self) -> int:
-        return module_outputs(self.module.get_submodule(self.architecture.paths[Role.ATTENTION_OUT]))
+        return module_outputs(self._linear(self.architecture.paths[Role.ATTENTION_OUT]))
 
     @property
     def head_size(self) -> int:
@@ -223,7 +226,7 @@ def layers_of(model: PreTrainedModel, adapted: bool = False) -> list[Transformer
         [16, 16]
     """
     row = architecture_of(model)
-    modules = model.base_model.get_submodule(row.layers)
+    modules = cast(nn.ModuleList, model.base_model.get_submodule(row.layers))
     layers = [TransformerLayer(index, module, row) for index, module in enumerate(modules)]
     for layer in () if adapted else layers:
         for path, module in layer.modules.items():

@@ -37,7 +37,7 @@ class Cost:
     bytes: int
     macs_by_layer: list[float] = field(default_factory=list)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 

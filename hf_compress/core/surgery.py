@@ -26,7 +26,7 @@ KEPT_HEADS = "kept_heads"
 def _replace_(module: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -> None:
     """Give a linear layer another weight [outputs, inputs] and bias; dtype and `requires_grad` stay."""
 
-    def renewed(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+    def renewed(old: Tensor, values: Tensor) -> nn.Parameter:
         # An own copy: views would keep the dense weight in memory.
         copy = values.detach().to(old.dtype).clone(memory_format=torch.contiguous_format)
         return nn.Parameter(copy, requires_grad=old.requires_grad)
