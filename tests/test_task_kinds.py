@@ -491,6 +491,9 @@ def test_the_columns_and_the_model_decide(tmp_path, texts, pairs, model, tokeniz
     assert type(load_task(texts, configs[encoder])) is SentenceEmbedding
     with pytest.raises(ValueError, match="fit language-modeling or sentence-embedding: choose one with --task_kind"):
         load_task(texts)
+    classifier = saved(tmp_path / "classifier", model("bert", "sequence_classification"), tokenizer)
+    with pytest.raises(ValueError, match="columns text: name the one with the labels by --label_column"):
+        load_task(texts, transformers.AutoConfig.from_pretrained(classifier))
     scored = DataArguments(validation_file=str(tmp_path / "pairs" / "validation.jsonl"), label_column="score")
     assert type(load_task(scored, configs[encoder])) is SequenceClassification
     write_modules(tmp_path / "encoder", "mean")

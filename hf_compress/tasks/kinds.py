@@ -71,9 +71,12 @@ def choose_kind(table: Table, name: str, args: DataArguments, model: PretrainedC
     for kind in (made_for, published, *_BY_COLUMNS, SequenceClassification):
         if kind in fitting:
             return kind
-    if not fitting:
+    headed = made_for is not None and bool(made_for.heads)
+    # Texts among other columns are a classifier's, whose column of labels has another name.
+    forgotten = model is None and len(table.columns) > 1
+    if not fitting or headed or forgotten:
         # What columns it needs is explained where it looks for them.
-        return SequenceClassification
+        return made_for or SequenceClassification
     if model is not None and LanguageModeling in fitting:
         # Not made for language modelling, or it would have said so.
         fitting.remove(LanguageModeling)
