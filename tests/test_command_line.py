@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -279,3 +281,19 @@ def test_an_expression_of_our_own_that_fails_is_a_bug(monkeypatch):
     with pytest.raises(ValueError, match="said") as caught:
         exec(compile("raise ValueError('said')", hf_compress.__file__, "exec"), {})
     assert is_bad_input(caught.value)
+
+
+def test_methods_of_other_packages_refuse_input_as_ours_do(monkeypatch, tmp_path):
+    (tmp_path / "added").mkdir()
+    (tmp_path / "added" / "__init__.py").write_text(
+        "class Config: pass\ndef refuse():\n    raise ValueError('said')\ndef fail():\n    int('x')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    added = importlib.import_module("added")
+    for function, expected in ((added.refuse, True), (added.fail, False)):
+        with pytest.raises(ValueError, match="said|invalid literal") as caught:
+            function()
+        assert not is_bad_input(caught.value)
+        with monkeypatch.context() as patch:
+            patch.setitem(hf_compress.METHODS, "added", types.SimpleNamespace(config_class=added.Config))
+            assert is_bad_input(caught.value) == expected

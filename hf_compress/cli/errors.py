@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -18,10 +19,12 @@ class BadInput(ValueError):
 def is_bad_input(error: BaseException) -> bool:
     """Whether an exception tells the user what to change.
 
-    A `ValueError` does when a `raise` statement of this package threw it: that is how library code refuses input.
-    One that comes out of another library, or out of an expression such as `int(...)` or a failed unpacking in our own
-    code, was not foreseen and is a bug. An `OSError` does when it names a file or a reason (a full disk, a folder
-    without write permission).
+    A `ValueError` does when a `raise` statement of this package, or of one that adds a method, threw it: that is how
+    library code refuses input. One that comes out of another library, or out of an expression such as `int(...)` or a failed unpacking in our own
+    code, was not foreseen and is a bug. A subclass of `ValueError` would say so more plainly, but only if every one of
+    some 350 checks, those of methods in other packages included, raised it, and each that forgot would turn a user's
+    mistake into a traceback; where an error was raised is known without anybody's help. An `OSError` does when it
+    names a file or a reason (a full disk, a folder without write permission).
 
     Example:
         >>> is_bad_input(BadInput("mac_ratio must be in (0, 1], got 2."))
@@ -39,6 +42,15 @@ def is_bad_input(error: BaseException) -> bool:
     return isinstance(error, ValueError) and _raised_here(error)
 
 
+def _packages() -> Iterator[str]:
+    """The folders of this package and, once methods are loaded, of those that add some."""
+    yield _PACKAGE
+    loaded = sys.modules.get("hf_compress.methods")
+    for method in loaded.METHODS.values() if loaded is not None else ():
+        home = sys.modules[method.config_class.__module__.partition(".")[0]]
+        yield str(Path(str(home.__file__)).resolve().parent)
+
+
 def _raised_here(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -46,7 +58,7 @@ def _raised_here(error: BaseException) -> bool:
     if trace is None:
         return False
     code = trace.tb_frame.f_code
-    inside = str(Path(code.co_filename).resolve()).startswith(_PACKAGE)
+    inside = str(Path(code.co_filename).resolve()).startswith(tuple(_packages()))
     return inside and code.co_code[trace.tb_lasti] == _RAISE
 
 
