@@ -12,8 +12,8 @@ last lines of the output, means over three seeds with their standard errors:
     pruned    validation 95.44 +- 0.11 (95.67, 95.33, 95.33) test 95.50 +- 0.50 (95.00, 96.50, 95.00)
     recovered validation 95.44 +- 0.11 (95.67, 95.33, 95.33) test 95.42 +- 0.60 (95.75, 96.25, 94.25)
 
-With `--mac_ratio 0.3` recovery has something to do: 95.50 dense, 92.67 pruned, 95.08 recovered on the test images. A run
-takes ten minutes on two busy cores.
+With `--mac_ratio 0.3` recovery has something to do: 95.50 dense, 92.67 pruned, 95.08 recovered on the test images.
+A run takes ten minutes on two busy cores.
 """
 
 from __future__ import annotations
