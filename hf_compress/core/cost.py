@@ -26,7 +26,8 @@ class Cost:
         nonzero_params: Those that are not exactly zero.
         macs: Multiply-accumulates of one forward pass of the given batch through the transformer layers, without
             LayerNorm, softmax, embeddings (those of patches and the feature encoder of sounds are such) and task head;
-            None where they were not counted.
+            None where they were not counted. DeBERTa projects its embeddings of distances once a batch, and is counted
+            so; on real data they count once a sequence.
         bytes: Memory of the parameters in their dtype.
         macs_by_layer: The MACs of each layer, in order; they sum to `macs`.
     """
