@@ -133,7 +133,7 @@ def test_text_is_modelled_pruned_and_compared(place, sentences):
     assert "LOST" not in found["models"][1]["verdicts"][0]
 
 
-def test_images_are_learned(place):
+def test_images_are_learned_pruned_and_compared(place):
     rows = []
     for number in range(32):
         file = io.BytesIO()
@@ -157,8 +157,20 @@ def test_images_are_learned(place):
         == 0
     )
     assert same_as_evaluate(place, "out", "--data_dir data", ["accuracy"])["accuracy"] > 0.9
-    report = "report --models out --output_dir report --data_dir data --latency_repeats 1 --latency_batch_sizes 1"
+    prune = "prune-structure --model_name_or_path out --output_dir cut --mac_ratio 0.5 --calibration_samples 32"
+    assert main(f"{prune} --data_dir data --device cpu".split()) == 0
+    # Four patches and the class token, in two layers of 5 * (4 * 16 * 16 + 2 * 16 * 16) + 2 * 5 * 5 * 16.
+    done = results(place / "cut")
+    assert done["step"]["seq_len"] == 5
+    assert done["before"]["macs"] == 2 * (5 * 6 * 16 * 16 + 2 * 5 * 5 * 16)
+    assert done["mac_ratio"] <= 0.5
+    cut = transformers.AutoModelForImageClassification.from_pretrained("cut")
+    assert sum(p.numel() for p in cut.parameters()) == done["after"]["params"] < done["before"]["params"]
+    assert measured("cut", "--data_dir data", place)["cut"]["accuracy"] >= 0.5
+    report = "report --models out cut --output_dir report --data_dir data --latency_repeats 1 --latency_batch_sizes 1"
     assert main(f"{report} --device cpu".split()) == 0
+    found = json.loads((place / "report" / "report.json").read_text())
+    assert found["models"][1]["mac_ratio"] == pytest.approx(done["mac_ratio"])
 
 
 @pytest.fixture

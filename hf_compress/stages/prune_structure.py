@@ -6,9 +6,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from hf_compress.api import compress, steps_of
 from hf_compress.core.architectures import layers_of
-from hf_compress.core.batches import live_tokens
+from hf_compress.core.batches import base_inputs, seen_tokens
 from hf_compress.core.cost import count_cost
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
 from hf_compress.methods.structured_pruning.modeling import require_tokens
@@ -16,6 +18,7 @@ from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, 
 from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage, task_for
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import calibration_batches
+from hf_compress.tasks.task import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +61,10 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
     arguments.device.place_(model)
     rows = task.encode("train", tokenizer, data.max_length)
     batches = calibration_batches(rows, tokenizer, calibration.calibration_samples, calibration.calibration_seed)
-    tokens = sum(int(live_tokens(batch).sum()) for batch in batches) if "input_ids" in batches[0] else None
-    if tokens is not None:
-        # The method would find out only after its pass over the data.
-        require_tokens(layers_of(model), config, tokens)
-    seq_len = config.seq_len or _mean_length(batches)
+    lengths = _lengths(model, batches)
+    # The method would find out only after its pass over the data.
+    require_tokens(layers_of(model), config, sum(lengths))
+    seq_len = config.seq_len or sum(lengths) / len(lengths)
     before = count_cost(model, seq_len)
     start = time.perf_counter()
     compress(model, config, data=batches)
@@ -81,6 +83,8 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
     return results
 
 
-def _mean_length(batches: list[dict[str, Any]]) -> float:
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    return tokens / sum(len(batch["input_ids"]) for batch in batches)
+def _lengths(model: PreTrainedModel, batches: list[Batch]) -> list[int]:
+    """How many real tokens the layers see of each example: of an image, its patches and the tokens before them."""
+    return [
+        length for batch in batches for length in seen_tokens(model, base_inputs(model, batch)).sum(1).tolist()
+    ]
