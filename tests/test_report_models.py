@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, PreTrainedModel
+from transformers import AutoTokenizer, BloomConfig, BloomForSequenceClassification, PreTrainedModel
 
 from hf_compress.cli.main import main
 from hf_compress.core.devices import chosen_device
@@ -90,9 +90,9 @@ def test_each_model_reads_by_its_own_tokenizer(place, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_arithmetic_that_cannot_be_counted_is_blank(place):
     torch.manual_seed(0)
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    sizes = {"hidden_size": 16, "n_layer": 1, "n_head": 2}
     names = {"id2label": {0: "up", 1: "down"}, "label2id": {"up": 0, "down": 1}}
-    other = GPT2ForSequenceClassification(GPT2Config(vocab_size=len(WORDS), pad_token_id=0, **sizes, **names))
+    other = BloomForSequenceClassification(BloomConfig(vocab_size=len(WORDS), pad_token_id=0, **sizes, **names))
     other.save_pretrained(place / "other")
     write_tokenizer(place / "other")
     found = compare("model", "other", "twin")
