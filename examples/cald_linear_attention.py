@@ -17,8 +17,6 @@ import copy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 import hf_compress as hc
-from hf_compress.report.quality import evaluate_model
-from hf_compress.tasks.sources import DataArguments, load_task
 
 
 def main() -> None:
@@ -51,7 +49,7 @@ def main() -> None:
             parser.error(f"--mode {args.mode} needs --{name}")
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir))
+    task = hc.load_task(hc.DataArguments(task_name=args.task_name, data_dir=args.data_dir))
     origin = args.teacher if args.mode in ("target", "hybrid") and not args.student_reinit else args.model
     set_seed(args.seed)  # A new head is drawn here.
     student = AutoModelForSequenceClassification.from_pretrained(origin, num_labels=task.num_labels)
@@ -87,7 +85,7 @@ def main() -> None:
         trainer = hc.DistillationTrainer(model=student, teacher_model=teacher, args=fixed, **rest)
     trainer.train()
     trainer.save_model()
-    print(args.mode, evaluate_model(student, valid, tokenizer))
+    print(args.mode, hc.evaluate_model(student, valid, tokenizer))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import (
     AutoModelForSequenceClassification,
@@ -32,9 +33,6 @@ from transformers import (
 )
 
 import hf_compress as hc
-from hf_compress.report.quality import evaluate_model
-from hf_compress.report.sparsity import element_ratio, matrices_of
-from hf_compress.tasks.sources import DataArguments, load_task
 
 
 # What the original calls these fields.
@@ -71,18 +69,25 @@ def pruning_config(args: argparse.Namespace) -> hc.WeightPruningConfig:
     )
 
 
+def zeros(model: torch.nn.Module) -> str:
+    """The fraction of zeros in the weights of all linear layers, the head's included."""
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    nonzero = sum(int(weight.count_nonzero()) for weight in weights)
+    return f"{1 - nonzero / sum(weight.numel() for weight in weights):.4f} zeros"
+
+
 def main() -> None:
     args = parse()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data = DataArguments(
+    data = hc.DataArguments(
         task_name=args.task_name, data_dir=args.data_dir, max_train_samples=args.max_train_samples, max_length=64
     )
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
-    task = load_task(data).matched(model.config)
+    task = hc.load_task(data).matched(model.config)
     splits = ("train", task.measured_split())
     train, valid = (task.encode(name, tokenizer, 64) for name in splits)
     print(f"measured on the {splits[1]} split")
-    print("dense ", evaluate_model(model, valid, tokenizer), f"{element_ratio(matrices_of(model)):.4f} zeros")
+    print("dense ", hc.evaluate_model(model, valid, tokenizer), zeros(model))
 
     common = {
         "model": model,
@@ -117,7 +122,7 @@ def main() -> None:
     trainer.train()
     trainer.save_model()
     sparse = AutoModelForSequenceClassification.from_pretrained(args.out)
-    print("sparse", evaluate_model(sparse, valid, tokenizer), f"{element_ratio(matrices_of(sparse)):.4f} zeros")
+    print("sparse", hc.evaluate_model(sparse, valid, tokenizer), zeros(sparse))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ import argparse
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import hf_compress as hc
-from hf_compress.report.quality import evaluate_model
-from hf_compress.tasks.inputs import calibration_batches
-from hf_compress.tasks.sources import DataArguments, load_task
 
 
 def main() -> None:
@@ -32,16 +29,16 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     teacher = AutoModelForSequenceClassification.from_pretrained(args.model)
     student = AutoModelForSequenceClassification.from_pretrained(args.model)
-    task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir)).matched(student.config)
+    task = hc.load_task(hc.DataArguments(task_name=args.task_name, data_dir=args.data_dir)).matched(student.config)
     length = min(128, tokenizer.model_max_length)
     splits = ("train", task.measured_split())
     train, valid = (task.encode(name, tokenizer, length) for name in splits)
     print(f"measured on the {splits[1]} split")
-    print("dense    ", evaluate_model(teacher, valid, tokenizer))
+    print("dense    ", hc.evaluate_model(teacher, valid, tokenizer))
 
     config = hc.StructuredPruningConfig(mac_ratio=args.mac_ratio)
-    hc.compress(student, config, data=calibration_batches(train, tokenizer, args.samples, seed=0))
-    print("pruned   ", evaluate_model(student, valid, tokenizer))
+    hc.compress(student, config, data=hc.calibration_batches(train, tokenizer, args.samples, seed=0))
+    print("pruned   ", hc.evaluate_model(student, valid, tokenizer))
 
     trainer = hc.DistillationTrainer(
         model=student,
@@ -53,9 +50,9 @@ def main() -> None:
     )
     trainer.train()
     trainer.save_model()
-    print("recovered", evaluate_model(student, valid, tokenizer))
+    print("recovered", hc.evaluate_model(student, valid, tokenizer))
     reopened = AutoModelForSequenceClassification.from_pretrained(args.out)
-    print("reopened ", evaluate_model(reopened, valid, tokenizer))
+    print("reopened ", hc.evaluate_model(reopened, valid, tokenizer))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ import argparse
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
 
 import hf_compress as hc
-from hf_compress.report.tokens import trace_tokens, write_token_page
-from hf_compress.tasks.sources import DataArguments, load_task
 
 
 def main() -> None:
@@ -32,7 +30,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForSequenceClassification.from_pretrained(args.model)
-    task = load_task(DataArguments(task_name=args.task_name, data_dir=args.data_dir)).matched(model.config)
+    task = hc.load_task(hc.DataArguments(task_name=args.task_name, data_dir=args.data_dir)).matched(model.config)
     splits = ("train", task.measured_split())
     train, valid = (task.encode(name, tokenizer, 128) for name in splits)
     print(f"measured on the {splits[1]} split")
@@ -61,7 +59,7 @@ def main() -> None:
     metrics = trainer.evaluate()
     print(args.mode, {name: metrics[name] for name in ("eval_accuracy", "eval_relative_macs") if name in metrics})
     texts = task.split(splits[1])[task.text_columns[0]][:3]
-    write_token_page(f"{args.out}/words.html", [trace_tokens(model, tokenizer, text) for text in texts])
+    hc.write_token_page(f"{args.out}/words.html", [hc.trace_tokens(model, tokenizer, text) for text in texts])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,12 @@ from .methods.weight_pruning import accelerate_for_inference as accelerate_for_i
 from .methods.weight_pruning import slim as slim
 from .report.latency import Latency as Latency
 from .report.latency import measure_latency as measure_latency
+from .report.quality import evaluate_model as evaluate_model
+from .report.tokens import trace_tokens as trace_tokens
+from .report.tokens import write_token_page as write_token_page
+from .tasks.arguments import DataArguments as DataArguments
+from .tasks.inputs import calibration_batches as calibration_batches
+from .tasks.sources import load_task as load_task
 from .training.arguments import DistillationArguments as DistillationArguments
 from .training.arguments import JointTeacherArguments as JointTeacherArguments
 from .training.arguments import SnapshotTeacherArguments as SnapshotTeacherArguments

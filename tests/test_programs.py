@@ -1,10 +1,12 @@
-"""Examples and benchmarks: what they import exists."""
+"""Examples and benchmarks: what they import exists; examples do with public names."""
 
 import ast
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+import hf_compress
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,3 +30,15 @@ def test_imports_exist(path):
         if name is not None and not hasattr(import_module(module), name)
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.name)
+def test_examples_use_public_names_only(path):
+    assert list(imports(path)) == [("hf_compress", None)]
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hc"
+    }
+    assert used
+    assert used <= set(hf_compress.__all__)

@@ -31,8 +31,21 @@ class TokenTrace:
 def trace_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> TokenTrace:
     """Run a text through a model and note which tokens leave each layer.
 
+    Args:
+        model: With token pruning.
+        tokenizer: Its own.
+        text: Cut where it is longer than the model reads.
+
+    Returns:
+        The tokens, and for each layer which of them it keeps.
+
     Raises:
         ValueError: If the model does not drop tokens.
+
+    Example:
+        >>> import hf_compress as hc
+        >>> traces = [hc.trace_tokens(model, tokenizer, text) for text in texts]  # doctest: +SKIP
+        >>> hc.write_token_page("words.html", traces)  # doctest: +SKIP
     """
     arguments = forward_state(model)
     if (state := state_in(arguments)) is None:
@@ -54,6 +67,13 @@ def write_token_page(file: str | Path, traces: list[TokenTrace], title: str = "W
         file: Written anew.
         traces: Of `trace_tokens`.
         title: Heading.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "words.html"
+        >>> write_token_page(file, [TokenTrace(["a", "film"], [[True, True], [False, True]])])
+        >>> "after layer 1: 1" in file.read_text()
+        True
     """
     style = (
         "body{font:14px sans-serif;margin:2em}td{padding:2px 5px;text-align:center}"

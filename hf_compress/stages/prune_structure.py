@@ -85,6 +85,4 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
 
 def _lengths(model: PreTrainedModel, batches: list[Batch]) -> list[int]:
     """How many real tokens the layers see of each example: of an image, its patches and the tokens before them."""
-    return [
-        length for batch in batches for length in seen_tokens(model, base_inputs(model, batch)).sum(1).tolist()
-    ]
+    return [length for batch in batches for length in seen_tokens(model, base_inputs(model, batch)).sum(1).tolist()]

@@ -29,6 +29,13 @@ class DataArguments:
         separate_rows: Language modelling: every row is a text of its own. Left out: all rows are one running text.
         max_train_samples: Use only this many training examples, drawn with a fixed seed.
         max_eval_samples: Use only this many validation and test examples, drawn with a fixed seed.
+
+    Raises:
+        ValueError: If a length, a stride or a number of examples is out of range.
+
+    Example:
+        >>> DataArguments(data_dir="reviews", max_length=256).task_kind is None   # found when the data is read
+        True
     """
 
     task_name: str | None = None

@@ -103,10 +103,27 @@ def check_draw(num_samples: int, seed: int) -> None:
 def calibration_batches(
     rows: Dataset, processor: Processor, num_samples: int, seed: int, batch_size: int = 32
 ) -> list[Batch]:
-    """A seeded sample of rows, drawn without replacement, as length-sorted batches.
+    """Draw a seeded sample of rows without replacement, as batches of similar lengths.
+
+    Args:
+        rows: As `task.encode` gives them.
+        processor: The tokenizer or image processor that encoded them.
+        num_samples: Rows to draw.
+        seed: Of the draw; the same seed gives the same rows.
+        batch_size: Rows of one batch at most.
+
+    Returns:
+        Batches for `data=` of `compress`: tensors by name, padded to the longest row of the batch.
 
     Raises:
         ValueError: If fewer rows exist than are asked for.
+
+    Example:
+        >>> from transformers import ViTImageProcessor
+        >>> rows = Dataset.from_dict({"pixel_values": [[[[0.0]]], [[[1.0]]], [[[2.0]]]], "labels": [0, 1, 0]})
+        >>> [batch] = calibration_batches(rows, ViTImageProcessor(), num_samples=2, seed=0)
+        >>> batch["pixel_values"].shape, batch["labels"].shape
+        (torch.Size([2, 1, 1, 1]), torch.Size([2]))
     """
     if not 1 <= num_samples <= len(rows):
         raise ValueError(f"calibration_samples must be in 1..{len(rows)} (the training rows), got {num_samples}.")

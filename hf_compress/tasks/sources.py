@@ -26,11 +26,23 @@ def load_task(args: DataArguments, model: PretrainedConfig | None = None) -> Tas
 
     Args:
         args: Where it is, and of which kind.
-        model: Of the model that will read it; it decides where the columns fit several kinds.
+        model: The config of the model that will read it; it decides where the columns fit several kinds.
+
+    Returns:
+        The task: `matched(model.config)` puts its labels into a model's order, `encode(split, tokenizer, max_length)`
+        gives the rows that a `Trainer` takes.
 
     Raises:
         ValueError: If no source is given or two are, or a file cannot be read; names file, column and row of a text
             or label that is missing, empty or of another kind.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "train.csv"
+        >>> _ = file.write_text("text,label\\nA fine film.,good\\nA dull plot.,bad\\n")
+        >>> task = load_task(DataArguments(train_file=str(file)))
+        >>> task.kind, task.label_names
+        ('sequence-classification', ('bad', 'good'))
     """
     named = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
     files = {split: Path(file) for split, file in named.items() if file is not None}
