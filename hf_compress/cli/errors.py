@@ -20,11 +20,11 @@ def is_bad_input(error: BaseException) -> bool:
     """Whether an exception tells the user what to change.
 
     A `ValueError` does when a `raise` statement of this package, or of one that adds a method, threw it: that is how
-    library code refuses input. One that comes out of another library, or out of an expression such as `int(...)` or a failed unpacking in our own
-    code, was not foreseen and is a bug. A subclass of `ValueError` would say so more plainly, but only if every one of
-    some 350 checks, those of methods in other packages included, raised it, and each that forgot would turn a user's
-    mistake into a traceback; where an error was raised is known without anybody's help. An `OSError` does when it
-    names a file or a reason (a full disk, a folder without write permission).
+    library code refuses input. One that comes out of another library, or out of an expression such as `int(...)` or a
+    failed unpacking in our own code, was not foreseen and is a bug. A subclass of `ValueError` would say so more
+    plainly, but only if every one of some 350 checks, those of methods in other packages included, raised it, and each
+    that forgot would turn a user's mistake into a traceback; where an error was raised is known without anybody's
+    help. An `OSError` does when it names a file or a reason (a full disk, a folder without write permission).
 
     Example:
         >>> is_bad_input(BadInput("mac_ratio must be in (0, 1], got 2."))
