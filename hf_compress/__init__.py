@@ -1,7 +1,7 @@
 """Make Hugging Face transformer models smaller and faster; open the result with plain `from_pretrained`.
 
 Public names are listed in `__init__.pyi`, where editors and type checkers read their signatures. Each is imported
-when it is first used, so that `import hf_compress` costs next to nothing.
+when it is first used, so `import hf_compress` takes almost no time.
 """
 
 from importlib import import_module
@@ -14,5 +14,5 @@ __version__ = "0.1.0.dev0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 # transformers imports its quantizer registry, and torch with it, only when a model class is first touched. Importing
-# the loader before that would make `import hf_compress` pay for both.
+# the loader before that would make `import hf_compress` import both.
 register_post_import_hook(lambda _: import_module("hf_compress.loading"), "transformers.quantizers.auto")

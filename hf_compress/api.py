@@ -1,4 +1,4 @@
-"""The verbs: change a model and write down how, rebuild the shapes from the record, read the record, drop it."""
+"""The verbs: compress a model and record the steps, rebuild shapes from a record, read a record, drop it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def _parse(step: Mapping[str, Any], config: PretrainedConfig, position: int) -> tuple[Method, MethodConfig]:
-    """One step of the record as the method and its config; broken steps raise one `ValueError`."""
+    """Read one step of the record as its method and config; a broken step raises one `ValueError`."""
     name = step.get("method") if isinstance(step, Mapping) else None
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"Step {position}: method must be one of {', '.join(METHODS)}, got {name!r}.")
@@ -38,7 +38,7 @@ def _parse(step: Mapping[str, Any], config: PretrainedConfig, position: int) -> 
 
 
 def _parsed(config: PretrainedConfig) -> list[tuple[Method, MethodConfig]]:
-    """The steps of a model's record, each possible after those before it."""
+    """Read the steps of a model's record, and check that each of them may follow those before it."""
     parsed: list[tuple[Method, MethodConfig]] = []
     for position, step in enumerate(record_of(config)["steps"]):
         method, completed = _parse(step, config, position)
@@ -51,10 +51,10 @@ def _parsed(config: PretrainedConfig) -> list[tuple[Method, MethodConfig]]:
 
 
 def steps_of(model_or_config: PreTrainedModel | PretrainedConfig) -> list[dict[str, Any]]:
-    """The steps that made a model, first to last; an uncompressed model has none.
+    """List the steps that made a model, first to last; an uncompressed model has none.
 
     Raises:
-        ValueError: If the record is of another package, of a newer version, names an unknown method or holds an
+        ValueError: If the record belongs to another package or a newer version, names an unknown method or holds an
             impossible value.
 
     Example:
@@ -68,16 +68,16 @@ def steps_of(model_or_config: PreTrainedModel | PretrainedConfig) -> list[dict[s
 
 
 def check_finite(model: PreTrainedModel) -> None:
-    """Raise `ValueError` when a weight is NaN or infinite, because everything computed from it would be, too."""
+    """Raise `ValueError` if a weight is NaN or infinite, because everything computed from it would be too."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(f"Weights must be loaded, got {name} on the meta device. For shapes alone: rebuild().")
+            raise ValueError(f"Weights must be loaded, but {name} is on the meta device. rebuild() needs shapes only.")
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise ValueError(f"Weights must be finite, got NaN or infinity in {name}.")
 
 
 def method_of(config: MethodConfig) -> Method:
-    """The method that a config belongs to."""
+    """Find the method that a config belongs to."""
     for method in METHODS.values():
         if type(config) is method.config_class:
             return method
@@ -92,7 +92,7 @@ def compress(model: PreTrainedModel, *configs: MethodConfig, data: Data | None =
         model: A dense or already compressed transformers model with ordinary weights.
         configs: One for each step, in the order in which they are applied.
         data: Calibration batches: dicts of tensors as the model takes them, or a `DataLoader` of such; rows of a
-            tokenized `datasets.Dataset` or lists of ids are padded into batches of eight. An iterator will do for a
+            tokenized `datasets.Dataset` or lists of ids are padded into batches of eight. An iterator is enough for a
             single pass; a list, a data set or a `DataLoader` can be read as often as needed.
 
     Returns:
@@ -129,7 +129,7 @@ def compress(model: PreTrainedModel, *configs: MethodConfig, data: Data | None =
         own_config_(model)
         for position, (method, config) in enumerate(steps):
             if position:
-                # Once more: the steps before have changed the model.
+                # Checked once more, because the earlier steps have changed the model.
                 _check(method, model, config)
             append_step(model.config, method.name, method.compress(model, config, batches))
     return model
@@ -141,7 +141,7 @@ def _check(method: Method, model: PreTrainedModel, config: MethodConfig) -> None
 
 
 def apply_implied(model: PreTrainedModel) -> PreTrainedModel:
-    """Apply the methods that flat fields of the config ask for: published workflows write them into it by hand.
+    """Apply the methods that flat fields of the config ask for, as published workflows write them by hand.
 
     Returns:
         The same model, on the device it was on.
@@ -163,8 +163,8 @@ def apply_implied(model: PreTrainedModel) -> PreTrainedModel:
 def rebuild(model: PreTrainedModel) -> PreTrainedModel:
     """Give a freshly built model the module tree of the record in its config.
 
-    `AutoModel.from_config` ignores the record; this applies it. Weights of the skeleton lose their meaning where
-    shapes change.
+    `AutoModel.from_config` ignores the record; this function applies it. Where shapes change, the weights of the
+    skeleton become meaningless.
 
     Returns:
         The same model.
@@ -183,19 +183,20 @@ def rebuild(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def trainings_of(model: PreTrainedModel) -> dict[str, MethodTraining]:
-    """What the methods that a model went through do in its training, by their names, in the order of the record."""
+    """Give what each method of the record does when the model is trained, by method name, in the record's order."""
     methods = [METHODS[name] for name in dict.fromkeys(step["method"] for step in steps_of(model))]
     return {method.name: method.training(model) for method in methods if method.training is not None}
 
 
 def to_plain(model: PreTrainedModel) -> PreTrainedModel:
-    """Drop the record, if stock transformers can build the same modules from ordinary config fields.
+    """Drop the record of a model that stock transformers can build from ordinary config fields.
 
     Returns:
         The same model. What `save_pretrained` writes of it opens without this package.
 
     Raises:
-        ValueError: If a step cannot be expressed so; names the layer that prevents it. The model is then unchanged.
+        ValueError: If a step cannot be expressed by such fields; names the layer that prevents it. The model is then
+            unchanged.
     """
     fields: dict[str, Any] = {}
     for position, (method, completed) in enumerate(_parsed(model.config)):

@@ -1,4 +1,4 @@
-"""The README.md of a saved model: what was done to it, and how to open it. The Hub shows it as the model card."""
+"""Writes the README.md of a saved model: its steps, and how to open it. The Hub shows it as the model card."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "README.md"
 _MARK = "<!-- Written by hf_compress at every save. Remove this line to keep your own text. -->"
-# What transformers begins the cards of its Trainer with; it writes over any card by itself.
+# The first line of the cards that transformers' Trainer writes; the Trainer overwrites any card.
 _TRAINERS_MARK = "<!-- This model card has been generated automatically"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -43,7 +43,7 @@ else. Do not delete `quantization_config`, as its message advises: `pip install 
 
 
 def may_be_replaced(file: Path) -> bool:
-    """Whether a README.md was written by a program, or is not there at all."""
+    """Whether a README.md was written by a program or does not exist."""
     if not file.is_file():
         return True
     text = file.read_text(encoding="utf-8", errors="replace")
@@ -51,7 +51,7 @@ def may_be_replaced(file: Path) -> bool:
 
 
 def steps_with_settings(config: PretrainedConfig) -> list[tuple[str, dict[str, Any]]]:
-    """The methods that a model went through, each with its two main settings and those that are not the default."""
+    """List the steps of a model, each with its two main settings and those that are not the default."""
     result = []
     for step in [] if quantized_by_another(config) else record_of(config)["steps"]:
         kind = METHODS[step["method"]].config_class
@@ -61,7 +61,7 @@ def steps_with_settings(config: PretrainedConfig) -> list[tuple[str, dict[str, A
         # JSON knows no tuples.
         usual = {name: getattr(defaults, name) for name in values}
         usual = {name: list(value) if isinstance(value, tuple) else value for name, value in usual.items()}
-        # A config names first what it is about: how much is kept, which pattern, how many slots.
+        # The first fields of a config are the main ones: how much is kept, which pattern, how many slots.
         main = list(values)[:2]
         shown = {n: v for n, v in values.items() if v is not None and (n in main or v != usual[n])}
         result.append((step["method"], shown))
@@ -69,11 +69,11 @@ def steps_with_settings(config: PretrainedConfig) -> list[tuple[str, dict[str, A
 
 
 def _dense_parameters(model: PreTrainedModel) -> int:
-    """Parameters of a model of the same class and config without a record."""
+    """Count the parameters of a model of the same class and config without a record."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # Nothing is drawn on the meta device, but a class may do as it likes, and a training may be under way.
+    # Nothing is drawn on the meta device, but any class may draw random numbers, and a training may be running.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return sum(parameter.numel() for parameter in type(model)(config).parameters())
 
@@ -82,7 +82,7 @@ def _sizes(model: PreTrainedModel) -> str:
     parameters = list(model.parameters())
     now, nonzero = sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in parameters)
     rows = [f"| this model | {now:,} | {nonzero:,} |"]
-    # Somebody else's class may need more than a config.
+    # A class outside transformers may need more than a config.
     if type(model).__module__.startswith("transformers."):
         rows.insert(0, f"| the dense model | {_dense_parameters(model):,} | |")
     return "\n".join(["| | parameters | not zero |", "|---|---|---|", *rows])
@@ -96,7 +96,7 @@ def _auto_class(model: PreTrainedModel) -> str:
 
 
 def _base_model(model: PreTrainedModel) -> str | None:
-    """The Hub's name of the model that this one was made from, through folders on the way; None when not known."""
+    """Find the Hub name of the model that this one was made from, through the folders in between; None if unknown."""
     name = getattr(model.config, "_name_or_path", "") or ""
     if Path(name).is_dir():
         card = Path(name, FILE)
@@ -110,12 +110,12 @@ def tags_of(model: PreTrainedModel) -> list[str]:
 
 
 def compression_section(model: PreTrainedModel, has_tokenizer: bool) -> str:
-    """What was done to a model and how it is opened, in Markdown; for one without a record only the latter."""
+    """Describe in Markdown the steps of a model and how to open it; without a record, only the latter."""
     steps = steps_with_settings(model.config)
     auto = _auto_class(model)
     if not steps:
         return (
-            "The model has not been compressed, or to a form that plain transformers opens.\n\n"
+            "The model has not been compressed, or plain transformers opens its compressed form.\n\n"
             f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("path or name")\n```\n'
         )
     lines = []
@@ -132,12 +132,12 @@ def compression_section(model: PreTrainedModel, has_tokenizer: bool) -> str:
 
 
 def write_card(folder: str | Path, model: Any, target: str | Path | None = None) -> None:
-    """Write a README.md beside a saved model, unless there is one that somebody else wrote.
+    """Write a README.md beside a saved model, unless a person has written one.
 
     Args:
-        folder: Where the model's files are.
-        model: What was saved there; models that are not transformers' own have no card.
-        target: Where the files will be moved to; a README.md of somebody else there stays.
+        folder: Folder of the model's files.
+        model: The saved model; only models of transformers get a card.
+        target: Folder that the files will be moved to; a README.md that a person wrote there stays.
 
     Example:
         >>> import tempfile
@@ -151,7 +151,7 @@ def write_card(folder: str | Path, model: Any, target: str | Path | None = None)
     try:
         _write(folder, model, target)
     except Exception as error:
-        # Whatever it is: the model is worth more than its description.
+        # No error may stop the save: the model is worth more than its description.
         logger.warning("%s of %s could not be written: %s", FILE, folder if target is None else target, error)
 
 
@@ -167,7 +167,7 @@ def _write(folder: str | Path, model: Any, target: str | Path | None) -> None:
 
 
 def add_compression(file: str | Path, model: Any) -> None:
-    """Put what was done to a model into the card that transformers' Trainer has written, before its own text."""
+    """Add the steps of a model to the card that transformers' Trainer has written, before the Trainer's text."""
     core = base_of(model)
     if not isinstance(core, PreTrainedModel) or not tags_of(core)[1:]:
         return

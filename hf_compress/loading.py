@@ -1,8 +1,8 @@
-"""How plain `from_pretrained` opens compressed models: the modules of the record are rebuilt before weights are read.
+"""Lets plain `from_pretrained` open compressed models: it rebuilds the record's modules before weights are read.
 
 This is the only file that touches `transformers.quantizers`. It is imported by `hf_compress` right after
-transformers has imported its own registry, which may be in the middle of importing its models; so it reaches the
-verbs through the lazy package and imports nothing that needs a model.
+transformers has imported its own registry, possibly in the middle of importing its models. So it imports the verbs
+lazily, through the package, and nothing that needs a model.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ register_quantization_config(QUANT_METHOD)(CompressionConfig)
 
 @register_quantizer(QUANT_METHOD)
 class CompressionLoader(HfQuantizer):
-    """Rebuilds the modules of the record, and leaves an ordinary model with ordinary weights."""
+    """Rebuilds the modules of the record; the result is an ordinary model with ordinary weights."""
 
     requires_calibration = False
-    # Class attributes, not properties: Trainer asks both and refuses "quantized" models otherwise.
+    # Class attributes, not properties: Trainer reads both and refuses "quantized" models otherwise.
     is_trainable = True
     is_qat_trainable = True
 
@@ -40,8 +40,8 @@ class CompressionLoader(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # transformers initialises its own modules where weights are missing; those of methods would keep whatever the
-        # memory held.
+        # Where weights are missing, transformers initialises its own modules; those of methods would hold random
+        # memory.
         missing = [
             f"{path}.{name}"
             for path, module in model.named_modules()
@@ -50,7 +50,7 @@ class CompressionLoader(HfQuantizer):
             if tensor is not None and not getattr(tensor, "_is_hf_initialized", False)
         ]
         if missing:
-            raise ValueError(f"The saved weights must hold what the record names, got no {', '.join(missing)}.")
+            raise ValueError(f"The saved weights do not fit the record in config.json: no {', '.join(missing)}.")
         # Otherwise .half() and .float() raise, and Trainer and PEFT take plain weights for quantised ones.
         model.__dict__.pop("hf_quantizer", None)
         model.__dict__.pop("quantization_method", None)

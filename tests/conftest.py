@@ -245,11 +245,11 @@ def tokenizer():
 
 
 @pytest.fixture
-def ladder(tmp_path):
+def saved_states(tmp_path):
     """Three saved teachers, in folders whose alphabetical order is wrong."""
     for number, seed in ((2, 11), (9, 12), (10, 13)):
-        dense(seed, 0.1).save_pretrained(tmp_path / "ladder" / f"checkpoint-{number}")
-    return str(tmp_path / "ladder" / "checkpoint-*")
+        dense(seed, 0.1).save_pretrained(tmp_path / "saved_states" / f"checkpoint-{number}")
+    return str(tmp_path / "saved_states" / "checkpoint-*")
 
 
 @pytest.fixture(autouse=True, scope="module")

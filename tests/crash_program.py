@@ -80,13 +80,13 @@ def _pieces(kind: str, out: Path) -> tuple[type, type, dict, dict, list]:
     if kind == "joint":
         models = {"model": student, "teacher_model": teacher}
         return hc.JointTeacherTrainer, hc.JointTeacherArguments, distils, models, []
-    ladder = [str(out.parent / f"ladder-{seed}") for seed in (1, 2, 3)]
-    for seed, place in enumerate(ladder):
+    saved_states = [str(out.parent / f"saved_states-{seed}") for seed in (1, 2, 3)]
+    for seed, place in enumerate(saved_states):
         if not Path(place).exists():
             with complete_or_absent(place) as staged:
                 build(32, 4, seed).save_pretrained(staged)
     return (
-        hc.SnapshotTeacherTrainer, hc.SnapshotTeacherArguments, {**distils, "teacher_snapshots": ladder},
+        hc.SnapshotTeacherTrainer, hc.SnapshotTeacherArguments, {**distils, "teacher_snapshots": saved_states},
         {"model": student}, [],
     )  # fmt: skip
 

@@ -298,14 +298,14 @@ def test_a_joint_teacher_is_not_overwritten_by_itself(tmp_path):
         joint.train()
 
 
-def test_the_ladder_of_teachers_is_not_rotated_away(tmp_path):
-    ladder = [str(tmp_path / f"checkpoint-{step}") for step in (1, 2)]
-    for seed, place in enumerate(ladder):
+def test_the_series_of_teachers_is_not_rotated_away(tmp_path):
+    saved_states = [str(tmp_path / f"checkpoint-{step}") for step in (1, 2)]
+    for seed, place in enumerate(saved_states):
         crash_program.build(16, 1, seed).save_pretrained(place)
     climbing = hc.SnapshotTeacherTrainer(
         model=crash_program.build(16, 1, 0),
         args=hc.SnapshotTeacherArguments(
-            str(tmp_path), max_steps=2, use_cpu=True, report_to="none", teacher_snapshots=ladder
+            str(tmp_path), max_steps=2, use_cpu=True, report_to="none", teacher_snapshots=saved_states
         ),
         train_dataset=crash_program.Rows(), data_collator=crash_program.pad,
     )  # fmt: skip

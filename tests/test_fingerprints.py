@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 import hf_compress as hc
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.fingerprints import example_keys, teacher_fingerprint
-from hf_compress.training.signals import Wanted
+from hf_compress.training.signals import WantedSignals
 from hf_compress.training.teachers import FixedTeacher
 from tests.crash_program import Rows, pad
 
@@ -94,8 +94,8 @@ def test_a_cache_of_right_padded_texts_is_right_for_left_padded_ones(model, tmp_
         name: torch.stack([row.roll(int(n)) for row, n in zip(value, shift, strict=True)])
         for name, value in right.items()
     }
-    cached = FixedTeacher(dense, Wanted((1,)), cache=TeacherCache.of(dense, str(tmp_path), {}))
-    live = FixedTeacher(copy.deepcopy(dense), Wanted((1,)))
+    cached = FixedTeacher(dense, WantedSignals((1,)), cache=TeacherCache.of(dense, str(tmp_path), {}))
+    live = FixedTeacher(copy.deepcopy(dense), WantedSignals((1,)))
     for batch in (right, left, {name: F.pad(value, (0, 3)) for name, value in right.items()}):
         for _ in range(2):
             seen, expected = cached.forward(batch), live.forward(batch)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import hf_compress as hc
-from hf_compress.training.signals import Wanted
+from hf_compress.training.signals import WantedSignals
 from tests.crash_program import pad
 from tests.guided_setup import ROWS, dense, linear, logged, same, trained, trainer_of, weights
 
@@ -20,7 +20,7 @@ def test_dropout_alone_makes_a_noise_floor(tmp_path, teacher_dropout, floor):
     sizes = {"num_hidden_layers": 1, "hidden_size": 64}
     student, teacher = dense(0, 0.1, **sizes), dense(0, 0.1, **sizes)
     trainer = trainer_of("fixed", tmp_path, student, teacher, compat="cald")
-    trainer.session.layers.pairs, trainer.session.teacher.wanted = [(0, 0)], Wanted((0,), logits=False)
+    trainer.session.layer_term.pairs, trainer.session.teacher.wanted = [(0, 0)], WantedSignals((0,), logits=False)
     trainer.session.teacher.dropout = teacher_dropout
     ids = torch.randint(5, 99, (32, 32), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
@@ -107,7 +107,7 @@ def test_hybrid_between_unguided_and_target_guided(tmp_path):
         assert [same(ends, other) for other in (unguided, target)] == twin
 
 
-def test_changing_teachers_stop_with_the_hybrid_too(tmp_path, ladder):
+def test_changing_teachers_stop_with_the_hybrid_too(tmp_path, saved_states):
     teacher, seen = dense(1), []
     trainer = trainer_of("joint", tmp_path, linear(0), teacher, lambda _: seen.append(weights(teacher)),
                          max_distill_steps=2)  # fmt: skip
@@ -117,11 +117,11 @@ def test_changing_teachers_stop_with_the_hybrid_too(tmp_path, ladder):
     assert set(calls) == {0, 1}
     assert not same(seen[0], seen[1])
     assert same(seen[1], seen[5])
-    trainer = trainer_of("snapshots", tmp_path, linear(0), max_distill_steps=1, teacher_snapshots=[ladder])
+    trainer = trainer_of("snapshots", tmp_path, linear(0), max_distill_steps=1, teacher_snapshots=[saved_states])
     trainer.train()
     assert same(weights(trainer.teacher_model), weights(dense(11)))
     assert sorted(logged(trainer, "loss/layer")) == [1]
-    for kind, options in (("joint", {}), ("snapshots", {"teacher_snapshots": [ladder]})):
+    for kind, options in (("joint", {}), ("snapshots", {"teacher_snapshots": [saved_states]})):
         assert trainer_of(kind, tmp_path, linear(0), alpha_layer=0.0, **options).teacher_model is None
 
 

@@ -7,19 +7,19 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import hf_compress as hc
 from hf_compress.methods.token_pruning.live_tokens import LiveTokens
-from hf_compress.training.signals import Wanted
+from hf_compress.training.signals import WantedSignals
 from tests.crash_program import pad
 from tests.guided_setup import ROWS, dense, linear, logged, same, trainer_of, weights
 
 
-def start_of(kind, ladder):
-    options = {"teacher_snapshots": [ladder]} if kind == "snapshots" else {}
+def start_of(kind, saved_states):
+    options = {"teacher_snapshots": [saved_states]} if kind == "snapshots" else {}
     return (None if kind == "snapshots" else dense(1, 0.1)), options
 
 
 @pytest.mark.parametrize("kind", ["fixed", "joint", "snapshots"])
-def test_evaluations_are_not_random(kind, tmp_path, ladder):
-    teacher, options = start_of(kind, ladder)
+def test_evaluations_are_not_random(kind, tmp_path, saved_states):
+    teacher, options = start_of(kind, saved_states)
     trainer = trainer_of(kind, tmp_path, linear(0, 0.1), teacher, teacher_dropout=True, **options)
     seen = [trainer.evaluate()["eval_loss/layer"] for _ in range(2)]
     assert seen[0] == pytest.approx(seen[1], rel=1e-5)
@@ -29,10 +29,10 @@ def test_evaluations_are_not_random(kind, tmp_path, ladder):
 
 
 @pytest.mark.parametrize("kind", ["fixed", "joint", "snapshots"])
-def test_every_trial_begins_anew(kind, tmp_path, ladder):
+def test_every_trial_begins_anew(kind, tmp_path, saved_states):
     ends = []
     for trials in (1, 2):
-        teacher, options = start_of(kind, ladder)
+        teacher, options = start_of(kind, saved_states)
         # What a search sets before it makes the student, which takes effect only when the teacher is made again.
         trainer = trainer_of(
             kind,
@@ -103,7 +103,7 @@ def test_a_teacher_that_drops_tokens_shows_all_of_its_last_layer(tmp_path):
     batch = pad(ROWS[:4])
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
-        expected = Wanted((2,), logits=False).of(dense(1).eval()(**inputs, output_hidden_states=True)).hidden[0]
+        expected = WantedSignals((2,), logits=False).of(dense(1).eval()(**inputs, output_hidden_states=True)).hidden[0]
     live = batch["attention_mask"].bool()
     torch.testing.assert_close(trainer.session.teacher.forward(inputs).hidden[-1][live], expected[live])
 
@@ -189,7 +189,7 @@ def test_published_steps_and_warm_up(tmp_path, count, per_epoch, total, warm):
 
 def test_a_teacher_without_a_head_is_named(tmp_path):
     teacher = dense(1).bert
-    with pytest.raises(ValueError, match="A teacher that learns needs a loss, and BertModel gave none"):
+    with pytest.raises(ValueError, match="A teacher that learns needs a loss, but BertModel gave none"):
         trainer_of("joint", tmp_path, linear(0), teacher).train()
     with pytest.raises(ValueError, match="The model must return logits, got BaseModelOutput"):
         trainer_of("fixed", tmp_path, linear(0), dense(1).bert, alpha_output=1.0).train()

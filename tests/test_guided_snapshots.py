@@ -32,16 +32,16 @@ def test_which_snapshot_guides_which_update(monkeypatch, updates, count, table):
     monkeypatch.setattr(snapshots, "open_snapshot", Rung)
     folders = [f"run/{i}" for i in range(count)]
     for order in (sorted(table), sorted(table, reverse=True)):
-        ladder = SnapshotTeacher(folders, Rung("run/0"))
-        ladder.set_length(updates)
+        saved_states = SnapshotTeacher(folders, Rung("run/0"))
+        saved_states.set_length(updates)
         for step in order:
-            ladder.turn_to(step)
-            assert ladder.model.folder == f"run/{table[step]}"
+            saved_states.before_update(step)
+            assert saved_states.model.folder == f"run/{table[step]}"
     with pytest.raises(ValueError, match=f"at most the {count - 1} updates of the training, got {count}"):
         SnapshotTeacher(folders, Rung("run/0")).set_length(count - 1)
 
 
-def test_the_ladder_is_climbed_one_at_a_time(tmp_path, ladder, monkeypatch):
+def test_the_series_is_climbed_one_at_a_time(tmp_path, saved_states, monkeypatch):
     alive, opened, real = [], [], snapshots.open_snapshot
 
     def watched(folder):
@@ -52,7 +52,7 @@ def test_the_ladder_is_climbed_one_at_a_time(tmp_path, ladder, monkeypatch):
         return model
 
     monkeypatch.setattr(snapshots, "open_snapshot", watched)
-    trainer = trainer_of("snapshots", tmp_path, linear(0).double(), teacher_snapshots=[ladder], ordered=True)
+    trainer = trainer_of("snapshots", tmp_path, linear(0).double(), teacher_snapshots=[saved_states], ordered=True)
     guides = []
     trainer.add_callback(Watch(lambda _: guides.append(weights(trainer.teacher_model))))
     trainer.train()
@@ -62,14 +62,14 @@ def test_the_ladder_is_climbed_one_at_a_time(tmp_path, ladder, monkeypatch):
     assert not trainer.teacher_model.training
 
 
-def test_a_ladder_of_one_is_a_fixed_teacher(tmp_path):
+def test_a_series_of_one_is_a_fixed_teacher(tmp_path):
     dense(1, 0.1).save_pretrained(tmp_path / "best")
     seen = trained("snapshots", tmp_path, linear(0, 0.1), teacher_snapshots=[str(tmp_path / "best")])
     teacher = AutoModelForSequenceClassification.from_pretrained(tmp_path / "best")
     assert same(seen, trained("fixed", tmp_path, linear(0, 0.1), teacher))
 
 
-def test_order_and_errors_of_snapshots(tmp_path, ladder):
+def test_order_and_errors_of_snapshots(tmp_path, saved_states):
     names = [f"run/epoch_{i}" for i in (0, 1, 10, 11, 2, 9)]
     assert sort_snapshots(names) == [f"run/epoch_{i}" for i in (0, 1, 2, 9, 10, 11)]
     assert sort_snapshots(["b", "a"]) == ["b", "a"]
@@ -79,7 +79,7 @@ def test_order_and_errors_of_snapshots(tmp_path, ladder):
     def make(*names, **options):
         return hc.SnapshotTeacherArguments(str(tmp_path), use_cpu=True, teacher_snapshots=list(names), **options)
 
-    assert [folder.rpartition("-")[2] for folder in make(ladder).teacher_snapshots] == ["2", "9", "10"]
+    assert [folder.rpartition("-")[2] for folder in make(saved_states).teacher_snapshots] == ["2", "9", "10"]
     for names in ((), (str(tmp_path / "nothing-*"),)):
         with pytest.raises(ValueError, match="at least one saved model"):
             make(*names)
@@ -88,20 +88,20 @@ def test_order_and_errors_of_snapshots(tmp_path, ladder):
         with pytest.raises(ValueError, match=f"{name}' without a config.json"):
             make(str(tmp_path / name))
     with pytest.raises(ValueError, match="teacher_model must not be given"):
-        trainer_of("snapshots", tmp_path, linear(0), dense(1), teacher_snapshots=[ladder])
+        trainer_of("snapshots", tmp_path, linear(0), dense(1), teacher_snapshots=[saved_states])
     with pytest.raises(ValueError, match="at most the 2 updates of the training, got 3"):
-        trainer_of("snapshots", tmp_path, linear(0), teacher_snapshots=[ladder], max_steps=2).train()
+        trainer_of("snapshots", tmp_path, linear(0), teacher_snapshots=[saved_states], max_steps=2).train()
 
 
 @pytest.mark.parametrize("loss", ["model.safetensors", "labels"])
-def test_a_later_snapshot_that_cannot_guide_is_refused_at_once(tmp_path, ladder, loss):
-    folder = tmp_path / "ladder" / "checkpoint-10"
+def test_a_later_snapshot_that_cannot_guide_is_refused_at_once(tmp_path, saved_states, loss):
+    folder = tmp_path / "saved_states" / "checkpoint-10"
     if loss == "labels":
         dense(3, num_labels=3).save_pretrained(folder)
     else:
         (folder / loss).unlink()
     with pytest.raises(ValueError, match="checkpoint-10|labels"):
-        trainer_of("snapshots", tmp_path, linear(0), teacher_snapshots=[ladder], alpha_output=1.0)
+        trainer_of("snapshots", tmp_path, linear(0), teacher_snapshots=[saved_states], alpha_output=1.0)
 
 
 MODES = {
@@ -117,12 +117,12 @@ MODES = {
 
 # Update 4 ends an epoch.
 @pytest.mark.parametrize(("mode", "every"), [*((mode, 3) for mode in MODES), ("joint", 4), ("joint, cycle 2", 5)])
-def test_a_killed_run_ends_the_same(tmp_path, ladder, mode, every):
+def test_a_killed_run_ends_the_same(tmp_path, saved_states, mode, every):
     """Eight micro-batches and four updates an epoch, in random order, with dropout in both models."""
     kind, options = MODES[mode]
     options = {**options, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
     options |= {"save_strategy": "steps", "save_steps": every, "weight_decay": 0.1}
-    options |= {"teacher_snapshots": [ladder]} if kind == "snapshots" else {}
+    options |= {"teacher_snapshots": [saved_states]} if kind == "snapshots" else {}
 
     def build(folder, seed, look=None):
         given = None if kind == "snapshots" or mode == "unguided" else dense(1, 0.1)

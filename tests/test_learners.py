@@ -34,7 +34,7 @@ class Walking(LearningTeacher):
 
 
 class WalkingTrainer(hc.JointTeacherTrainer):
-    def make_teacher(self, model, wanted, order):
+    def make_teacher(self, model, wanted, label_order):
         return Walking(model, wanted, learning_rate=self.args.teacher_learning_rate, dropout=False)
 
 
@@ -118,7 +118,7 @@ def test_a_student_answers_as_in_an_evaluation(tmp_path, walking):
             return super().learn(window, student)
 
     class AskingTrainer(WalkingTrainer):
-        def make_teacher(self, model, wanted, order):
+        def make_teacher(self, model, wanted, label_order):
             return Asking(model, wanted, learning_rate=1e-3)
 
     args = hc.JointTeacherArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, save_teacher=False)

@@ -35,7 +35,7 @@ TINY = {
 TRAINING = "--data_dir data --max_length 16 --use_cpu --disable_tqdm true --per_device_train_batch_size 16"
 LINEARIZE = "linearize --model_name_or_path model --output_dir out --projected_length 4"
 JOINT = f"joint-distill --model_name_or_path start --teacher_name_or_path pretrained --output_dir out {TRAINING}"
-LADDER = (
+SNAPSHOTS = (
     f"snapshot-distill --model_name_or_path start --teacher_snapshots dense/checkpoint-* --output_dir out {TRAINING}"
 )
 TRAIN = "--num_train_epochs 2 --learning_rate 1e-3 --alpha_layer 1"
@@ -60,7 +60,7 @@ def place(sentences, tokenizer, tmp_path_factory):
         "deep": classifier(num_hidden_layers=3),
         "dense/checkpoint-4": classifier(initializer_range=0.03),
         "dense/checkpoint-12": classifier(initializer_range=0.05),
-        "ladder3/epoch_1": classifier(num_labels=3),
+        "snapshots3/epoch_1": classifier(num_labels=3),
         "uneven/epoch_1": classifier(),
         "uneven/epoch_2": classifier(num_hidden_layers=3),
         "mixed/epoch_1": classifier(),
@@ -176,7 +176,7 @@ def test_linearize_a_pretrained_encoder(inside):
     assert torch.equal(first.bert.embeddings.word_embeddings.weight, reopened("model").get_input_embeddings().weight)
 
 
-@pytest.mark.parametrize("line", [JOINT, LADDER], ids=["joint", "ladder"])
+@pytest.mark.parametrize("line", [JOINT, SNAPSHOTS], ids=["joint", "snapshots"])
 def test_guided_training(inside, saved, tokenizer, capsys, line):
     assert main(f"{line} {TRAIN}".split()) == 0
     printed = capsys.readouterr().out
@@ -214,7 +214,7 @@ def test_a_joint_teacher_without_head_gets_the_students(inside, monkeypatch):
     assert not Path("out/teacher").exists()
 
 
-@pytest.mark.parametrize("line", [JOINT, LADDER], ids=["joint", "ladder"])
+@pytest.mark.parametrize("line", [JOINT, SNAPSHOTS], ids=["joint", "snapshots"])
 def test_an_interrupted_command_goes_on(inside, monkeypatch, capsys, line):
     line += f" {TRAIN} --save_strategy steps --save_steps 3"
     assert main(line.replace("dir out", "dir whole").split()) == 0
@@ -243,8 +243,8 @@ def test_an_interrupted_command_goes_on(inside, monkeypatch, capsys, line):
 
 
 def test_guidance_that_ends_before_the_training_does(inside):
-    """Hybrid guidance on a ladder: the last part of the training logs the task alone."""
-    assert main(f"{LADDER} {TRAIN} --max_distill_steps 3 --max_steps 5 --logging_steps 1".split()) == 0
+    """Hybrid guidance by saved states: the last part of the training logs the task alone."""
+    assert main(f"{SNAPSHOTS} {TRAIN} --max_distill_steps 3 --max_steps 5 --logging_steps 1".split()) == 0
     state = json.loads(Path("out/checkpoint-5/trainer_state.json").read_text())
     logged = ["loss/layer" in entry for entry in state["log_history"] if "loss" in entry]
     assert logged == [True] * 3 + [False] * 2
@@ -288,11 +288,11 @@ def test_documents_longer_than_pretrained(inside, capsys):
 def test_teachers_without_tokenizer_read_the_students_tokens(inside, caplog):
     for name in ("checkpoint-4", "checkpoint-12"):
         reopened(f"dense/{name}").save_pretrained(f"bare/{name}")
-    line = LADDER.replace("dense/", "bare/")
+    line = SNAPSHOTS.replace("dense/", "bare/")
     with caplog.at_level("INFO", "hf_compress"):
         assert main(f"{line} {TRAIN} --save_strategy no".split()) == 0
     assert "has no tokenizer: it reads the student's tokens" in caplog.text
-    assert main(f"{LADDER} {TRAIN} --save_strategy no".replace("dir out", "dir out2").split()) == 0
+    assert main(f"{SNAPSHOTS} {TRAIN} --save_strategy no".replace("dir out", "dir out2").split()) == 0
     one, other = reopened("out").state_dict(), reopened("out2").state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -313,7 +313,7 @@ def test_not_resuming_can_be_said(inside):
 
 
 def test_a_single_snapshot_is_called_a_fixed_teacher(inside, caplog):
-    line = LADDER.replace("dense/checkpoint-*", "dense/checkpoint-4")
+    line = SNAPSHOTS.replace("dense/checkpoint-*", "dense/checkpoint-4")
     assert main(f"{line} {TRAIN} --save_strategy no".split()) == 0
     assert "teacher_snapshots holds one state, dense/checkpoint-4: that is a fixed teacher" in caplog.text
 
@@ -377,22 +377,22 @@ CASES = [
     (JOINT.replace("path pretrained", "path deep") + " --alpha_layer 1 --compat cald", "must have equally deep"),
     (f"{JOINT} --resume_from_checkpoint dense/checkpoint-4", "must be true or a checkpoint folder, got 'dense"),
     (f"{JOINT} --teacher_snapshots dense", "'teacher_snapshots' is not an option"),
-    (LADDER.replace("--teacher_snapshots dense/checkpoint-*", ""), "teacher_snapshots must match.*got nothing"),
-    (LADDER.replace("dense/checkpoint-*", "dense/epoch-*"), "teacher_snapshots must match.*dense/epoch"),
-    (LADDER.replace("dense/checkpoint-*", "dense"), "teacher_snapshots must be saved models, got 'dense' without"),
-    (LADDER.replace("dense/checkpoint-*", "unnamed/*"), "got 'unnamed/epoch_1' without a config.json"),
-    (LADDER.replace("dense/checkpoint-*", "weightless/*"), "got 'weightless/epoch_1' without weights"),
-    (LADDER.replace("dense/checkpoint-*", "cut/*"), "teacher_snapshots must be saved models, got 'cut/epoch_1'"),
-    (LADDER.replace("dense/checkpoint-*", "mixed/*"), "teacher_snapshots must all end in a number or none"),
-    (LADDER.replace("dense/checkpoint-*", "uneven/*"), "teacher_snapshots must be states of one model"),
-    (LADDER.replace("dense/checkpoint-*", "ladder3/*"), "must have the student's 2 labels, got 3"),
-    (f"{LADDER} --max_steps 1", "teacher_snapshots must be at most the 1 updates of the training, got 2"),
-    (f"{LADDER} --teacher_cache_dir cache", "teacher_cache_dir must be unset: it holds the outputs of one teacher"),
-    (f"{LADDER} --max_distill_steps -1", "max_distill_steps must not be negative, got -1"),
-    (f"{LADDER} --max_distill_steps 1.5", "max_distill_steps.*1.5"),
-    (f"{LADDER} --alpha_output -1", "alpha_output must be zero or positive, got -1"),
-    (f"{LADDER} --teacher_name_or_path model", "'teacher_name_or_path' is not an option"),
-    (LADDER.replace("path start", "path nowhere"), "can be opened at 'nowhere'"),
+    (SNAPSHOTS.replace("--teacher_snapshots dense/checkpoint-*", ""), "teacher_snapshots must match.*got nothing"),
+    (SNAPSHOTS.replace("dense/checkpoint-*", "dense/epoch-*"), "teacher_snapshots must match.*dense/epoch"),
+    (SNAPSHOTS.replace("dense/checkpoint-*", "dense"), "teacher_snapshots must be saved models, got 'dense' without"),
+    (SNAPSHOTS.replace("dense/checkpoint-*", "unnamed/*"), "got 'unnamed/epoch_1' without a config.json"),
+    (SNAPSHOTS.replace("dense/checkpoint-*", "weightless/*"), "got 'weightless/epoch_1' without weights"),
+    (SNAPSHOTS.replace("dense/checkpoint-*", "cut/*"), "teacher_snapshots must be saved models, got 'cut/epoch_1'"),
+    (SNAPSHOTS.replace("dense/checkpoint-*", "mixed/*"), "teacher_snapshots must all end in a number or none"),
+    (SNAPSHOTS.replace("dense/checkpoint-*", "uneven/*"), "teacher_snapshots must be states of one model"),
+    (SNAPSHOTS.replace("dense/checkpoint-*", "snapshots3/*"), "must have the student's 2 labels, got 3"),
+    (f"{SNAPSHOTS} --max_steps 1", "teacher_snapshots must be at most the 1 updates of the training, got 2"),
+    (f"{SNAPSHOTS} --teacher_cache_dir cache", "teacher_cache_dir must be unset: it holds the outputs of one teacher"),
+    (f"{SNAPSHOTS} --max_distill_steps -1", "max_distill_steps must not be negative, got -1"),
+    (f"{SNAPSHOTS} --max_distill_steps 1.5", "max_distill_steps.*1.5"),
+    (f"{SNAPSHOTS} --alpha_output -1", "alpha_output must be zero or positive, got -1"),
+    (f"{SNAPSHOTS} --teacher_name_or_path model", "'teacher_name_or_path' is not an option"),
+    (SNAPSHOTS.replace("path start", "path nowhere"), "can be opened at 'nowhere'"),
 ]  # fmt: skip
 
 

@@ -63,8 +63,8 @@ def test_a_teacher_by_name(tmp_path):
         trainer.train()
         for key, value in teacher.state_dict().items():
             assert torch.equal(value, trainer.teacher_model.state_dict()[key])
-    bert(1, BertModel).save_pretrained(tmp_path / "headless")
-    for name, text in (("headless", "its weight files lack classifier"), ("nowhere", "teacher_model .*nowhere")):
+    bert(1, BertModel).save_pretrained(tmp_path / "no_head")
+    for name, text in (("no_head", "its weight files lack classifier"), ("nowhere", "teacher_model .*nowhere")):
         with pytest.raises(ValueError, match=text):
             hc.DistillationTrainer(bert(), str(tmp_path / name), args, train_dataset=ROWS, data_collator=pad)
 

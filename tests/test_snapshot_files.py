@@ -90,23 +90,23 @@ DAMAGES = (cut, under_module, without_a_layer, without_a_head, narrower, cut_bin
 
 @pytest.mark.parametrize("place", [0, 2])
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_broken_snapshot_is_refused_before_the_start(tmp_path, ladder, damage, place):
-    folder = tmp_path / "ladder" / ("checkpoint-2", "checkpoint-9", "checkpoint-10")[place]
+def test_a_broken_snapshot_is_refused_before_the_start(tmp_path, saved_states, damage, place):
+    folder = tmp_path / "saved_states" / ("checkpoint-2", "checkpoint-9", "checkpoint-10")[place]
     damage(folder)
     with pytest.raises(ValueError, match=f"teacher_snapshots must be .*{folder.name}'") as caught:
-        trainer_of("snapshots", tmp_path, linear(0), teacher_snapshots=[ladder], alpha_output=1.0)
+        trainer_of("snapshots", tmp_path, linear(0), teacher_snapshots=[saved_states], alpha_output=1.0)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "ladder" / "exploded").exists()
+    assert not (tmp_path / "saved_states" / "exploded").exists()
 
 
-def test_files_of_other_kinds_are_snapshots_too(tmp_path, ladder):
-    to_bin(tmp_path / "ladder" / "checkpoint-9")
-    to_shards(tmp_path / "ladder" / "checkpoint-10")
-    trainer_of("snapshots", tmp_path, linear(0), teacher_snapshots=[ladder], num_train_epochs=2).train()
+def test_files_of_other_kinds_are_snapshots_too(tmp_path, saved_states):
+    to_bin(tmp_path / "saved_states" / "checkpoint-9")
+    to_shards(tmp_path / "saved_states" / "checkpoint-10")
+    trainer_of("snapshots", tmp_path, linear(0), teacher_snapshots=[saved_states], num_train_epochs=2).train()
 
 
-def test_later_snapshots_are_not_opened_before_their_turn(tmp_path, ladder, monkeypatch):
-    folders = [str(tmp_path / "ladder" / f"checkpoint-{number}") for number in (2, 9, 10)]
+def test_later_snapshots_are_not_opened_before_their_turn(tmp_path, saved_states, monkeypatch):
+    folders = [str(tmp_path / "saved_states" / f"checkpoint-{number}") for number in (2, 9, 10)]
     first = open_snapshot(folders[0])
     monkeypatch.setattr("hf_compress.training.snapshots.open_snapshot", None)
     check_snapshots(folders, first)

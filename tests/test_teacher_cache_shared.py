@@ -15,7 +15,7 @@ import torch
 
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.fingerprints import example_keys
-from hf_compress.training.signals import Wanted
+from hf_compress.training.signals import WantedSignals
 from hf_compress.training.teachers import FixedTeacher
 from tests.cache_program import teacher
 from tests.crash_program import Rows, pad
@@ -42,7 +42,10 @@ def assert_whole(folder):
     """Every example is stored, with what the teacher says."""
     cache = TeacherCache.of(teacher(), str(folder), LAYOUT)
     rows = [Rows()[index] for index in range(64)]
-    cached, live = FixedTeacher(teacher(), Wanted((2,)), cache=cache), FixedTeacher(teacher(), Wanted((2,)))
+    cached, live = (
+        FixedTeacher(teacher(), WantedSignals((2,)), cache=cache),
+        FixedTeacher(teacher(), WantedSignals((2,))),
+    )
     for place in range(0, 64, 8):
         batch = pad(rows[place : place + 8])
         seen, expected = cached.forward(batch), live.forward(batch)
@@ -75,7 +78,7 @@ def test_many_open_and_extend_a_cold_cache_at_once(tmp_path):
     def work(turn):
         try:
             cache = TeacherCache.of(speakers[turn], str(tmp_path / "cache"), LAYOUT)
-            speaker = FixedTeacher(speakers[turn], Wanted((2,)), cache=cache)
+            speaker = FixedTeacher(speakers[turn], WantedSignals((2,)), cache=cache)
             for place in range(0, 64, 8):
                 speaker.forward(pad((rows * 2)[(place + 8 * turn) % 64 :][:8]))
         except BaseException as error:
@@ -106,7 +109,7 @@ time.sleep(600)
 def test_a_killed_writer_leaves_no_lock_and_no_part(tmp_path):
     batch = pad([Rows()[index] for index in range(8)])
     cache = TeacherCache.of(teacher(), str(tmp_path), LAYOUT)
-    FixedTeacher(teacher(), Wanted((2,)), cache=cache).forward(batch)
+    FixedTeacher(teacher(), WantedSignals((2,)), cache=cache).forward(batch)
     cache._database.close()
     writer = start("-c", _WRITER, tmp_path / "outputs.sqlite")
     assert writer.stdout.readline() == "written\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForTokenClassification, PretrainedConfig
 
-from hf_compress.training.teacher_fit import label_order
+from hf_compress.training.teacher_fit import teacher_label_order
 from hf_compress.training.teachers import FixedTeacher
 from tests.crash_program import pad
 from tests.guided_setup import ROWS, dense, linear, same, trained, trainer_of, weights
@@ -60,9 +60,9 @@ def test_order_of_labels(ours, theirs, expected):
     configs = [PretrainedConfig(**named(names)) for names in (ours, theirs)]
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
-            label_order(*configs)
+            teacher_label_order(*configs)
     else:
-        assert label_order(*configs) == expected
+        assert teacher_label_order(*configs) == expected
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -82,20 +82,20 @@ def test_labels_of_tokens_are_permuted_too():
              "intermediate_size": 16, **named(NAMES)}  # fmt: skip
     teacher, batch = BertForTokenClassification(BertConfig(**sizes)), pad(ROWS[:4])
     other = permuted(teacher)
-    seen = FixedTeacher(other, label_order=label_order(teacher.config, other.config)).forward(batch).logits[0]
+    seen = FixedTeacher(other, label_order=teacher_label_order(teacher.config, other.config)).forward(batch).logits[0]
     torch.testing.assert_close(seen, FixedTeacher(teacher).forward(batch).logits[0], rtol=0, atol=1e-6)
 
 
-def ladder_of(folder, models):
+def snapshots_of(folder, models):
     for number, model in enumerate(models, 1):
         model.save_pretrained(folder / f"checkpoint-{number}")
     return [str(folder / "checkpoint-*")]
 
 
-def test_a_permuted_ladder_teaches_the_same(tmp_path):
+def test_a_permuted_series_teaches_the_same(tmp_path):
     models, ends = [dense(seed, num_labels=3, **named(NAMES)) for seed in (11, 12)], []
     for name, change in (("plain", copy.deepcopy), ("permuted", permuted)):
-        folders = ladder_of(tmp_path / name, [change(model) for model in models])
+        folders = snapshots_of(tmp_path / name, [change(model) for model in models])
         ends.append(trained("snapshots", tmp_path / "out", student(), alpha_output=5.0, teacher_snapshots=folders))
     for key, value in ends[0].items():
         torch.testing.assert_close(ends[1][key], value, rtol=1e-4, atol=1e-5)
@@ -103,7 +103,7 @@ def test_a_permuted_ladder_teaches_the_same(tmp_path):
 
 def test_a_later_snapshot_with_other_labels_is_refused_before_the_start(tmp_path):
     model = dense(11, num_labels=3, **named(NAMES))
-    folders = ladder_of(tmp_path / "ladder", [model, permuted(model)])
+    folders = snapshots_of(tmp_path / "snapshots", [model, permuted(model)])
     with pytest.raises(
         ValueError, match=r"states of one model: .*checkpoint-2' has id2label=.*checkpoint-1' has id2l"
     ):

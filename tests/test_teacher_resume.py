@@ -29,20 +29,20 @@ MORE = [[1, 3, 5], [4, 5], [6, 7], [1, 2, 3, 4, 5, 6, 7]]
 
 
 @pytest.fixture
-def linear_ladder(tmp_path):
+def linear_snapshots(tmp_path):
     """Snapshots whose modules are rebuilt from a record, with dropout."""
     for number in (1, 2, 3):
-        linear(10 + number, 0.1).save_pretrained(tmp_path / "ladder" / f"checkpoint-{number}")
-    return [str(tmp_path / "ladder" / "checkpoint-*")]
+        linear(10 + number, 0.1).save_pretrained(tmp_path / "snapshots" / f"checkpoint-{number}")
+    return [str(tmp_path / "snapshots" / "checkpoint-*")]
 
 
-def ends(folder, mode, stops, ladder):
+def ends(folder, mode, stops, snapshots):
     """The weights of student and teacher in the end, after a stop at each of these updates."""
     kind, options = MODES[mode]
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2,
                "weight_decay": 0.1, "eval_strategy": "steps", "eval_steps": 3, **options}  # fmt: skip
     if kind == "snapshots":
-        options["teacher_snapshots"] = ladder
+        options["teacher_snapshots"] = snapshots
     if "teacher_cache_dir" in options:
         options["teacher_cache_dir"] = str(folder / "cache")
 
@@ -64,21 +64,21 @@ def ends(folder, mode, stops, ladder):
 @pytest.mark.parametrize("mode", [
     mode if mode in ("joint", "snapshots", "cached") else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES
 ])  # fmt: skip
-def test_interruptions_leave_no_trace(tmp_path, linear_ladder, mode, patterns):
-    whole = ends(tmp_path / "whole", mode, [], linear_ladder)
+def test_interruptions_leave_no_trace(tmp_path, linear_snapshots, mode, patterns):
+    whole = ends(tmp_path / "whole", mode, [], linear_snapshots)
     for stops in patterns:
-        found = ends(tmp_path / "-".join(map(str, stops)), mode, stops, linear_ladder)
+        found = ends(tmp_path / "-".join(map(str, stops)), mode, stops, linear_snapshots)
         assert same(found[0], whole[0]), stops
         # What no longer guides need not be opened again.
         assert mode == "snapshots, until 4" or same(found[1], whole[1]), stops
 
 
-def test_opening_a_snapshot_takes_no_random_numbers(tmp_path, linear_ladder):
+def test_opening_a_snapshot_takes_no_random_numbers(tmp_path, linear_snapshots):
     """A resumed run opens one that the unbroken run opened earlier."""
-    trainer = trainer_of("snapshots", tmp_path, linear(0), teacher_snapshots=linear_ladder)
+    trainer = trainer_of("snapshots", tmp_path, linear(0), teacher_snapshots=linear_snapshots)
     trainer.session.teacher.set_length(3)
     before = torch.get_rng_state()
     for step in range(3):
-        trainer.session.teacher.turn_to(step)
+        trainer.session.teacher.before_update(step)
     assert trainer.session.teacher.index == 2
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""Run a stage from the command line: fill its arguments, run it, print what came out."""
+"""Runs a stage from the command line: fills its arguments, runs it, prints its results."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from hf_compress.stages.table import Stage
 
 
 def run(stage: Stage, arguments: Sequence[str]) -> None:
-    """Parse what follows a command, run its stage and print the results.
+    """Parse the arguments of a command, run its stage and print the results.
 
     Args:
-        stage: Of the command.
+        stage: The stage that the command runs.
         arguments: Flags and values.
     """
     kinds = kinds_of(stage)
@@ -44,7 +44,7 @@ def run(stage: Stage, arguments: Sequence[str]) -> None:
 
 
 def run_stage(stage: Stage, arguments: StageArguments) -> Mapping[str, Any]:
-    """Run a stage whose arguments are filled."""
+    """Run a stage with its arguments."""
     return stage.function(arguments)
 
 

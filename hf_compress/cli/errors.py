@@ -1,4 +1,4 @@
-"""What went wrong: the user's input, which one line can say, or the program, which needs a traceback."""
+"""Tells errors of the user's input, which take one line, from errors of the program, which need a traceback."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 class BadInput(ValueError):
-    """Something the user can put right; becomes exit code 2 and one line."""
+    """An error that the user can correct; it becomes exit code 2 and one line."""
 
 
 def is_bad_input(error: BaseException) -> bool:
-    """Whether an exception tells the user what to change.
+    """Say whether an exception tells the user what to change.
 
-    A `ValueError` does when a `raise` statement of this package, or of one that adds a method, threw it: that is how
-    library code refuses input. One that comes out of another library, or out of an expression such as `int(...)` or a
-    failed unpacking in our own code, was not foreseen and is a bug. A subclass of `ValueError` would say so more
-    plainly, but only if every one of some 350 checks, those of methods in other packages included, raised it, and each
-    that forgot would turn a user's mistake into a traceback; where an error was raised is known without anybody's
-    help. An `OSError` does when it names a file or a reason (a full disk, a folder without write permission).
+    A `ValueError` does if a `raise` statement of this package, or of one that adds a method, threw it: that is how
+    library code refuses input. One from another library, or from an expression such as `int(...)` or a failed
+    unpacking in our own code, was not foreseen and is a bug. A subclass of `ValueError` would be plainer, but then
+    each of some 350 checks, those of other packages included, would have to raise it, and a forgotten one would turn a
+    mistake of the user into a traceback; the file of the `raise` is always known. An `OSError` does if it names a
+    file or a reason (a full disk, a folder without write permission).
 
     Example:
         >>> is_bad_input(BadInput("mac_ratio must be in (0, 1], got 2."))
@@ -63,7 +63,7 @@ def _raised_here(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """The one line that the user reads.
+    """Describe an exception in the one line that the user reads.
 
     Example:
         >>> describe(FileNotFoundError(2, "No such file or directory", "data.csv"))

@@ -1,4 +1,4 @@
-"""What `--help` prints: our own options by topic first; those of `TrainingArguments` in two lines."""
+"""The text of `--help`: our own options by topic, then those of `TrainingArguments` in two lines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def usage() -> str:
 
 
 def command_help(stage: Stage) -> str:
-    """The flags of one command that are ours, each with its meaning and default."""
+    """The flags of one command that this package defines, each with its meaning and default."""
     groups = stage_groups(stage)
     parser = argparse.ArgumentParser(
         prog=f"hf-compress {stage.command}",
@@ -52,13 +52,13 @@ def command_help(stage: Stage) -> str:
             text = f"{option.help} {_default(option, stage)}".replace("%", "%%")
             section.add_argument(f"--{option.name}", metavar=_kind(option), help=text)
     if any(group.training for group in groups.values()):
-        # A topic without options of its own is not shown: this stands for it.
+        # A topic without options of its own has no heading; this line replaces it.
         parser.add_argument_group("Training", _training(stage, groups))
     return parser.format_help().rstrip()
 
 
 def topic_title(topic: str) -> str:
-    """How a topic is called in the help.
+    """Write the heading of a topic in the help.
 
     Example:
         >>> topic_title("linear_attention")

@@ -1,4 +1,4 @@
-"""`hf-compress <command>`: answers what needs no model at once, and turns what goes wrong into exit codes."""
+"""`hf-compress <command>`: answers at once what needs no model, and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: Without the program's name; None: the process's.
+        arguments: Command line without the program's name. None: that of this process.
 
     Returns:
         0 done, 2 bad input (one line on standard error says what to change), 1 anything else, 130 interrupted.
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _answer(arguments: list[str]) -> int:
-    # No argparse sub-parsers: each would have to know its flags, that is import torch, before anybody knows which
+    # No argparse sub-parsers: each would have to know its flags, and so import torch, before it is known which
     # command was typed. The command is looked up in the table of stages; its parser is built after that.
     if not arguments:
         print(usage())
@@ -85,6 +85,6 @@ def entry() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read the output (`| head`) has enough; Python would complain once more on leaving.
+        # The reader of the output (`| head`) has closed it; Python would report that once more on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

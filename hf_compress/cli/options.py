@@ -1,4 +1,4 @@
-"""The options of a command, read from the source of the dataclasses without importing them.
+"""Reads the options of a command from the source of its dataclasses, without importing them.
 
 Importing torch and transformers takes many seconds; help should not. The text of an option is its entry in the `Args`
 of the class's docstring; there is no second copy of it in the field.
@@ -29,7 +29,7 @@ class Option:
         name: The field's name.
         kind: The field's annotation, as written.
         default: The default's value; `REQUIRED` when there is none.
-        help: What it does, in one sentence or a few.
+        help: Its effect, in one sentence or a few.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """What a source file defines and imports.
+    """The classes and imports of a source file.
 
     Args:
         classes: Name -> class.
@@ -146,7 +146,7 @@ def _config_class(method: str) -> str | None:
 
 
 def _defined_at(module: str, name: str) -> str | None:
-    """`module.Class` where the class that a module calls so is defined; None where only an import would tell."""
+    """`module.Class` where a class that a module names is defined; None if only an import can tell."""
     found = _source(module)
     if name in found.classes:
         return f"{module}.{name}"
@@ -189,7 +189,7 @@ def _file_of(module: str) -> Path:
     # Looks for a top-level package without importing it.
     spec = find_spec(top)
     if spec is None or spec.origin is None:
-        raise ValueError(f"No source of the module {module!r} can be found: is its package still installed?")
+        raise ValueError(f"The source of module {module!r} cannot be found: is its package still installed?")
     if not rest:
         return Path(spec.origin)
     place = Path(spec.origin).parent.joinpath(*rest)
@@ -220,7 +220,7 @@ def _option(statement: ast.stmt, texts: dict[str, str]) -> Option | None:
 
 
 def _value(node: ast.expr) -> Any:
-    """What an expression evaluates to; its text where only running it would tell."""
+    """The value of an expression; its text if only running it gives the value."""
     try:
         return ast.literal_eval(node)
     except ValueError:

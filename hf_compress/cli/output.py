@@ -1,4 +1,4 @@
-"""What a command prints when its stage is done."""
+"""Prints the results of a command."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hf_compress.stages.table import Stage
 
 
 def print_results(stage: Stage, arguments: StageArguments, results: Mapping[str, Any]) -> None:
-    """Print what a person wants to know of a stage's results.
+    """Print the main results of a stage.
 
     Args:
-        stage: That was run.
+        stage: The stage that was run.
         arguments: Its arguments.
-        results: What it returned.
+        results: Its results.
     """
     _PRINTERS.get(stage.name, _print_compressed if stage.method else _print_trained)(arguments, results)
 
@@ -82,7 +82,7 @@ def _print_pruned_weights(arguments: StageArguments, results: Mapping[str, Any])
 
 
 def sparsity_line(by_weight: Mapping[str, float]) -> str:
-    """The sparsity of all prunable weights in one line; `results.json` has each of them.
+    """Summarise the sparsity of all prunable weights in one line; `results.json` lists them.
 
     Example:
         >>> sparsity_line({"query": 0.5, "key": 0.5})
@@ -133,7 +133,7 @@ def _print_report(arguments: StageArguments, results: Mapping[str, Any]) -> None
 
 
 def print_report(folder: str) -> None:
-    """Print the table of a report and where the rest of it is."""
+    """Print the table of a report, and the folder of its other files."""
     print(Path(folder, "report.md").read_text(encoding="utf-8"))
     print(f"table, report.json and plots are in {folder}")
 
@@ -151,7 +151,7 @@ def _print_demo(arguments: StageArguments, results: Mapping[str, Any]) -> None:
 
 
 def recovery_hint(models: Sequence[Mapping[str, Any]], metric: str, num_examples: int) -> str:
-    """Why the demo's recovered model may measure no better than the pruned one; empty where it does.
+    """Explain why the demo's recovered model measures no better than the pruned one; empty if it is better.
 
     Args:
         models: Of the report: dense, pruned, recovered.
@@ -166,7 +166,7 @@ def recovery_hint(models: Sequence[Mapping[str, Any]], metric: str, num_examples
         return ""
     return (
         f"Pruning lost no more than chance on these {num_examples} texts (one text is {1 / num_examples:.4f}): there "
-        "was nothing for recovery to win back. A deeper cut shows what it does: try --mac_ratio 0.3."
+        "was nothing to recover. A deeper cut shows what recovery does: try --mac_ratio 0.3."
     )
 
 

@@ -1,4 +1,4 @@
-"""Flags and YAML into dataclasses; every mistake becomes one line that says what to change."""
+"""Turns flags and YAML into dataclasses; each mistake becomes one line that says what to change."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from hf_compress.cli.errors import BadInput, describe
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """What a person typed.
+    """The parsed options of a command.
 
     Args:
         values: One filled dataclass for each kind, in their order.
-        given: Names of the options that stood in the flags or in the YAML file.
+        given: Names of the options that the user wrote, as flags or in the YAML file.
     """
 
     values: tuple[Any, ...]
@@ -36,7 +36,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 
 
 class _Parser(HfArgumentParser):
-    """`HfArgumentParser` that raises instead of printing its usage and leaving."""
+    """An `HfArgumentParser` that raises instead of printing its usage and exiting."""
 
     def __init__(self, kinds: Sequence[type]) -> None:
         classes: Any = list(kinds)
@@ -62,7 +62,7 @@ class _Parser(HfArgumentParser):
 
 
 def build_parser(kinds: Sequence[type]) -> HfArgumentParser:
-    """One flag for each field that a person may set.
+    """Add one flag for each field that the user may set.
 
     Raises:
         TypeError: If two dataclasses declare the same field: one flag cannot fill both.
@@ -99,13 +99,13 @@ def _reject_unknown(names: Sequence[Any], known: Sequence[str], where: str) -> N
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """PyYAML's safe loader, which takes the last of two values of one name without a word."""
+    """PyYAML's safe loader, but it refuses a name that occurs twice instead of taking its last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for name in names:
             if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} stands there twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{name} occurs twice", node.start_mark)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
 
@@ -123,7 +123,7 @@ def _read_yaml(file: str) -> dict[Any, Any]:
 
 
 def _flags_of(name: str, value: Any, kind: Any, takes_many: bool, where: str) -> list[str]:
-    """A value from YAML as a person would type it."""
+    """Write a YAML value as it would be typed on the command line."""
     choices = _choices(kind)
     mappings = any(choice is dict or get_origin(choice) is dict for choice in choices)
     if isinstance(value, list):
@@ -137,7 +137,7 @@ def _flags_of(name: str, value: Any, kind: Any, takes_many: bool, where: str) ->
     if isinstance(value, bool) and bool not in choices:
         raise BadInput(
             f"{where}: {name} must not be {value}. YAML reads yes, no, on and off as true and false: put the word "
-            "into quotes."
+            "in quotes."
         )
     return [f"--{name}={_text(name, value, str(kind), where)}"]
 
@@ -181,7 +181,7 @@ def parse(
 
     Args:
         kinds: Dataclasses whose fields are the options.
-        arguments: What follows the command.
+        arguments: The command line after the command.
         defaults: Values that replace the dataclasses' own defaults for this command.
         defaults_when: (option, value) -> further defaults while that option has that value.
 
@@ -243,7 +243,7 @@ def _typed(parser: HfArgumentParser, preset: Mapping[str, tuple[Any, str]], hint
 
 
 def _construct(kind: type, namespace: argparse.Namespace) -> Any:
-    """A dataclass from what the parser understood; whatever its own checks raise is about the user's values."""
+    """Build a dataclass from the parsed values; an error of its own checks is an error of the user's input."""
     values = {field.name: getattr(namespace, field.name) for field in _settable(kind)}
     try:
         return kind(**values)

@@ -1,4 +1,4 @@
-"""The supported architectures, and one view of a transformer layer of any of them.
+"""The supported architectures, and one view of a transformer layer that fits all of them.
 
 Letters: H heads, G query heads a key-value head, d head size, D hidden, F feed-forward width, s tokens.
 """
@@ -51,7 +51,7 @@ class TransformerLayer:
 
     @property
     def modules(self) -> dict[str, nn.Linear | Conv1D]:
-        """Path -> module of each projection; a fused module is there once."""
+        """Path -> module of each projection; a fused module occurs once."""
         paths = self.architecture.projections
         return {path: self._linear(path) for path, roles in paths.items() if self._has(path, roles)}
 
@@ -74,7 +74,7 @@ class TransformerLayer:
         }
 
     def projection(self, role: Role) -> Projection:
-        """The projection with a role; a `KeyError` where the architecture has none."""
+        """Get the projection with a role; raises `KeyError` if the layer has none."""
         path = self.architecture.paths[role]
         return self._within(path, self._linear(path), role)
 
@@ -102,17 +102,17 @@ class TransformerLayer:
 
     @property
     def attention_out(self) -> Projection:
-        """From the concatenated heads back to the hidden size."""
+        """The projection from the concatenated heads to the hidden size."""
         return self.projection(Role.ATTENTION_OUT)
 
     @property
     def ffn_out(self) -> Projection:
-        """From the feed-forward width back to the hidden size."""
+        """The projection from the feed-forward width to the hidden size."""
         return self.projection(Role.FFN_OUT)
 
     @property
     def activation(self) -> nn.Module:
-        """What `GATE` passes through, or `FFN_IN` where there is no gate."""
+        """The activation behind `GATE`, or behind `FFN_IN` where there is no gate."""
         return self.module.get_submodule(self.architecture.activation)
 
     @property
@@ -142,7 +142,7 @@ class TransformerLayer:
 
     @property
     def window(self) -> int | None:
-        """The first distance that is out of a token's reach; None where every token sees every other one."""
+        """The smallest distance that a token does not see; None if every token sees every other one."""
         holder: Any = self.attention
         found = getattr(holder.config if self.architecture.window_in_config else holder, "sliding_window", None)
         return None if found is None else int(found)
@@ -195,10 +195,10 @@ def base_of(model: Any) -> Any:
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
-    """The row of a model.
+    """Find the architecture of a model.
 
     Raises:
-        ValueError: If there is none; names the supported types.
+        ValueError: If it is not supported; names the supported types.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in ARCHITECTURES:
@@ -209,11 +209,11 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 
 def layers_of(model: PreTrainedModel, adapted: bool = False) -> list[TransformerLayer]:
-    """The transformer layers of a model, from the first to the last.
+    """List the transformer layers of a model, from the first to the last.
 
     Args:
         model: A supported architecture.
-        adapted: Whether adapters around the projections do no harm, because only shapes are read.
+        adapted: Allow adapters around the projections, because only shapes are read.
 
     Raises:
         ValueError: If the architecture is not supported, or if a projection is not an ordinary linear layer (an

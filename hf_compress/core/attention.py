@@ -1,4 +1,4 @@
-"""Layers that carry an attention core of their own instead of softmax over all tokens.
+"""Layers whose attention is computed by a core of their own instead of softmax over all tokens.
 
 One attention function is registered with transformers. A layer whose attention module has a child `attention_core`
 is computed by it; every other layer of the same model falls back to ordinary scaled dot products.
@@ -23,7 +23,7 @@ CORE = "attention_core"
 
 
 class AttentionCore(nn.Module):
-    """What replaces softmax attention inside one layer; a child of the attention module, named `attention_core`."""
+    """Replaces softmax attention inside one layer; it is the child `attention_core` of the attention module."""
 
     head_size: int
 
@@ -38,7 +38,7 @@ class AttentionCore(nn.Module):
         dropout: float,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The context of every head.
+        """Compute the context of every head.
 
         Args:
             attention: The module that owns this core.
@@ -47,9 +47,9 @@ class AttentionCore(nn.Module):
             value: As `key`.
             mask: None without padding; [B, S] bool, True on tokens, when padding is on the right; otherwise
                 [B, S] int64, the rank of each token among the tokens of its example and -1 on padding.
-            scaling: Of the scores.
-            dropout: Probability, on the attention weights.
-            output_attentions: Whether the weights are wanted.
+            scaling: Factor of the scores.
+            dropout: Dropout probability of the attention weights.
+            output_attentions: Whether to return the attention weights.
 
         Returns:
             [B, S, H, d], and the attention weights or None.
@@ -57,7 +57,7 @@ class AttentionCore(nn.Module):
         raise NotImplementedError
 
     def macs(self, seq_len: float, width: int, hidden: int) -> float:
-        """Multiply-accumulates beside those of the four projections, for one sequence.
+        """Multiply-accumulates of one sequence, without those of the four projections.
 
         Args:
             seq_len: Tokens.
@@ -80,14 +80,14 @@ def token_ranks(live: Tensor) -> Tensor:
 def _mask(
     mask_function: Any = bidirectional_mask_function, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor | None:
-    """The mask that cores read; layers with windows get the ordinary one."""
+    """Make the mask that cores read; layers with windows get the ordinary one."""
     if mask_function is not bidirectional_mask_function:
         return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
     if attention_mask is None:
         return None
     live = attention_mask.bool()
-    # One look at the data a forward pass, as transformers' own masks take; a traced graph must not depend on it, and
-    # ranks are right for every kind of padding.
+    # The values of the mask are read once per forward pass, as transformers' own masks do. A traced graph must not
+    # depend on them; it uses ranks, which are right for every kind of padding.
     if is_tracing(live):
         return token_ranks(live)
     if bool(live.all()):
@@ -127,7 +127,7 @@ def _require_attention(attention: Any, inputs: tuple[Any, ...]) -> None:
     if attention.config._attn_implementation != ATTENTION:
         raise ValueError(
             f"attn_implementation must stay {ATTENTION!r} for a model with a changed attention, "
-            f"got {attention.config._attn_implementation!r}: it would silently compute dense attention."
+            f"got {attention.config._attn_implementation!r}: another one would silently compute dense attention."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a model reads from a batch: which entries, on which device, and which tokens its layers see.
+"""How a model reads a batch: which entries, on which device, and which tokens its layers see.
 
 Letters: B batch, S padded length in tokens, T padded length in samples of sound.
 """
@@ -18,7 +18,7 @@ from hf_compress.core.modes import evaluating
 from hf_compress.core.watching import Stop, watched
 
 
-# What turns the columns of a raw data set into inputs, by the model's main input.
+# Main input of a model -> how the columns of a raw data set become that input.
 _PREPARED_BY = {
     "input_ids": "Tokenize the texts first: dataset.map(lambda row: tokenizer(row['text'], truncation=True)).",
     "pixel_values": "Run the images through the model's image processor first: "
@@ -49,7 +49,7 @@ def live_tokens(batch: Mapping[str, Any]) -> Tensor:
 
 
 def main_input(model: PreTrainedModel) -> str:
-    """The input that a model cannot do without: `input_ids`, `pixel_values`, `input_values`, ..."""
+    """The main input of a model: `input_ids`, `pixel_values`, `input_values`, ..."""
     return str(getattr(model.base_model, "main_input_name", "input_ids"))
 
 
@@ -79,7 +79,7 @@ def base_inputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, T
 
 
 def _remedy(main: str, batch: Mapping[str, Any]) -> str:
-    """How raw examples become inputs, where a batch holds raw examples."""
+    """Say how raw examples become inputs, if a batch holds raw examples."""
     texts = any(isinstance(value, str) for value in batch.values())
     raw = texts if main == "input_ids" else "image" in batch or "audio" in batch
     return f" {_PREPARED_BY[main]}" if raw and main in _PREPARED_BY else ""
@@ -91,7 +91,7 @@ def _frame_mask(model: PreTrainedModel, mask: Tensor) -> Tensor | None:
     count = getattr(base, "_get_feat_extract_output_lengths", None)
     if count is None or main_input(model) != "input_values":
         return None
-    # An adapter shortens the sequence once more, behind the last layer.
+    # wav2vec2's adapter shortens the sequence once more, behind the last layer.
     before = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
     frames = int(count(mask.new_tensor([mask.shape[-1]]), **before))
     found: Tensor = base._get_feature_vector_attention_mask(frames, mask, **before)
@@ -99,7 +99,7 @@ def _frame_mask(model: PreTrainedModel, mask: Tensor) -> Tensor | None:
 
 
 def layer_mask(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """Which of the tokens that a model's layers see are real.
+    """Find which of the tokens that a model's layers see are real.
 
     Args:
         model: Any transformers model.

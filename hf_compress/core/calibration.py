@@ -25,12 +25,12 @@ from hf_compress.core.watching import Before, Stop, watched
 
 logger = logging.getLogger(__name__)
 
-# What a module is called by those who observe it, in messages too.
+# The caller's name for a module, also used in messages.
 Key = TypeVar("Key", bound=Hashable)
 
 
 class Statistic(Protocol):
-    """Something that eats rows and remembers less."""
+    """Accumulates rows into something smaller than the rows."""
 
     def update(self, rows: Tensor) -> None: ...
 
@@ -44,24 +44,24 @@ def with_progress(data: Iterable[Mapping[str, Any]], description: str) -> Iterat
 
 
 def run_base(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
-    """One forward pass of the base model, in which layers that drop tokens compute every row that is alive."""
+    """Run the base model once; layers that drop tokens compute the rows of all live tokens."""
     model.base_model(**inputs, **forward_state(model))
 
 
 def live_rows(key: Hashable, states: Tensor, masks: list[Tensor], may_be_packed: bool) -> Tensor:
     """The input of a module as rows, without padding.
 
-    Layers that drop tokens hand on rows of live tokens only, without the axis of examples. What has another number of
-    rows than there are tokens, and is not of the examples (embeddings of relative positions), has no padding.
+    Layers that drop tokens pass on rows of live tokens only, without the batch axis. An input whose number of rows is
+    not that of the tokens and that has no batch axis (embeddings of relative positions) has no padding.
 
     Args:
         key: Names the module in messages.
-        states: [..., F].
+        states: [..., F], the input.
         masks: The masks of the batch, as `token_masks` gives them.
         may_be_packed: Whether layers may have dropped tokens and padding already.
 
     Raises:
-        ValueError: If it cannot be told which rows are padding.
+        ValueError: If it is unclear which rows are padding.
     """
     if may_be_packed and states.ndim == 2:
         return states
@@ -90,7 +90,7 @@ def feeding(
     may_be_packed: bool = False,
     whole: bool = False,
 ) -> Iterator[None]:
-    """Feed the live-token inputs of some modules to statistics while one batch runs.
+    """Feed the live-token inputs of some modules to statistics while a batch runs inside the `with` statement.
 
     Args:
         modules: Key -> module whose first positional input is observed, at every call.
@@ -127,15 +127,15 @@ def feeding(
 def call_order(
     model: PreTrainedModel, modules: Mapping[Key, nn.Module], batch: Mapping[str, Any]
 ) -> list[tuple[Key, int]]:
-    """Every call of some modules in one forward pass, in order.
+    """Record every call of some modules in one forward pass, in order.
 
     Args:
         model: Runs in eval mode and is left in the mode it had.
-        modules: Key -> module. Those that the base model does not call are not in the answer.
+        modules: Key -> module. Those that the base model does not call are missing in the result.
         batch: Model inputs; labels are ignored.
 
     Returns:
-        Key and number of the input: calls that follow each other on the very same tensor share a number.
+        Key and number of the input of each call: consecutive calls on the very same tensor share a number.
 
     Raises:
         ValueError: If the batch lacks the model's main input, or a module sees something else than one row a token.
@@ -149,7 +149,7 @@ def call_order(
         def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             live_rows(key, args[0], masks, drops_tokens)
             same = bool(last) and last[0] is args[0]
-            # Held on to: a later tensor must not get this one's address and pass for it.
+            # Kept alive, so that no later tensor gets the address of this one.
             last[:] = [args[0]]
             calls.append((key, calls[-1][1] + (not same) if calls else 0))
 

@@ -1,4 +1,4 @@
-"""What methods need of calibration data, checked once, before a model is changed."""
+"""Checks calibration data against what the methods need, once, before a model is changed."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def require_data(data: Data | None, passes: int, setting: str = "") -> Data:
     """Return calibration data that can be read as often as needed.
 
     Args:
-        data: What the user gave.
-        passes: How often it will be read.
-        setting: What asks for it, for the message.
+        data: The data that the user gave.
+        passes: How often the data will be read.
+        setting: The setting that needs the data, for the message.
 
     Raises:
         ValueError: If there is no data, or if it is an iterator, which can be read once, and more passes are needed.
@@ -47,7 +47,7 @@ def require_data(data: Data | None, passes: int, setting: str = "") -> Data:
     if data is None:
         given = f" with {setting}" if setting else ""
         raise ValueError(
-            f"data must be given{given}: this method looks at a few hundred examples (an iterable of input dicts)."
+            f"data must be given{given}: this method reads a few hundred examples (an iterable of input dicts)."
         )
     if isinstance(data, Mapping):
         raise ValueError("data must be an iterable of input dicts, got one dict: put it into a list.")
@@ -60,7 +60,7 @@ def require_data(data: Data | None, passes: int, setting: str = "") -> Data:
 
 
 def readable_data(model: PreTrainedModel, data: Data | None, passes: int, setting: str = "") -> Data:
-    """Calibration data as batches of tensors, whether it holds batches or single examples.
+    """Turn calibration data, which holds batches or single examples, into batches of tensors.
 
     Raises:
         ValueError: As `require_data`.
@@ -72,18 +72,18 @@ def readable_data(model: PreTrainedModel, data: Data | None, passes: int, settin
 
 
 def checked_data(model: PreTrainedModel, data: Data | None, needs: Sequence[DataNeeds]) -> Data | None:
-    """Calibration data as the methods of one call read it, one after the other.
+    """Prepare calibration data for all methods of one call, which read it one after the other.
 
     Args:
-        model: That it is for.
-        data: What the user gave; not looked at where no method reads it.
-        needs: Of each method.
+        model: The model to compress.
+        data: The data that the user gave; ignored if no method reads it.
+        needs: The needs of each method.
 
     Returns:
-        Batches of tensors that can be read as often as all of them do together; None where none of them reads data.
+        Batches of tensors that can be read as often as all methods together need; None if no method reads data.
 
     Raises:
-        ValueError: If there is too little of it, or no labels where a method computes the loss.
+        ValueError: If the data cannot be read often enough, or has no labels although a method computes the loss.
     """
     reading = [need for need in needs if need.passes]
     if not reading:
@@ -103,7 +103,7 @@ def checked_data(model: PreTrainedModel, data: Data | None, needs: Sequence[Data
 
 
 def _with_first(data: Data) -> tuple[Mapping[str, Any] | None, Data]:
-    """The first batch, and data that still begins with it."""
+    """Take the first batch, and return it with data that still begins with it."""
     if not isinstance(data, Iterator):
         return next(iter(data), None), data
     first = next(data, None)

@@ -1,4 +1,4 @@
-"""Where models run that no Trainer places."""
+"""Chooses the device of models that run without a Trainer."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 
 
 def chosen_device(name: str = "auto") -> torch.device:
-    """The device of that name.
+    """Find the device with a name.
 
     Args:
-        name: `auto` is the accelerator where there is one that computes in double precision (Apple's does not), else
-            the CPU. Or a device of torch, such as `cuda:1`.
+        name: `auto`, or a torch device such as `cuda:1`. `auto` is the accelerator if there is one that computes in
+            double precision (Apple's does not), else the CPU.
 
     Raises:
-        ValueError: If there is no such device here.
+        ValueError: If this machine has no such device.
 
     Example:
         >>> chosen_device("cpu")

@@ -1,4 +1,4 @@
-"""Short names for long contents: two models with one digest have the same weights."""
+"""Digests of a model's weights: two models with the same digest have the same weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """A digest of names, shapes, types and bits of a model's weights."""
+    """Compute a digest of the names, shapes, types and bits of a model's weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

@@ -1,7 +1,7 @@
-"""Walking the layers of a model once, each with the inputs that the layers before it make by then.
+"""Walks the layers of a model once, each with the inputs that the layers before it now compute.
 
-One real forward pass of every batch shows what each layer is called with: masks, position embeddings, and whatever
-else its model hands it. From then on only the hidden states change, and a layer is run alone.
+One real forward pass of every batch records the arguments of each layer: masks, position embeddings, and whatever
+else its model passes to it. From then on only the hidden states change, and each layer runs alone.
 
 Letters: B batch, S padded length, N live tokens, D hidden.
 """
@@ -27,14 +27,14 @@ from hf_compress.core.moments import PairedMoments
 
 @dataclass
 class _Batch:
-    """One batch on its way through the layers.
+    """One batch during the walk.
 
     Args:
-        masks: Of its tokens, as `token_masks` gives them.
-        calls: What the layers still to come are called with; the last one is the nearest.
-        states: [B, S, D], the input of the layer at which the walk is.
-        dense_states: [B, S, D], what this input is in the untouched model; None where nobody wants to know.
-        device: Where the model has the states.
+        masks: The masks of its tokens, as `token_masks` gives them.
+        calls: The arguments of the layers still to come; the last entry belongs to the current layer.
+        states: [B, S, D], the input of the current layer.
+        dense_states: [B, S, D], the same input in the untouched model; None if it is not carried.
+        device: The device of the states in the model.
     """
 
     masks: list[Tensor]
@@ -45,7 +45,7 @@ class _Batch:
 
 
 class _Rows:
-    """The rows of one batch, as they are."""
+    """Keeps the rows of one batch unchanged."""
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
@@ -55,7 +55,7 @@ class _Rows:
 
 
 class _BesideDense:
-    """Hands rows on together with those of the dense model for the same tokens."""
+    """Passes rows on together with those of the dense model for the same tokens."""
 
     def __init__(self, moments: PairedMoments, dense: _Rows) -> None:
         self._moments, self._dense = moments, dense
@@ -66,9 +66,9 @@ class _BesideDense:
 
 
 class LayerWalk:
-    """The layers of a model from the first to the last, each with its inputs for all batches, one layer at a time.
+    """Visits the layers of a model from the first to the last, each with its inputs for all batches.
 
-    What is done to a layer while the walk is at it, the layers after it see::
+    Later layers see whatever is done to a layer while the walk is at it::
 
         walk = LayerWalk(model, layers, data)
         for index in walk:
@@ -80,18 +80,18 @@ class LayerWalk:
 
     Args:
         model: Any transformers model, on the device it is on.
-        layers: Modules of the base model that run once each, in this order, on each other's output.
+        layers: Modules of the base model that run once each, in this order, each on the output of the one before.
         data: Model-input dicts of tensors. Labels and arguments that the base model does not take are ignored.
-        modules: Key -> module inside the layers. Their inputs in the model as it is when the walk begins are observed
-            on the way.
-        statistics: Key -> what these inputs are fed to.
+        modules: Key -> module inside the layers. The first forward pass feeds their inputs, in the model as it is when
+            the walk begins, to `statistics`.
+        statistics: Key -> statistic, for the same keys.
         on_batch: Called with each batch (after the move).
-        two_streams: Also carry the hidden states of the model as it is now, beside those of what becomes of it. Needs
-            as much memory again, and that of a copy of one layer.
-        offload: Keep what is not in use in the memory of the CPU, in the model's dtype.
+        two_streams: Also carry the hidden states of the model as it is now, beside those of the compressed model.
+            Needs twice the memory, and a copy of one layer.
+        offload: Keep hidden states that are not in use in CPU memory, in the model's dtype.
 
     Raises:
-        NotWalkable: If the layers do not follow each other so.
+        NotWalkable: If the layers do not run in this way.
         ValueError: If the data is empty, lacks the model's main input, or drives a module to a non-finite input.
     """
 
@@ -110,9 +110,9 @@ class LayerWalk:
         self._layers, self._index = list(layers), 0
         self._drops_tokens = carries_state(model)
         if two_streams and self._drops_tokens:
-            raise NotWalkable("layers drop tokens, and before compression they drop others than after it")
+            raise NotWalkable("layers drop tokens, and compression changes which tokens they drop")
         self._two_streams, self._offload = two_streams, offload
-        # The layer at which the walk is, as it was before anything happened to it.
+        # A copy of the current layer before anything changed it.
         self._dense_layer: nn.Module | None = None
         self._batches: list[_Batch] = []
         with torch.no_grad(), evaluating(model):
@@ -129,7 +129,7 @@ class LayerWalk:
             raise ValueError("data must hold at least one batch, got none.")
 
     def _recorded(self, masks: list[Tensor], calls: list[LayerCall], states: Tensor) -> _Batch:
-        # Layers share masks and position embeddings: each of them is put away once.
+        # Layers share masks and position embeddings: each tensor is moved only once.
         away: dict[int, tuple[Tensor, Tensor]] = {}
 
         def put(tensor: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class LayerWalk:
         return len(self._layers)
 
     def __iter__(self) -> Iterator[int]:
-        """The indices of the layers. Asking for the next one runs the layer, as it is by then, for the last time."""
+        """Yield the index of each layer. Going on runs the current layer, as it is by then, for the last time."""
         for index, layer in enumerate(self._layers):
             self._index = index
             if self._two_streams:
@@ -178,9 +178,9 @@ class LayerWalk:
         """Feed the live-token inputs of some modules to statistics; each batch runs the layer up to the last of them.
 
         Args:
-            modules: Key -> module inside the layer at which the walk is.
+            modules: Key -> module inside the current layer.
             statistics: Key -> statistic, for the same keys.
-            repeated: Some modules run more than once in the layer: run it to its end.
+            repeated: Run the layer to its end, because some modules run more than once in it.
 
         Raises:
             ValueError: If an input is not finite or not one row a token.
@@ -193,13 +193,13 @@ class LayerWalk:
 
     @torch.no_grad()
     def observe_both(self, moments: Mapping[str, PairedMoments]) -> None:
-        """Feed the inputs of some modules in the dense and in the compressed model to moments, row beside row.
+        """Feed the inputs of some modules in the dense and in the compressed model to cross moments, row by row.
 
         Args:
-            moments: Name of a module inside the layer at which the walk is -> what its two inputs are fed to.
+            moments: Name of a module inside the current layer -> the moments of its two inputs.
 
         Raises:
-            ValueError: If the walk carries one stream only, or an input is not finite or not one row a token.
+            ValueError: If the walk carries one stream only, or an input is not finite or not one row per token.
         """
         layer, dense_layer = self._layers[self._index], self._dense_layer
         if dense_layer is None:

@@ -1,4 +1,4 @@
-"""Errors of other libraries in one line, as bad input."""
+"""Turns errors of other libraries into one line about bad input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from safetensors import SafetensorError
 
 
-# What broken, truncated and foreign files raise in transformers, safetensors, torch and json.
+# The errors that transformers, safetensors, torch and json raise for broken, truncated and foreign files.
 BROKEN_FILE = (
     OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, SafetensorError,
     pickle.UnpicklingError,
@@ -17,9 +17,9 @@ BROKEN_FILE = (
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; the name of its class where it says nothing.
+    """The first line of an error's message; the name of its class if the message is empty.
 
-    Where the first line only announces, as in torch's errors of `load_state_dict`, the second follows.
+    If the first line only introduces a list, as in torch's errors of `load_state_dict`, the second line is added.
 
     Example:
         >>> first_line(OSError("no such file\\nhint"))
@@ -31,7 +31,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def one_line(about: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Raise errors of these classes as a `ValueError` of one line.
+    """Raise errors of the given classes as a `ValueError` of one line.
 
     Args:
         about: What failed; the message begins with it.

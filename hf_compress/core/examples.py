@@ -1,4 +1,4 @@
-"""Calibration data as people have it: batches of tensors, rows of a prepared data set, lists of ids or samples."""
+"""Makes batches of calibration data: of tensors, rows of a prepared data set, or lists of ids or samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Data = Iterable[Mapping[str, Any]]
 
 # Rows of a data set that make one batch.
 _ROWS = 8
-# What padding holds where it is not zero: positions that no loss counts.
+# Input -> value of its padding, where that is not zero: a label that no loss counts.
 _IGNORED = -100
 # Axes of one example: an image has channels, height and width, a spectrogram time and frequency, all else one.
 _AXES = {"pixel_values": 3, "input_features": 2}
@@ -24,7 +24,7 @@ _PADDED = ("input_ids", "input_values")
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """A value as a tensor; None for texts and the like, which no model takes."""
+    """Turn a value into a tensor; None for texts and other values that no model takes."""
     if torch.is_tensor(value):
         return value
     try:
@@ -41,7 +41,8 @@ def _padded(name: str, values: list[Tensor], config: PretrainedConfig) -> Tensor
         return torch.stack(values)
     if name in _AXES:
         raise ValueError(
-            f"data holds {name} of different shapes, {list(first)} and {list(other)}, which make no batch. Bring the "
+            f"data holds {name} of different shapes, {list(first)} and {list(other)}, which cannot be stacked. Bring "
+            "the "
             "examples to one size first, as the model's own processor does."
         )
     filling = {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": _IGNORED}.get(name, 0)
@@ -49,7 +50,7 @@ def _padded(name: str, values: list[Tensor], config: PretrainedConfig) -> Tensor
 
 
 def _collated(rows: list[Mapping[str, Any]], config: PretrainedConfig) -> dict[str, Tensor]:
-    """One batch of single examples, padded on the right."""
+    """Pad single examples on the right and stack them."""
     columns: dict[str, list[Tensor]] = {}
     for row in rows:
         for main in _PADDED:
@@ -79,14 +80,14 @@ def _axes(value: Any) -> int:
 
 
 def batches_of(data: Data, config: PretrainedConfig, main: str = "input_ids") -> Iterator[Mapping[str, Any]]:
-    """Batches of tensors from batches or from single examples, eight in a batch.
+    """Make batches of tensors from batches or from single examples, eight in a batch.
 
     Texts and sounds of different lengths are padded on the right, with an `attention_mask`; images must have one size.
 
     Args:
         data: Dicts of tensors, as they come from a `DataLoader`; rows of a `datasets.Dataset` that holds a model's
             inputs (`input_ids`, `pixel_values`, `input_values`); dicts of lists, as they come from a tokenizer. Texts
-            and other columns that are no numbers are left out.
+            and other columns without numbers are left out.
         config: Names the padding token.
         main: The input that tells an example from a batch.
 

@@ -1,7 +1,7 @@
-"""What the layers of a model tell each other, and the caller, during one forward pass.
+"""A state that the layers of a model share with each other, and with the caller, during one forward pass.
 
-A method whose layers share something hands it on as one object, under a keyword argument that travels from the base
-model through transformers' `**kwargs` to every layer. Callers that want to look at it pass their own.
+A method whose layers share something passes it as one object, in a keyword argument that transformers' `**kwargs`
+carry from the base model to every layer. A caller that wants to read it passes an object of its own.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ FORWARD_STATE = "forward_state"
 
 
 class ForwardState(Protocol):
-    """What is known of a forward pass when it is over. Tensors are on the model's device.
+    """The results of a forward pass beside its outputs. Tensors are on the model's device.
 
     Letters: B batch, S padded length, L layers.
     """
 
     def macs(self, layers: Sequence[TransformerLayer]) -> tuple[Tensor, Tensor]:
-        """Multiply-accumulates of the pass, and what a model without the method would have done.
+        """Multiply-accumulates of the pass, and those of the same pass without the method.
 
         Returns:
-            Two tensors [L], for each layer summed over the batch.
+            Two tensors [L], one sum over the batch for each layer.
         """
 
     def kept_after(self, layer: int) -> Tensor | None:
-        """[B, S] bool, True for the tokens that a layer has computed; None where nothing is known of it."""
+        """[B, S] bool, True for the tokens that a layer keeps; None if the state holds nothing about that layer."""
 
 
 class _StateHook:
-    """A hook of the base model that gives every forward pass a state, unless the caller has brought one."""
+    """A hook of the base model that gives every forward pass a state, unless the caller has passed one."""
 
     def __init__(self, make: Callable[[bool], ForwardState]) -> None:
         self.make = make
@@ -60,7 +60,7 @@ def carry_state_(model: PreTrainedModel, make: Callable[[bool], ForwardState]) -
 
     Args:
         model: Its layers read the keyword argument `FORWARD_STATE`.
-        make: `(whole) -> new state`. `whole`: compute what no head reads, too.
+        make: `(whole) -> new state`. `whole`: also compute rows that no head reads.
     """
     if _hook_of(model) is None:
         model.base_model.register_forward_pre_hook(_StateHook(make), with_kwargs=True)
@@ -72,11 +72,11 @@ def carries_state(model: PreTrainedModel) -> bool:
 
 
 def forward_state(model: PreTrainedModel, whole: bool = True) -> dict[str, ForwardState]:
-    """A new state as keyword arguments for one call of a model or its base model; none for models that carry no state.
+    """Make the keyword arguments that give one call of a model a new state; none if its layers share no state.
 
     Args:
-        model: About to be called.
-        whole: Compute also what its head does not read: for measurements, and where all hidden states are wanted.
+        model: The model to call, or its base model.
+        whole: Also compute rows that its head does not read: for measurements, and if all hidden states are needed.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -88,5 +88,5 @@ def forward_state(model: PreTrainedModel, whole: bool = True) -> dict[str, Forwa
 
 
 def state_in(arguments: Mapping[str, Any]) -> ForwardState | None:
-    """The state among the keyword arguments of a call."""
+    """Find the state among the keyword arguments of a call; None if there is none."""
     return arguments.get(FORWARD_STATE)

@@ -1,4 +1,4 @@
-"""Labels are matched by name: which output of one model means which output, or which class of the data."""
+"""Matches labels by name: the outputs of one model with those of another, or with the classes of the data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 
 def says_nothing(names: Sequence[str]) -> bool:
-    """Whether label names are those that transformers gives when nobody names them.
+    """Whether label names are only transformers' defaults (LABEL_0, LABEL_1, ...).
 
     Example:
         >>> says_nothing(["LABEL_0", "LABEL_1"]), says_nothing(["LABEL_1", "LABEL_0"])
@@ -21,9 +21,9 @@ def _folded(name: str) -> str:
 
 
 def places_by_name(ours: Sequence[str], theirs: Sequence[str]) -> list[int | None]:
-    """For each of our label names its place among theirs, None where they have no such name.
+    """Find for each of our label names its index among theirs; None if they have no such name.
 
-    Case, spaces and underscores make a difference only where names differ by nothing else.
+    Case, spaces and underscores count only if names differ by nothing else.
 
     Example:
         >>> places_by_name(["not_entailment", "entailment"], ["Entailment", "Not entailment"])

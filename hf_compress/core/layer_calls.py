@@ -1,4 +1,4 @@
-"""What each layer of a model is called with in one real forward pass, so that it can be called alone later.
+"""Records the arguments of each layer of a model in one real forward pass, so that it can run alone later.
 
 Letters: B batch, S padded length, D hidden.
 """
@@ -24,12 +24,13 @@ class NotWalkable(ValueError):
 
 @dataclass(frozen=True)
 class LayerCall:
-    """The arguments of one layer in one batch, apart from the hidden states.
+    """The arguments of one layer for one batch, without the hidden states.
 
     Args:
         args: Positional arguments.
         kwargs: Keyword arguments.
-        position: Where among the positional arguments the hidden states belong; None: they are `hidden_states`.
+        position: Index of the hidden states among the positional arguments. None: they are the keyword
+            `hidden_states`.
     """
 
     args: tuple[Any, ...]
@@ -38,10 +39,10 @@ class LayerCall:
 
     @staticmethod
     def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LayerCall, Tensor]:
-        """A call and the hidden states that it was made with.
+        """Split the arguments of a layer into a call and the hidden states.
 
         Raises:
-            NotWalkable: If the first argument is no tensor and there is no `hidden_states`.
+            NotWalkable: If neither the first argument nor `hidden_states` is a tensor.
         """
         position = None if "hidden_states" in kwargs else 0
         states = kwargs.get("hidden_states", args[0] if args else None)
@@ -49,7 +50,7 @@ class LayerCall:
             raise NotWalkable(
                 f"the first argument of a layer is {type(states).__name__}, not a tensor of hidden states"
             )
-        # Keys and values of tokens before these: there are none, and a layer would add its own at every call.
+        # The cache of earlier keys and values: it is empty here, and a layer would add to it at every call.
         others = tuple(None if isinstance(arg, Cache) else arg for arg in (args if position is None else args[1:]))
         named = {
             name: None if isinstance(value, Cache) else value
@@ -59,19 +60,19 @@ class LayerCall:
         return LayerCall(others, named, position), states
 
     def run(self, layer: nn.Module, states: Tensor) -> Tensor:
-        """[B, S, D], the output of a layer for given hidden states."""
+        """Run a layer on hidden states: [B, S, D]."""
         if self.position is None:
             return first_of(layer(*self.args, hidden_states=states, **self.kwargs))
         return first_of(layer(states, *self.args, **self.kwargs))
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> LayerCall:
-        """The same call with other tensors."""
+        """Make the same call with its tensors replaced."""
         args, kwargs = (_mapped(part, change) for part in (self.args, self.kwargs))
         return LayerCall(args, kwargs, self.position)
 
 
 def first_of(output: Any) -> Tensor:
-    """The hidden states in what a layer returns."""
+    """Take the hidden states from the return value of a layer."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
@@ -95,7 +96,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class LayerRecorder:
-    """Writes down the calls of layers during one forward pass, and refuses what cannot be repeated layer by layer.
+    """Records the calls of layers during one forward pass, and refuses passes that cannot be repeated layer by layer.
 
     Args:
         layers: Modules that are expected to run once each, in this order.
@@ -106,11 +107,11 @@ class LayerRecorder:
         self._calls: list[LayerCall] = []
         self._states: Tensor | None = None
         self._output: Tensor | None = None
-        # What layers have returned so far, for as long as somebody still holds it.
+        # The outputs of layers so far, as long as something else refers to them.
         self._returned: list[weakref.ref[Tensor]] = []
 
     def recording(self) -> AbstractContextManager[None]:
-        """Records the forward pass that runs inside the `with` statement."""
+        """Record the forward pass that runs inside the `with` statement."""
         return watched(
             before=[(layer, self._entering(index)) for index, layer in enumerate(self._layers)],
             after=[(layer, self._left) for layer in self._layers],
@@ -140,7 +141,7 @@ class LayerRecorder:
         return leave
 
     def finished(self) -> tuple[list[LayerCall], Tensor]:
-        """The calls, and the hidden states that the first layer was given.
+        """The calls, and the input of the first layer.
 
         Raises:
             NotWalkable: If a layer did not run.
@@ -151,5 +152,5 @@ class LayerRecorder:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors, maybe on two devices, hold the same."""
+    """Whether two tensors, possibly on two devices, hold the same values."""
     return one.shape == other.shape and torch.equal(one, other.to(one.device))

@@ -1,4 +1,4 @@
-"""Transformer layers that behave differently."""
+"""Changes the forward pass of a live transformer layer."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def _reduce(layer: nn.Module, protocol: int) -> tuple[object, ...]:
 
 
 def _unpickled(behaviour: type[nn.Module], old: type[nn.Module]) -> nn.Module:
-    kind = _specialised(behaviour, old)  # type: ignore[arg-type]
+    kind = _specialised(behaviour, old)  # type: ignore[arg-type]  # mypy doubts that classes hash.
     return kind.__new__(kind)

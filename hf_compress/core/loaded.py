@@ -1,4 +1,4 @@
-"""Nothing trains or measures on weights that were not in the file."""
+"""Makes sure that nothing trains or measures on weights that were not in the file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ def require_complete(loading_info: Mapping[str, Any], allowed: Callable[[str], b
 
     Args:
         loading_info: The second result of `from_pretrained(..., output_loading_info=True)`.
-        allowed: Says of a missing tensor's name whether it may start at random, such as a new head's. None: no tensor
-            may.
+        allowed: Whether the tensor of a given name may start at random, such as a new head's. None: no tensor may.
 
     Raises:
         ValueError: Names the tensors that the files lack, and those that nothing reads.

@@ -1,4 +1,4 @@
-"""What a compression method is: a config, two functions, the paper it comes from, and what it does in training."""
+"""The definition of a compression method: its config, its functions, its paper, and its part in training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_compress.core.method_training import MethodTraining
 
 @dataclasses.dataclass(frozen=True)
 class Paper:
-    """Where a method was published; rendered into model cards."""
+    """The publication of a method; model cards cite it."""
 
     title: str
     identifier: str
@@ -25,7 +25,7 @@ class Paper:
 
 
 class ModelPart(enum.Enum):
-    """A part of a dense model that one method may need and another one replace; the value names it in messages."""
+    """A part of a dense model that a method may need or replace; the value names it in messages."""
 
     ATTENTION = "softmax attention"
     LAYER_FORWARD = "ordinary layers"
@@ -33,17 +33,17 @@ class ModelPart(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One way to change a model. `compress` may look at weights and data; `rebuild` may not.
+    """One way to change a model. `compress` may read weights and data; `rebuild` may not.
 
     Args:
-        name: The folder's name, the word in `config.json` and on the command line.
+        name: The name of its folder, in `config.json` and on the command line.
         config_class: The method's `MethodConfig`.
         compress: `(model, config, data) -> completed config`; changes a live model in place. The completed config
-            says which sizes came out, so that `rebuild` needs nothing else. The caller records it, and writes its flat
+            holds the resulting sizes, so that `rebuild` needs nothing else. The caller records it, and writes its flat
             fields into the model's config.
         rebuild: `(model, completed config) -> None`; gives a dense skeleton (possibly on the meta device) the same
             module tree. `compress(model).state_dict()` must load strictly into it.
-        paper: The source.
+        paper: Where it was published.
         check: `(model, config) -> None`; raises `ValueError` when the config is impossible for the model, before
             anything is changed. None: every config is possible for every model.
         plain: `(model, completed config) -> dict`; the config fields with which stock transformers builds the same
@@ -51,15 +51,16 @@ class Method:
         data_needs: `(config) -> DataNeeds`; how `compress` reads its data. None: not at all.
         repeatable: Whether a model may go through it more than once.
         needs: Parts of a dense model that must still be there.
-        replaces: Parts of a dense model that are something else afterwards; no method that needs one may follow.
+        replaces: Parts of a dense model that it replaces; no method that needs one of them may follow.
         implied: `(model config) -> config or None`; the method config that flat fields written by hand ask for, for
             models that have no such step yet.
-        check_loaded: `(model) -> None`; called when a saved model was opened, to say what its weights contradict.
+        check_loaded: `(model) -> None`; called after a saved model was opened, to warn if its weights contradict the
+            record. None: nothing to check.
         training: `(model) -> MethodTraining`; what the method does in a training of a model that went through it.
             None: nothing.
     """
 
-    # The callables take a config of `config_class`, which their types cannot say.
+    # The callables take a config of `config_class`, which these types cannot express.
     name: str
     config_class: type[MethodConfig]
     compress: Callable[[PreTrainedModel, Any, Data | None], MethodConfig]
@@ -87,11 +88,11 @@ class Method:
 
 
 def check_order(earlier: Sequence[Method], method: Method) -> None:
-    """Refuse a method that cannot follow those that a model went through.
+    """Refuse a method that cannot follow those that were applied to a model.
 
     Args:
         earlier: The methods of the model's steps, in order.
-        method: The next one.
+        method: The method to apply next.
 
     Raises:
         ValueError: If it may not be repeated, or needs a part of the model that was replaced.

@@ -1,4 +1,4 @@
-"""The base of the method configs, and the check of their fields against their annotations.
+"""The base class of the method configs, and the check of their fields against their annotations.
 
 `huggingface_hub.dataclasses.strict` would check types, too. It refuses a whole number for a float and, where a tuple
 is expected, the list that JSON gives back; it lets NaN and infinity through; and what it raises is no `ValueError` and
@@ -62,7 +62,7 @@ def check_field_types(config: Any) -> None:
 
 @dataclasses.dataclass(kw_only=True)
 class MethodConfig:
-    """Base of the method configs: what a compressed model *is*, saved in its `config.json`.
+    """Base class of the method configs. A config describes a compressed model and is saved in its `config.json`.
 
     Subclasses are keyword-only dataclasses whose fields all have defaults. `flat` names the fields that live as
     plain fields of the model's config, where `from_pretrained(path, name=value)` can override them; all others
@@ -78,9 +78,9 @@ class MethodConfig:
         self.check()
 
     def check(self) -> None:
-        """Raise `ValueError` when the values contradict each other or are out of range."""
+        """Raise `ValueError` if the values contradict each other or are out of range."""
 
     def to_record(self) -> dict[str, Any]:
-        """The fields that go into the step, without those that still have the value None."""
+        """The fields that are written into the step, without those that are None."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.flat}
         return {name: value for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What a compression method does while a model that went through it is trained."""
+"""The part that a compression method takes in the training of a model that it was applied to."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class ParameterGroup:
     """Parameters of a model that the optimizer treats differently.
 
     Args:
-        params: They are taken out of the other groups.
-        options: Of the optimizer group, such as `lr` and `weight_decay`; what is left out is as for the other weights.
-        clipped_apart: Whether their gradients are clipped by a norm of their own, not by one with the other weights'.
+        params: The parameters; they are removed from the other groups.
+        options: Options of the optimizer group, such as `lr` and `weight_decay`; missing ones are as for other
+            weights.
+        clipped_apart: Whether their gradients are clipped by a norm of their own, apart from the other weights.
     """
 
     params: Sequence[nn.Parameter]
@@ -39,10 +40,10 @@ class ParameterGroup:
 
 
 class MethodTraining:
-    """What one method does in the training of one model, and the state that it needs for that.
+    """The part of one method in the training of one model, with the state that it needs.
 
-    A trainer makes such an object for every model that it trains (one for each trial of a search), asks it for what it
-    adds, and calls `begin` when a training begins. Everything here does nothing by default.
+    A trainer makes such an object for every model that it trains (one for each trial of a search), asks it for the
+    additions below, and calls `begin` when a training begins. By default, every method here does nothing.
 
     Args:
         model: The transformers model, without adapters around it.
@@ -52,37 +53,37 @@ class MethodTraining:
         self.model = model
 
     def begin(self) -> None:
-        """Prepare the model for a training that begins, or goes on from a checkpoint that is still to be read."""
+        """Prepare the model for a training that begins, or that resumes from a checkpoint which is not read yet."""
 
     def callbacks(self, present: Sequence[TrainerCallback]) -> list[TrainerCallback]:
-        """Callbacks that this training needs beside those that the trainer has; they go when the training ends."""
+        """Callbacks to add to those that the trainer has; they are removed when the training ends."""
         return []
 
     def loss_terms(self, state: ForwardState | None) -> dict[str, Tensor]:
-        """Weighted scalars that are added to the loss in training, each under the name that it is logged by.
+        """Weighted scalars to add to the training loss, by the name under which each is logged.
 
         Args:
-            state: What the forward pass has noted down; None in models whose layers share none.
+            state: The state of the forward pass; None for models whose layers share none.
         """
         return {}
 
     def measures(self, state: ForwardState | None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Name -> scalar of this batch and scalar that it is relative to, in training and evaluation.
+        """Name -> numerator and denominator of a measure on this batch, in training and evaluation.
 
-        What is logged is the quotient of the sums over many batches.
+        The log shows the quotient of their sums over many batches.
         """
         return {}
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Parameters of the model that are trained differently from the others."""
+        """Parameters of the model that the optimizer treats differently from the others."""
         return []
 
     def check_resume(self, checkpoint: PretrainedConfig) -> None:
-        """Raise `ValueError` when a checkpoint whose model has this config is of another kind of training."""
+        """Raise `ValueError` if a checkpoint whose model has this config comes from another kind of training."""
 
 
 class MethodCallback(TrainerCallback):
-    """A callback that prepares the model before the optimizer exists, and adds numbers to the training log.
+    """A callback that also prepares the model before the optimizer exists, and adds values to the training log.
 
     Works with any `Trainer`. Trainers of this package also call `on_new_model` for the models of a search and for
     callbacks that are added after the constructor, and log the values early enough for every logger.
@@ -92,7 +93,7 @@ class MethodCallback(TrainerCallback):
         """Called with the model as soon as the trainer has it, and with every new model of a search."""
 
     def logged_values(self) -> dict[str, float]:
-        """What is added to every entry of the training log."""
+        """Values to add to every entry of the training log."""
         return {}
 
     def on_init_end(

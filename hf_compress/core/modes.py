@@ -1,4 +1,4 @@
-"""Running a model in eval mode without side effects, and telling whether it is being exported."""
+"""Runs a model in eval mode without side effects, and tells whether it is being exported."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` records the model, so that nothing may depend on values."""
-    # torch 2.6 does not tell; what cannot be exported fails there with torch's own message.
+    """Whether `torch.export` is recording the model, so that nothing may depend on values."""
+    # torch 2.6 cannot tell; there, a model that cannot be exported fails with torch's own message.
     return getattr(torch.compiler, "is_exporting", bool)()
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards every module is in the mode it had, also after an error.
+    """Put a model into eval mode inside a `with` statement, and give every module its mode back at the end.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())

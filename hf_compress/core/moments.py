@@ -1,4 +1,4 @@
-"""Second moments of rows that stream by, in double precision.
+"""Accumulates second moments of rows in double precision.
 
 Letters: N rows, F their width.
 """
@@ -19,7 +19,7 @@ _COLUMNS = 384
 
 
 def _in_double(rows: Tensor) -> Iterator[Tensor]:
-    """The rows in double precision, a bounded chunk at a time; each chunk overwrites the one before it.
+    """Yield the rows in double precision, in chunks of bounded size; each chunk overwrites the one before it.
 
     A copy of everything would be the largest tensor of the whole run, and fresh memory for every chunk costs as much
     time as the conversion.
@@ -30,34 +30,34 @@ def _in_double(rows: Tensor) -> Iterator[Tensor]:
 
 
 def add_gram_(gram: Tensor, rows: Tensor) -> None:
-    """Add `rows.T @ rows` to the upper triangle of `gram`; what is below it afterwards means nothing.
+    """Add `rows.T @ rows` to the upper triangle of `gram`; the entries below it are undefined afterwards.
 
     Args:
         gram: [F, F] float64, contiguous.
         rows: [N, F] float64, on the same device.
     """
     if gram.device.type == "cpu":
-        # The symmetric product of BLAS, which torch does not offer, does only the half that is needed. BLAS stores by
-        # columns: to it, both arrays are the transposes of what they are here, and upper is lower.
+        # The symmetric product of BLAS, which torch does not offer, computes only the half that is needed. BLAS stores
+        # by columns: to it, both arrays are the transposes of what they are here, and upper is lower.
         dsyrk(1.0, rows.numpy().T, beta=1.0, c=gram.numpy().T, lower=1, overwrite_c=1)
     else:
         add_gram_in_parts_(gram, rows)
 
 
 def add_gram_in_parts_(gram: Tensor, rows: Tensor) -> None:
-    """`add_gram_` in general matrix products, for devices that BLAS does not reach."""
+    """`add_gram_` by general matrix products, for devices other than the CPU."""
     for start in range(0, gram.shape[0], _COLUMNS):
         part = slice(start, start + _COLUMNS)
         gram[part, start:].addmm_(rows[:, part].T, rows[:, start:])
 
 
 def device_of_doubles(device: torch.device | str) -> torch.device:
-    """The device itself, or the CPU where it has no double precision."""
+    """The device itself, or the CPU if the device has no double precision."""
     return torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
 
 
 class SecondMoments:
-    """Sum of outer products, sum, and number of the rows seen so far.
+    """The sum of outer products, the sum and the number of the rows so far.
 
     Args:
         width: F.
@@ -97,7 +97,7 @@ class SecondMoments:
 
 
 class PairedMoments:
-    """Second moments of what a module is fed, and products with what its twin in another model is fed.
+    """Second moments of a module's inputs, and their products with the inputs of its twin in another model.
 
     Args:
         dense_width: E, columns of the other model's rows.
@@ -119,11 +119,11 @@ class PairedMoments:
         """Add rows of both models.
 
         Args:
-            dense_rows: [N, E], of the other model.
-            rows: [N, F], of the same tokens.
+            dense_rows: [N, E], rows of the other model.
+            rows: [N, F], rows of the same tokens.
 
         Raises:
-            ValueError: If these are not as many.
+            ValueError: If the numbers of rows differ.
         """
         if len(dense_rows) != len(rows):
             raise ValueError(

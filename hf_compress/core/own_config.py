@@ -1,4 +1,4 @@
-"""A config object that belongs to one model alone."""
+"""Gives a model a config object that no other model shares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 
 def own_config_(model: nn.Module) -> None:
-    """Give a model and its modules a config that no other model shares, with the same content.
+    """Give a model and its modules a copy of their config.
 
     Two models built from one config object both hold that very object: a record written into it when one of them is
     compressed would describe the other one, too. Whatever else reads the config does so through a module.
@@ -24,7 +24,7 @@ def own_config_(model: nn.Module) -> None:
         (False, True)
     """
     shared: dict[int, Any] = {}
-    # `deepcopy` notes down every object that it copies, parts of composite configs included.
+    # The memo of `deepcopy` lists every object that it copies, parts of composite configs included.
     copy.deepcopy(model.config, shared)
     own = {key: value for key, value in shared.items() if isinstance(value, PretrainedConfig)}
     for module in model.modules():

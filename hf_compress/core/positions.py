@@ -1,4 +1,4 @@
-"""How many tokens a model has positions for, and inputs that are longer than it was pretrained for."""
+"""The number of tokens that a model has positions for, and longer tables of positions."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _TABLES = ("embeddings.position_embeddings", "decoder.embed_positions", "wpe")
 
 
 def _position_embeddings(model: PreTrainedModel) -> nn.Embedding | None:
-    """The learned table of absolute positions; models with rotary positions have none."""
+    """Find the learned table of absolute positions; models with rotary positions have none."""
     for path in _TABLES if not getattr(model.config, "is_encoder_decoder", False) else ():
         table: Any = model.base_model
         for name in path.split("."):
             table = getattr(table, name, None)
-        # Vision models keep a plain parameter under the first name, of patches.
+        # Vision models have a plain parameter of patches under the first name.
         if isinstance(table, nn.Embedding):
             return table
     return None
 
 
 def position_offset(model: PreTrainedModel) -> int:
-    """Rows of the position table that no token uses: RoBERTa starts counting behind its padding row, OPT at 2.
+    """The number of position rows that no token uses: RoBERTa counts from behind its padding row, OPT from 2.
 
     Example:
         >>> from transformers import RobertaConfig, RobertaModel
@@ -58,7 +58,7 @@ def patch_positions(model: PreTrainedModel) -> int | None:
 
 
 def usual_tokens(model: PreTrainedModel) -> int | None:
-    """Tokens of the longest input that a model is made for; None where it takes inputs of any length.
+    """Tokens of the longest input that a model takes; None if it takes inputs of any length.
 
     Example:
         >>> from transformers import RobertaConfig, RobertaModel
@@ -77,7 +77,7 @@ def extend_positions_(model: PreTrainedModel, rows: int) -> None:
 
     Args:
         model: Its config's `max_position_embeddings` is raised too.
-        rows: Of the new table, unused ones included.
+        rows: Number of rows of the new table, unused ones included.
 
     Source:
         Longformer (arXiv 2004.05150), section 5: copies keep the local structure that pretraining learned.
@@ -86,7 +86,7 @@ def extend_positions_(model: PreTrainedModel, rows: int) -> None:
     if table is None:
         model.config.max_position_embeddings = rows
         return
-    # Some count the unused rows in, others do not.
+    # Some configs count the unused rows, others do not.
     model.config.max_position_embeddings += rows - table.num_embeddings
     period = table.num_embeddings - offset
     index = torch.arange(rows, device=table.weight.device)

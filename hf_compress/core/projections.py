@@ -1,4 +1,4 @@
-"""One view of a weight matrix inside a transformer layer, whichever way its module stores it."""
+"""One view of a weight matrix inside a transformer layer, however its module stores it."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ OPTIONAL_ROLES = (Role.POSITION_QUERY, Role.POSITION_KEY)
 
 
 class CuttableLinear(nn.Linear):
-    """A linear layer of a method's own that may lose inputs and outputs as an ordinary `nn.Linear` may.
+    """Base class for a method's linear layer whose inputs and outputs can be cut like those of an `nn.Linear`.
 
     Derive from it to let a model be pruned after the method. Whatever the class adds must not depend on the shape.
     """
 
 
 def is_cuttable(module: nn.Module) -> bool:
-    """Whether inputs and outputs of a module can be removed without losing what somebody added to it."""
+    """Whether inputs and outputs of a module can be removed without losing an adapter or other additions."""
     ordinary = type(module) in (nn.Linear, Conv1D) or isinstance(module, CuttableLinear)
     return ordinary and not torch.nn.utils.parametrize.is_parametrized(module)
 
 
 def matrix_of(module: nn.Linear | Conv1D) -> Tensor:
-    """The weight of a module as [outputs, inputs]: the live parameter itself or a view of it."""
+    """Get the weight of a module as [outputs, inputs]: the live parameter itself or a view of it."""
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
@@ -64,7 +64,7 @@ class Projection:
         path: Name of its module inside the layer.
         module: The live module. Hooks belong there; a fused module's output holds other projections, too.
         start: The first output of the module that belongs to this projection.
-        stop: The output behind the last one.
+        stop: The output after the last one.
 
     Example:
         >>> fused = nn.Linear(4, 6)
@@ -80,12 +80,12 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """[outputs, inputs]: a view, so that writing into it in place changes the parameter."""
+        """[outputs, inputs], a view: writing into it in place changes the parameter."""
         return matrix_of(self.module)[self.start : self.stop]
 
     @property
     def bias(self) -> Tensor | None:
-        """[outputs]: a view likewise; None where the module has none."""
+        """[outputs], also a view; None if the module has no bias."""
         return None if self.module.bias is None else self.module.bias[self.start : self.stop]
 
     @property
@@ -108,10 +108,10 @@ class Projection:
 
 
 def module_outputs(module: nn.Linear | Conv1D) -> int:
-    """Outputs of a linear layer, however it names them. Adapters around a layer keep the names of `nn.Linear`."""
+    """The number of outputs of a linear layer. Adapters around a layer keep the attribute names of `nn.Linear`."""
     return int(module.nf if isinstance(module, Conv1D) else module.out_features)
 
 
 def module_inputs(module: nn.Linear | Conv1D) -> int:
-    """Inputs of a linear layer, however it names them."""
+    """The number of inputs of a linear layer."""
     return int(module.nx if isinstance(module, Conv1D) else module.in_features)

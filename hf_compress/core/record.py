@@ -1,4 +1,4 @@
-"""The record: which steps made this model, kept in `config.json` under `quantization_config`."""
+"""The record: the steps that made a model, kept in `config.json` under `quantization_config`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ RECORD_VERSION = 1
 class CompressionConfig(QuantizationConfigMixin):
     """The list of compression steps of a model, in the order in which they were applied.
 
-    transformers calls the slot "quantization_config"; it is the only public socket through which plain
-    `from_pretrained` lets a package reshape a model before its weights are read.
+    transformers calls this field "quantization_config". It is the only public hook by which a package can reshape a
+    model in plain `from_pretrained` before its weights are read.
 
     Args:
-        version: Format of the record. A model written by a newer release is refused, not half understood.
+        version: Format of the record. A record of a newer release is refused, not partly read.
         steps: One dict for each step: `{"method": <folder name>, ...}`.
 
     Example:
@@ -54,10 +54,10 @@ class CompressionConfig(QuantizationConfigMixin):
 
 
 def check_record(record: Any) -> None:
-    """Refuse a record of another package, and one that this version cannot read.
+    """Refuse a record that belongs to another package or that this version cannot read.
 
     Raises:
-        ValueError: Says what is wrong; of a newer version, that it is newer.
+        ValueError: Names the problem and, for a newer version, the remedy.
     """
     if not isinstance(record, dict):
         raise ValueError(f"quantization_config must be a dict in config.json, got {record!r}.")
@@ -82,10 +82,10 @@ def check_record(record: Any) -> None:
 
 
 def record_of(config: PretrainedConfig) -> dict[str, Any]:
-    """The record in a model's config; an empty one when there is none.
+    """Read the record in a model's config; it is empty if the config has none.
 
     Raises:
-        ValueError: If it is of another package or of a newer version.
+        ValueError: If it belongs to another package or a newer version.
     """
     found: Any = getattr(config, "quantization_config", None)
     record: dict[str, Any] | None = found.to_dict() if hasattr(found, "to_dict") else found
@@ -103,7 +103,7 @@ def quantized_by_another(config: PretrainedConfig) -> bool:
 
 
 def write_flat_fields(config: PretrainedConfig, completed: MethodConfig) -> None:
-    """Write those fields of a finished step into a model's config that stand outside of the record."""
+    """Write the flat fields of a finished step, which are no part of the record, into a model's config."""
     for name in completed.flat:
         setattr(config, name, getattr(completed, name))
 
@@ -114,10 +114,10 @@ def append_step(
     """Write a finished step into a model's config.
 
     Args:
-        config: Of the model that went through it.
+        config: Config of the model that the step was applied to.
         method: The name of the method.
-        completed: Its config, with the sizes that came out.
-        instead_of: Index of the entry that this one replaces, because the step went on; None: it is a new one.
+        completed: The method's config, with the resulting sizes.
+        instead_of: Index of the entry to replace, if the step continues an earlier one. None: append a new entry.
     """
     steps = record_of(config)["steps"]
     write_flat_fields(config, completed)

@@ -1,4 +1,4 @@
-"""All or nothing: a model that is being changed goes back to what it was when something fails midway."""
+"""All or nothing: restores a model when a change to it fails midway."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 
 class _Snapshot:
-    """The attributes of an object, and what its own lists, dicts and sets hold. No tensor is copied."""
+    """A snapshot of an object's attributes and of its own lists, dicts and sets. No tensor is copied."""
 
     def __init__(self, thing: Any) -> None:
         self.thing = thing
@@ -34,13 +34,13 @@ class _Snapshot:
 
 @contextmanager
 def restored_on_failure(model: nn.Module) -> Iterator[None]:
-    """Give a model its old modules, parameters, modes and config back when the block raises anything, Ctrl-C included.
+    """Restore the modules, parameters, modes and config of a model if the block raises anything, even Ctrl-C.
 
-    All objects are the same ones afterwards. The price is that what the block replaces stays in memory until it ends.
+    The very same objects are restored, so whatever the block replaces stays in memory until it ends.
 
     Args:
-        model: What the block changes: modules may be replaced or given another class, parameters replaced or given
-            other `data`, but no tensor may be written to in place.
+        model: The model that the block changes. The block may replace modules, change their class, replace parameters
+            or their `data`, but it may not write into a tensor in place.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))

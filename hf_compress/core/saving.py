@@ -1,4 +1,4 @@
-"""Directories with one writer that are whole or do not load: written aside first, under a lock, the weights last."""
+"""Writes folders that are complete or do not load: files are written aside under a lock, then moved, weights last."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TRAINING_LOCK = "_training.lock"
 _WRITING_LOCK = ".writing.lock"
 _STAGED = ".incomplete-model-"
 
-# The files that `from_pretrained` takes weights from, in any format, and those that make it look for more.
+# The files that `from_pretrained` reads weights from, in any format, and those that name further files.
 _ADAPTER = re.compile(r"adapter_model\.(safetensors|bin)|adapter_config\.json")
 _WHOLE_MODEL = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
@@ -32,13 +32,13 @@ _ALMOST_FULL = 2**20
 
 
 def _opens_last(file: Path) -> tuple[bool, bool]:
-    """Sort key: weights after everything else, and what makes shards findable after the shards."""
+    """Sort key for writing: weights after everything else, and the index of shards after the shards."""
     weights = ".safetensors" in file.suffixes
     return weights, weights and (file.suffix == ".json" or "-of-" not in file.name)
 
 
 def _opened_first(file: Path) -> tuple[bool, bool, bool]:
-    """Sort key for removal: what `from_pretrained` prefers goes last, so that nothing older opens meanwhile."""
+    """Sort key for removal: the files that `from_pretrained` prefers go last, so that no older ones open meanwhile."""
     return file.name == "adapter_config.json", ".safetensors" in file.suffixes, "-of-" in file.name
 
 
@@ -67,13 +67,13 @@ def _publish(staged: Path, target: Path) -> None:
 
 
 def _disk_trouble(error: BaseException, directory: Path) -> str | None:
-    """What is wrong with the disk in the words of the operating system, or None for another error."""
+    """The operating system's description of a disk error; None for other errors."""
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno in _DISK_ERRORS else None
     if isinstance(error, SafetensorError):
         found = re.search(r"I/O error: (.*?)( \(os error \d+\))?$", str(error).strip())
         return found.group(1) if found else None
-    # torch's zip writer says where in its source it failed, but not why.
+    # torch's zip writer names the line of its source that failed, but not the reason.
     if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
         full = shutil.disk_usage(directory).free < _ALMOST_FULL
         return os.strerror(errno.ENOSPC) if full else "torch could not write a whole file"
@@ -82,13 +82,13 @@ def _disk_trouble(error: BaseException, directory: Path) -> str | None:
 
 @contextmanager
 def disk_errors_explained(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what a full, read-only or failing disk raises into one `ValueError` that names the folder.
+    """Turn the errors of a full, read-only or failing disk into one `ValueError` that names the folder.
 
     Args:
         directory: An existing folder, which the block writes into.
 
     Raises:
-        ValueError: If writing fails. Errors of another kind pass as they are.
+        ValueError: If writing fails. Other errors are not changed.
     """
     try:
         yield
@@ -111,7 +111,7 @@ def _locked(lock: FileLock, directory: Path, timeout: float) -> Iterator[None]:
     try:
         yield
     finally:
-        # Whoever waits for it notices that the file is gone and makes a new one.
+        # A process that waits for the lock notices that the file is gone and makes a new one.
         if lock.lock_counter == 1:
             with suppress(OSError):
                 os.unlink(lock.lock_file)
@@ -129,14 +129,14 @@ def sole_training(directory: str | os.PathLike[str]) -> Iterator[None]:
     """
     target = Path(directory).resolve()
     target.mkdir(parents=True, exist_ok=True)
-    # One object in each process, which may take it again: a training saves into its own folder.
+    # One lock object per process, which may take the lock twice: a training saves into its own folder.
     lock = FileLock(target / _TRAINING_LOCK, thread_local=False, is_singleton=True)
     with _locked(lock, target, timeout=0):
         yield
 
 
 def _refuse_running(directory: Path) -> None:
-    # The first process of a distributed training may have begun before the others come here.
+    # The first process of a distributed training may take the lock before the others arrive here.
     if os.environ.get("RANK", "0") == "0" and (directory / _TRAINING_LOCK).exists():
         with sole_training(directory):
             pass
@@ -145,10 +145,10 @@ def _refuse_running(directory: Path) -> None:
 def require_own_folder(
     output_dir: str | os.PathLike[str], inputs: Mapping[str, str | os.PathLike[str] | None] | None = None
 ) -> None:
-    """Check before any work that results can be written to a folder, and that doing so overwrites no input.
+    """Check, before any work, that results can be written to a folder and overwrite no input.
 
     Args:
-        output_dir: Where results will go. It need not exist, and is not made.
+        output_dir: Folder of the results. It need not exist, and is not created here.
         inputs: Name of an argument -> the model folder that it names. Names of the Hub and None are allowed.
 
     Raises:
@@ -176,7 +176,7 @@ def require_own_folder(
     if not existing.is_dir():
         raise ValueError(f"output_dir {str(output_dir)!r} cannot be written: {str(existing)!r} is a file.")
     try:
-        # Asking the operating system for permissions is not enough: the superuser has all, on read-only disks too.
+        # Reading the permissions is not enough: the superuser has all of them, on read-only disks too.
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
@@ -188,11 +188,11 @@ def require_own_folder(
 def complete_or_absent(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a model directory so that a crash never leaves one that loads but is incomplete.
 
-    A model that was there is replaced: the files of its weights, whatever their format, are removed. All other files
-    stay. Several processes may save into one directory; each waits for its turn.
+    A model in the directory is replaced: its weight files in any format are removed, all other files stay. Several
+    processes may save into one directory; each waits for its turn.
 
     Args:
-        directory: Where the files shall be.
+        directory: Folder of the finished files.
 
     Yields:
         An empty folder inside the target to write into. When the block ends without an error, its files are synced
@@ -213,13 +213,13 @@ def complete_or_absent(directory: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     with _locked(FileLock(target / _WRITING_LOCK), target, timeout=-1):
-        # Left by processes that were killed: the lock says that nobody else writes here. Versions before 0.1 used
+        # Files of killed processes: the lock shows that no other process writes here. Versions before 0.1 used
         # the shorter name.
         for leftover in (*target.glob(f"{_STAGED}*"), target / ".incomplete"):
             shutil.rmtree(leftover, ignore_errors=True)
         staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=target))
         try:
-            # Here too: what was written so far still fills the disk.
+            # Measured before the files are removed, while they still fill the disk.
             with disk_errors_explained(target):
                 yield staged
                 _publish(staged, target)
@@ -228,10 +228,10 @@ def complete_or_absent(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(file: str | os.PathLike[str], content: Any) -> None:
-    """Write a JSON file in one step: readers see the old content or the new, never a part."""
+    """Write a JSON file in one step: readers see the old or the new content, never a part of it."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    # A name of this call's own: two processes may write the same file.
+    # A unique name, because two processes may write the same file.
     aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.incomplete")
     try:
         aside.write_text(json.dumps(content, indent=2) + "\n")

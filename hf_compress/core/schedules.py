@@ -1,4 +1,4 @@
-"""Schedules: functions from the number of a pruning update to a sparsity, so that nothing has to be saved."""
+"""Sparsity as a function of the number of a pruning update, so that no state has to be saved."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ DECAYS: dict[str, Callable[[float, float, float], float]] = {
 
 
 def sparsity_at(decay: str, update: int, num_updates: int, target: float, start: float = 0.0) -> float:
-    """Sparsity after a pruning update of a gradual schedule.
+    """Compute the sparsity after a pruning update of a gradual schedule.
 
     Args:
-        decay: A key of `DECAYS`. `exp` removes the same fraction of what is left at each pruning update; `cos`
+        decay: A key of `DECAYS`. `exp` removes the same fraction of the remaining units at each pruning update; `cos`
             and `cube` begin slowly.
         update: Zero-based number of the pruning update; number 0 leaves the start value.
-        num_updates: Number of the last one; from there on the value is the target itself, not a float near it.
+        num_updates: Number of the last pruning update; from there on the value is exactly the target.
         target: The last value, in [0, 1).
         start: The first value, in [0, 1).
 
@@ -60,14 +60,14 @@ def sparsity_at(decay: str, update: int, num_updates: int, target: float, start:
 
 @dataclass(frozen=True)
 class SparsitySchedule:
-    """Which sparsity is due before which update of a training.
+    """The sparsity that is due at each update of a training.
 
     Args:
         decay: A key of `DECAYS`; `oneshot` has a single pruning update, at `start`.
         target: Sparsity after the last pruning update.
         start: `global_step` of pruning update 0.
         end: No pruning update comes after this `global_step`.
-        frequency: Optimizer steps between pruning updates.
+        frequency: Updates of the training between pruning updates.
 
     Example:
         >>> schedule = SparsitySchedule("linear", target=0.5, start=2, end=7, frequency=2)
@@ -94,14 +94,14 @@ class SparsitySchedule:
         return self.start + self.num_updates * self.frequency
 
     def due(self, global_step: int) -> float | None:
-        """The sparsity that the pruning update before this optimizer step brings; None when there is none."""
+        """The sparsity of the pruning update that comes before this optimizer step; None if there is none."""
         update, rest = divmod(global_step - self.start, self.frequency)
         if rest or not 0 <= update <= self.num_updates:
             return None
         return sparsity_at(self.decay, update, self.num_updates, self.target)
 
     def in_force(self, global_step: int) -> float:
-        """The sparsity that the pruning updates at earlier optimizer steps have brought."""
+        """The sparsity that earlier pruning updates have reached."""
         if global_step <= self.start:
             return 0.0
         update = min((global_step - 1 - self.start) // self.frequency, self.num_updates)

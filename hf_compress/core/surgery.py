@@ -1,4 +1,4 @@
-"""Cutting linear layers: fewer heads, fewer neurons, with the bookkeeping that each architecture needs.
+"""Cuts linear layers to fewer heads and neurons, and updates the sizes that each architecture stores.
 
 Every function works on live weights and on meta-device skeletons alike.
 """
@@ -19,7 +19,7 @@ from hf_compress.core.architectures import TransformerLayer, architecture_of, la
 from hf_compress.core.projections import HEAD_ROLES, NEURON_ROLES, Projection, Role, matrix_of
 
 
-# Buffer of an attention module that lost heads: which of the dense model's heads it still has.
+# Buffer of an attention module that lost heads: the indices of the dense model's heads that it still has.
 KEPT_HEADS = "kept_heads"
 
 
@@ -27,7 +27,7 @@ def _replace_(module: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -
     """Give a linear layer another weight [outputs, inputs] and bias; dtype and `requires_grad` stay."""
 
     def renewed(old: Tensor, values: Tensor) -> nn.Parameter:
-        # An own copy: views would keep the dense weight in memory.
+        # A copy, because a view would keep the dense weight in memory.
         copy = values.detach().to(old.dtype).clone(memory_format=torch.contiguous_format)
         return nn.Parameter(copy, requires_grad=old.requires_grad)
 
@@ -69,7 +69,7 @@ def keep_inputs_(
 
 
 def unit_columns(units: Sequence[int], size: int) -> Tensor:
-    """The columns that the given units own when each owns `size` neighbours.
+    """List the columns of the given units, each of which has `size` neighbouring columns.
 
     Example:
         >>> unit_columns([0, 2], 2)
@@ -80,7 +80,7 @@ def unit_columns(units: Sequence[int], size: int) -> Tensor:
 
 
 def _keep_role_outputs_(layer: TransformerLayer, kept: Mapping[Role, Tensor]) -> None:
-    """Cut the outputs of several projections; those that share a module are cut together.
+    """Cut the outputs of several projections; projections that share a module are cut together.
 
     Args:
         layer: The layer to change.
@@ -98,7 +98,7 @@ def _keep_role_outputs_(layer: TransformerLayer, kept: Mapping[Role, Tensor]) ->
 def keep_heads_(
     layer: TransformerLayer, units: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None
 ) -> None:
-    """Remove all attention units but the given ones from a layer, physically.
+    """Cut a layer to the given attention units.
 
     Args:
         layer: The layer to change.
@@ -119,10 +119,10 @@ def keep_heads_(
 
 
 def _keep_head_bias_(attention: nn.Module, argument: str, units: Sequence[int], before: int) -> None:
-    """Let an attention module pick its own heads' share of a bias that comes for all heads of the dense model.
+    """Let an attention module pick the part of its own heads from a bias for all heads of the dense model.
 
-    Which heads those are is a buffer, saved with the weights: a skeleton gets it by its size and reads the values
-    with all others, whatever step of the record removed the heads.
+    The indices of its heads are a buffer that is saved with the weights. A skeleton gets a buffer of the right size
+    and reads its values with the weights, whichever step of the record removed the heads.
     """
     device = next(attention.parameters()).device
     kept = torch.tensor(list(units), dtype=torch.int64, device=device)
@@ -134,7 +134,7 @@ def _keep_head_bias_(attention: nn.Module, argument: str, units: Sequence[int], 
 
 
 class _HeadBias:
-    """A hook that narrows one argument, [B, H, S, S] and equal for all examples, to the heads that its module kept."""
+    """A hook that cuts one argument, [B, H, S, S] and equal for all examples, to the heads that its module kept."""
 
     def __init__(self, argument: str, position: int) -> None:
         self.argument = argument
@@ -155,7 +155,7 @@ class _HeadBias:
 def keep_neurons_(
     layer: TransformerLayer, neurons: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> None:
-    """Remove all feed-forward neurons but the given ones from a layer, physically.
+    """Cut a layer to the given feed-forward neurons.
 
     Args:
         layer: The layer to change.
@@ -168,7 +168,7 @@ def keep_neurons_(
 
 
 def resize_(layer: TransformerLayer, num_units: int, num_neurons: int) -> None:
-    """Give a skeleton layer the shapes of a pruned one; which weights are kept does not matter here."""
+    """Give a skeleton layer the shapes of a pruned one; its weights are read later."""
     if num_units != layer.num_units:
         keep_heads_(layer, range(num_units))
     if num_neurons != layer.num_neurons:
@@ -180,8 +180,8 @@ def resize_layers_(model: PreTrainedModel, heads: Sequence[int], neurons: Sequen
 
     Args:
         model: Its layers are at least as large.
-        heads: Attention units of each layer.
-        neurons: Feed-forward neurons of each layer.
+        heads: Number of attention units of each layer.
+        neurons: Number of feed-forward neurons of each layer.
 
     Raises:
         ValueError: If the sizes do not fit the model.
@@ -202,7 +202,7 @@ def resize_layers_(model: PreTrainedModel, heads: Sequence[int], neurons: Sequen
 
 
 def _require_config(config: PretrainedConfig, fields: Mapping[str, Any], layer: TransformerLayer) -> None:
-    """Refuse sizes with which the config's class would not open: some want heads that divide the hidden size."""
+    """Refuse sizes that the config's class rejects: some need a number of heads that divides the hidden size."""
     values = {**config.to_dict(), **fields}
     values.pop("quantization_config", None)
     try:
@@ -215,7 +215,7 @@ def _require_config(config: PretrainedConfig, fields: Mapping[str, Any], layer: 
 
 
 def plain_sizes(model: PreTrainedModel) -> dict[str, Any]:
-    """The ordinary config fields of a model whose layers all have the same sizes.
+    """Give the ordinary config fields of a model whose layers all have the same sizes.
 
     Raises:
         ValueError: Names the layer that stock transformers cannot build.

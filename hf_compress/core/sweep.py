@@ -1,4 +1,4 @@
-"""Visiting modules in the order in which a model runs them, each with the inputs that those before it make by then."""
+"""Visits modules in the order in which a model runs them, each with the inputs that earlier modules now compute."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from hf_compress.core.layer_calls import NotWalkable
 logger = logging.getLogger(__name__)
 
 Data: TypeAlias = Iterable[Mapping[str, Any]]
-# Feeds a statistic with the inputs of the modules at hand.
+# Feeds the inputs of the current modules to a statistic.
 Observe: TypeAlias = Callable[[Statistic], None]
 
 
 @dataclass(frozen=True)
 class _SharedInput:
-    """Modules that are fed the very same tensor.
+    """Modules that have the very same input tensor.
 
     Args:
-        names: Of the modules, in the order in which they run.
-        repeated: Whether the model runs a module more than once; it is then alone here.
-        layer: Name of the list of layers that holds all of them, and the index in it; None: no list holds them.
+        names: Names of the modules, in the order in which they run.
+        repeated: Whether the model runs the module more than once; a repeated module is alone in its group.
+        layer: Name of the list of layers that holds the modules, and their index in it; None: no list holds them.
     """
 
     names: list[str]
@@ -41,19 +41,18 @@ class _SharedInput:
 
 
 def sweep(model: PreTrainedModel, calls: Sequence[tuple[str, int]], data: Data) -> Iterator[tuple[list[str], Observe]]:
-    """Modules in the order in which they run, those that are fed the same tensor together, and a way to see it.
+    """Visits groups of modules with the same input, in the order in which they run, and shows that input.
 
-    What is done to modules before the next ones are asked for, these are fed the consequences of. Lists of layers are
-    walked once; for everything outside of them, and for layers that do not simply follow each other, the data runs
-    through the model from its embeddings on.
+    Changes to modules show in the inputs of later modules. Lists of layers are walked once; for modules outside of
+    them, and for layers that do not simply follow each other, the data runs through the model from its embeddings on.
 
     Args:
         model: Any transformers model. Modules may be changed in place between two items.
-        calls: What `call_order` gives for the modules.
+        calls: The result of `call_order` for the modules.
         data: Batches of inputs that can be read again and again.
 
     Raises:
-        ValueError: If a module sees something else than tokens or is fed non-finite values.
+        ValueError: If a module reads something other than tokens, or gets a non-finite input.
     """
     sets = _shared_inputs(model, calls)
     for stack, group in itertools.groupby(sets, key=lambda entry: entry.layer and entry.layer[0]):
@@ -84,7 +83,7 @@ def _layer_of(model: nn.Module, names: Sequence[str]) -> tuple[str, int] | None:
 
 
 def _outermost_list(model: nn.Module, name: str) -> tuple[str, int] | None:
-    """The first list of modules on the way down to a module, and which of its entries leads on."""
+    """The first list of modules on the path to a module, and the index of the entry on that path."""
     parts = name.split(".")
     for depth in range(1, len(parts)):
         path = ".".join(parts[:depth])
@@ -96,9 +95,9 @@ def _outermost_list(model: nn.Module, name: str) -> tuple[str, int] | None:
 def _walk(
     model: PreTrainedModel, stack: str, part: Sequence[_SharedInput], sets: Sequence[_SharedInput], data: Data
 ) -> LayerWalk | None:
-    """A walk along a list of layers, or None where it would not show what the model does."""
+    """Make a walk along a list of layers; None if running them one by one would differ from the model."""
     indices = [entry.layer[1] for entry in part if entry.layer is not None]
-    # Other modules that run between these layers could not be visited in their turn.
+    # Modules that run between these layers could not be visited in order.
     elsewhere = sum(entry.layer is not None and entry.layer[0] == stack for entry in sets) > len(part)
     reason = "other modules run between them" if elsewhere or indices != sorted(indices) else None
     if any(entry.repeated for entry in part):

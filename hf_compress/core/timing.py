@@ -1,4 +1,4 @@
-"""Timing several ways to do the same work, so that whatever else the machine does hits all of them alike."""
+"""Times several ways to do the same work in turns, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Run = Callable[[], object]
 
 
 def seconds_of(run: Run, device: torch.device) -> float:
-    """Wall-clock seconds of one run on a device."""
-    # An accelerator works behind the program: wait before the clock starts and before it stops.
+    """Measure the wall-clock seconds of one run on a device."""
+    # An accelerator works asynchronously: wait for it before the clock starts and before it stops.
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     start = time.perf_counter()
@@ -33,10 +33,10 @@ def time_in_turns(
     """Time competitors that take turns, run by run.
 
     Args:
-        runs: Name of a competitor -> its runs, of which one round does all; equally many for everyone.
-        devices: Name -> where it runs.
+        runs: Name of a competitor -> its runs, all of which are done in each round; equally many for all competitors.
+        devices: Name -> the device that it runs on.
         repeats: Timed rounds.
-        warmup: Rounds before those, not timed.
+        warmup: Rounds before them that are not timed.
         before: Called with the name before each run, outside the clock.
 
     Returns:
@@ -53,7 +53,7 @@ def time_in_turns(
     def round_of(number: int) -> dict[str, float]:
         seconds = dict.fromkeys(names, 0.0)
         for index in range(num_runs):
-            # Whoever goes first finds other caches than whoever goes last: the order rotates.
+            # The order rotates, because the first competitor finds other caches than the last.
             first = (number * num_runs + index) % len(names)
             for name in (*names[first:], *names[:first]):
                 if before is not None:

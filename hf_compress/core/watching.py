@@ -1,4 +1,4 @@
-"""Looking into a forward pass: functions that are called before or after some modules run, and may end the pass."""
+"""Watches a forward pass: functions are called before or after some modules run, and may end the pass."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ After: TypeAlias = Callable[[tuple[Any, ...], Any], None]
 
 
 class Stop(Exception):
-    """Raised by a watcher that has seen enough: the rest of the forward pass is not needed."""
+    """Raised by a watcher to end the forward pass, because the rest of it is not needed."""
 
 
 @contextmanager
 def watched(
     before: Iterable[tuple[nn.Module, Before]] = (), after: Iterable[tuple[nn.Module, After]] = ()
 ) -> Iterator[None]:
-    """Call functions whenever some modules run. One that raises `Stop` ends the body of the `with` statement quietly.
+    """Call functions whenever some modules run. `Stop` from one of them ends the `with` statement without an error.
 
     Args:
-        before: Modules, each with what is called before it runs.
-        after: Modules, each with what is called after it ran.
+        before: Modules, each with the function to call before it runs.
+        after: Modules, each with the function to call after it ran.
 
     Example:
         >>> model, seen = nn.Sequential(nn.Identity(), nn.Identity()), []

@@ -1,4 +1,4 @@
-"""What a file of weights says of itself, without reading the weights."""
+"""Checks the headers of weight files without reading the weights."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 def require_fit(files: Iterable[str | os.PathLike[str]], expected: Mapping[str, Tensor], prefix: str) -> None:
-    """Refuse weight files whose layers have other sizes than a model, or hold integers.
+    """Refuse weight files whose layers differ in size from a model, or hold integers.
 
-    transformers would report sizes as a table that ends in the advice to ignore them, and take integers as they are.
+    transformers would print a table of sizes with the advice to ignore them, and would load integers as they are.
     Heads and embeddings may be replaced on purpose, so their sizes are left to it: only names with a layer's number
     count.
 
     Args:
-        files: Those that are not safetensors are not looked at.
+        files: Weight files; only safetensors are checked.
         expected: Name -> parameter or buffer, as the model's `state_dict` names them.
-        prefix: Of the base model; files may leave it out or add it.
+        prefix: The base model's name; files may leave it out or add it.
 
     Raises:
         ValueError: Names the first tensor that does not fit.

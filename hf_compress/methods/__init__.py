@@ -1,4 +1,4 @@
-"""All methods: one for each folder here, and those that other installed packages announce.
+"""All methods: one for each folder here, and those of other installed packages.
 
 Another package announces a method by an entry point `<name> = <module>:METHOD` of the group `hf_compress.methods`; the
 module is made like the folders here. The table is computed from both when it is first needed: nothing registers
@@ -25,10 +25,10 @@ def _own() -> Iterator[Method]:
 
 
 def _announced(entry: EntryPoint) -> Method:
-    """The method of another package.
+    """Load the method of another package.
 
     Raises:
-        ValueError: If there is none. Models that went through it could not be opened, so it is not passed over.
+        ValueError: If it cannot be loaded. It is not skipped, because models with its steps could not be opened.
     """
     owner = f"the entry point {entry.name} = {entry.value} of {entry.dist.name if entry.dist else 'a distribution'}"
     try:
@@ -50,7 +50,7 @@ def all_methods() -> dict[str, Method]:
     """Name -> method.
 
     Raises:
-        ValueError: If a package announces a method that cannot be loaded, or one of a name that another method has.
+        ValueError: If a package announces a method that cannot be loaded, or whose name another method has.
     """
     found = {method.name: method for method in _own()}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):

@@ -13,7 +13,7 @@ from hf_compress.core.architectures import layers_of
 from hf_compress.core.batches import base_inputs, seen_tokens
 from hf_compress.core.cost import count_cost
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
-from hf_compress.methods.structured_pruning.modeling import require_tokens
+from hf_compress.methods.structured_pruning.correction import require_tokens
 from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
 from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage, task_for
 from hf_compress.tasks.arguments import DataArguments

@@ -69,8 +69,8 @@ def prepare(
         # A sentence encoder may be about to learn classes.
         task = _with_own_loss(load_task(data))
     task.require_trainable()
-    headless = head_config(model_args.model_name_or_path, task) is None
-    taught = head_config(teacher, task) if teacher and headless else None
+    without_head = head_config(model_args.model_name_or_path, task) is None
+    taught = head_config(teacher, task) if teacher and without_head else None
     if taught is not None:
         task = task.matched(taught)
     set_seed(seed)

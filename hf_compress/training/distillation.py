@@ -1,4 +1,4 @@
-"""Distillation from a teacher: outputs, hidden states, or both, beside the task's own loss."""
+"""Distillation of a teacher's outputs, its hidden states, or both, beside the loss of the task."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_compress.training.collator import split_inputs
 from hf_compress.training.compat import arithmetic_of
 from hf_compress.training.given_teacher import GivenTeacher, TeacherSource
 from hf_compress.training.session_opening import open_session
-from hf_compress.training.signals import Batch, StudentAnswers, Wanted
+from hf_compress.training.signals import Batch, StudentSignals, WantedSignals
 from hf_compress.training.teacher_fit import columns_of_both
 from hf_compress.training.teacher_session import TeacherSession
 from hf_compress.training.teacher_terms import teacher_terms
@@ -27,14 +27,14 @@ from hf_compress.training.trainer import CompressionTrainer
 
 
 class DistillationTrainer(CompressionTrainer):
-    """Trains a student on the labels and on what a fixed teacher computes.
+    """Trains a student on the labels and on the outputs and hidden states of a fixed teacher.
 
     Args:
         model: The student, e.g. a compressed model.
         teacher_model: The teacher; not needed when `alpha_output` and `alpha_layer` are 0. It may take other
             inputs: arguments that its forward does not name are dropped, and columns `teacher_<name>` go to it
             alone (see `TeacherStudentCollator`). A folder or hub name is opened with the student's kind of head.
-        args: `DistillationArguments`. Plain `TrainingArguments` get the defaults of what they lack: the task loss
+        args: `DistillationArguments`. Plain `TrainingArguments` get the defaults of the missing fields: the task loss
             plus the output divergence at temperature 2.
         kwargs: As for `transformers.Trainer`.
 
@@ -60,12 +60,12 @@ class DistillationTrainer(CompressionTrainer):
         super().__init__(model=model, args=arguments_like(self.arguments_class, args), **kwargs)
         self._batches: Sequence[Batch] = ()
         self._window_begins = False
-        # given -> opened -> fitted -> session
+        # The source opens the teacher; the session fits it to the student and holds it during a training.
         self.source = self.teacher_source(teacher_model)
         self.session = self._open_session()
 
     def teacher_source(self, given: PreTrainedModel | str | os.PathLike[str] | None) -> TeacherSource:
-        """Where the teacher comes from; opened once for each student."""
+        """Make the object that opens the teacher, once for each student."""
         return GivenTeacher(given)
 
     def teacher_origins(self) -> dict[str, str]:
@@ -74,32 +74,32 @@ class DistillationTrainer(CompressionTrainer):
     def _open_session(self) -> TeacherSession | None:
         return open_session(self.source, self._core(), self.args, self.make_teacher, self.accelerator)
 
-    def make_teacher(self, model: PreTrainedModel, wanted: Wanted, order: list[int] | None) -> Teacher:
-        """The kind of teacher that guides the student.
+    def make_teacher(self, model: PreTrainedModel, wanted: WantedSignals, label_order: list[int] | None) -> Teacher:
+        """Make the teacher that guides the student; subclasses return their own kind.
 
         Args:
-            model: Opened, of the student's labels.
-            wanted: Which of its answers are compared.
-            order: For each of the student's labels its index among the teacher's; None where they are the same.
+            model: The opened teacher; it has the student's labels.
+            wanted: Which of its outputs and hidden states become targets.
+            label_order: As from `teacher_label_order`.
         """
         folder, layout = self.args.teacher_cache_dir, {"states": list(wanted.states), "logits": wanted.logits}
         cache = TeacherCache.of(model, folder, layout) if folder else None
-        return FixedTeacher(model, wanted, self.args.teacher_dropout, cache, order)
+        return FixedTeacher(model, wanted, self.args.teacher_dropout, cache, label_order)
 
     @property
     def teacher_model(self) -> PreTrainedModel | None:
-        """The teacher at this moment, or None."""
+        """The network that teaches at this moment; None without a teacher."""
         return None if self.session is None else self.session.teacher.model
 
     @property
     def teacher_cache(self) -> TeacherCache | None:
-        """The teacher's stored outputs, or None."""
+        """The teacher's stored outputs; None without a cache."""
         return None if self.session is None else self.session.teacher.cache
 
     @property
     def projectors(self) -> nn.Module | None:
-        """The maps between hidden states of different width, or None."""
-        return None if self.session is None or self.session.layers is None else self.session.layers.projectors
+        """The maps between hidden states of different width; None where none are needed."""
+        return None if self.session is None or self.session.layer_term is None else self.session.layer_term.projectors
 
     def extra_parameter_groups(self) -> list[dict[str, Any]]:
         maps = self.projectors
@@ -111,14 +111,14 @@ class DistillationTrainer(CompressionTrainer):
 
     def begin_training(self, num_updates: int, updates_per_epoch: int) -> None:
         if self.model_init is not None:
-            # It has made a new student, and a trial of a search has changed the arguments.
+            # `model_init` has made a new student, and a trial of a search may have changed the arguments.
             self.session = self._open_session()
         if self.session is not None:
             self.session.begin(self, num_updates, updates_per_epoch)
         super().begin_training(num_updates, updates_per_epoch)
 
     def _set_signature_columns_if_needed(self) -> None:
-        # Private: `Trainer` has no public hook for the columns that a data set keeps. The teacher's must stay.
+        # Private: `Trainer` has no public hook for the columns that a data set keeps. The teacher's columns must stay.
         super()._set_signature_columns_if_needed()
         columns: Any = columns_of_both(self._signature_columns or [], self.train_dataset, self.teacher_model)
         self._signature_columns = columns
@@ -129,9 +129,9 @@ class DistillationTrainer(CompressionTrainer):
         return samples, number
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        session = self._guide()
+        session = self._guiding_session()
         if session is not None and self._window_begins:
-            # Not when the batches are fetched: a resumed training restores its random numbers after that.
+            # Not in `get_batch_samples`: a resumed training restores its random state after the batches are fetched.
             self._begin_window(session, model)
         self._window_begins = False
         accumulation = self.args.gradient_accumulation_steps
@@ -143,26 +143,26 @@ class DistillationTrainer(CompressionTrainer):
             session.end_micro_batch()
         return loss
 
-    def _guide(self) -> TeacherSession | None:
-        """The session of a teacher that guides this update."""
+    def _guiding_session(self) -> TeacherSession | None:
+        """The session if its teacher guides this update, otherwise None."""
         session = self.session
         return session if session is not None and session.guides(self.state.global_step) else None
 
     def _begin_window(self, session: TeacherSession, model: nn.Module) -> None:
-        student = StudentAnswers(model, self._read_by_student)
+        student = StudentSignals(model, self._student_inputs)
         self.losses.note_each(session.begin_window(self._batches, self.state, student))
 
-    def _read_by_student(self, batch: Batch) -> dict[str, Any]:
+    def _student_inputs(self, batch: Batch) -> dict[str, Any]:
         # An adapter's forward hides the arguments of the model it wraps behind **kwargs.
         named = {*forward_names(self._core()), "labels", FORWARD_STATE, *(self.label_names or [])}
         return {name: value for name, value in split_inputs(batch)[0].items() if name in named}
 
     def loss_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
-        args, session, read = self.args, self._guide(), self._read_by_student(inputs)
+        args, session, read = self.args, self._guiding_session(), self._student_inputs(inputs)
         if session is None:
             terms, outputs = super().loss_terms(model, read)
             return {"task": args.alpha_task * terms["task"]}, outputs
-        if session.layers is not None:
+        if session.layer_term is not None:
             read["output_hidden_states"] = True
         if "labels" in read or args.alpha_task:
             terms, outputs = super().loss_terms(model, read)
@@ -171,7 +171,7 @@ class DistillationTrainer(CompressionTrainer):
             terms, outputs = {}, model(**read)
         targets = session.answer(inputs, model.training)
         terms |= teacher_terms(session, targets, outputs, inputs, args)
-        if session.layers is not None:
+        if session.layer_term is not None:
             # Evaluation gathers every output field; these were asked for by this loss alone.
             outputs = {name: value for name, value in outputs.items() if name != "hidden_states"}
         return terms, outputs

@@ -1,4 +1,4 @@
-"""The teacher that a trainer was given: a model or a name, opened when a student begins to learn from it."""
+"""The teacher that a trainer was given, a model or a name: it is opened when a student begins to learn from it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from hf_compress.core.errors import BROKEN_FILE, one_line
 from hf_compress.core.loaded import require_complete
 
 
-# Endings of class names that call the head something else than the Auto classes do.
+# Endings of class names whose head has another name among the Auto classes.
 _HEADS = {"LMHeadModel": "ForCausalLM", "ForConditionalGeneration": "ForSeq2SeqLM"}
 
 
 class TeacherSource(Protocol):
-    """Where a trainer's teacher comes from."""
+    """Opens the teacher of a trainer."""
 
     def open(self, student: PreTrainedModel) -> PreTrainedModel:
-        """The teacher as it was given, for a student that begins anew.
+        """Open the teacher as it was given, for a student that begins anew.
 
         Raises:
             ValueError: If there is none, or it cannot be opened.
         """
 
     def origins(self) -> dict[str, str]:
-        """What it consists of -> the folder or the name on the Hub that it came from."""
+        """Part of the teacher, as messages name it -> the folder or Hub name that it was read from."""
 
 
 class GivenTeacher:
-    """A model, or the folder or name on the Hub of one.
+    """A teacher given as a model, a folder or a Hub name.
 
     Args:
         model: What the trainer was given; None where it needs no teacher.
-        changes: Whether trainings change it. Further students then get it as it was.
+        changes: Whether trainings change the model; each further student then gets it in its first state.
     """
 
     def __init__(self, model: PreTrainedModel | str | os.PathLike[str] | None, changes: bool = False) -> None:
@@ -63,7 +63,7 @@ class GivenTeacher:
 
 
 def auto_class_of(model: PreTrainedModel) -> Any:
-    """The Auto class whose models have the same kind of head.
+    """Find the Auto class whose models have the same kind of head.
 
     Raises:
         ValueError: If there is none.
@@ -88,14 +88,14 @@ def auto_class_of(model: PreTrainedModel) -> Any:
 
 
 def move_(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The same model, on a device. The annotation of `PreTrainedModel.to` takes models only."""
+    """Move a model to a device. (mypy rejects `PreTrainedModel.to(device)`.)"""
     to: Any = model.to
     to(device)
     return model
 
 
 def open_teacher(name: str | os.PathLike[str], student: PreTrainedModel) -> PreTrainedModel:
-    """The model of a folder or hub name, with the student's kind of head.
+    """Open a folder or Hub name as a model with the student's kind of head.
 
     Raises:
         ValueError: If it cannot be opened, or its files lack weights of that head.

@@ -20,8 +20,8 @@ from hf_compress.training.compat import arithmetic_of
 from hf_compress.training.distillation import DistillationTrainer
 from hf_compress.training.given_teacher import GivenTeacher, TeacherSource
 from hf_compress.training.learning_teacher import LearningTeacher
-from hf_compress.training.signals import Wanted
-from hf_compress.training.teacher_fit import label_order
+from hf_compress.training.signals import WantedSignals
+from hf_compress.training.teacher_fit import teacher_label_order
 from hf_compress.training.teachers import Learner, Teacher
 
 
@@ -71,9 +71,9 @@ class JointTeacherTrainer(DistillationTrainer):
         # Its beginning is kept only where a second training will need it.
         return GivenTeacher(given, changes=self.model_init is not None)
 
-    def make_teacher(self, model: PreTrainedModel, wanted: Wanted, order: list[int] | None) -> Teacher:
+    def make_teacher(self, model: PreTrainedModel, wanted: WantedSignals, label_order: list[int] | None) -> Teacher:
         args, student = self.args, self._core().config
-        if label_order(student, model.config) is not None:
+        if teacher_label_order(student, model.config) is not None:
             raise ValueError(
                 "A teacher that learns must count its labels as the student does, because both learn from the same "
                 f"ids: the student has {student.id2label}, the teacher {model.config.id2label}."

@@ -1,4 +1,4 @@
-"""Which student layer imitates which teacher layer, and what stands between layers of different width."""
+"""Which student layer imitates which teacher layer, and linear maps between layers of different width."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def match_layers(num_student: int, num_teacher: int, layer_map: list[int] | None = None) -> list[tuple[int, int]]:
-    """Which student layer imitates which teacher layer.
+    """Pair each student layer with the teacher layer that it imitates.
 
     Args:
         num_student: Layers of the student.

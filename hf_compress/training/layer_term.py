@@ -1,4 +1,4 @@
-"""The layer term of a distillation: which hidden states are compared, through what, and at which positions.
+"""The layer term of a distillation loss: the distance between hidden states of student and teacher.
 
 Letters: B batch, S padded length, D hidden.
 """
@@ -26,9 +26,9 @@ class LayerTerm:
 
     Args:
         pairs: Indices into `hidden_states` of student and teacher, where 0 is the embeddings.
-        widths: D of the student and of the teacher. Between different ones stands a linear map for each pair, which
-            is trained with the student and is no part of it.
-        seed: Of the maps.
+        widths: D of the student and of the teacher. If they differ, each pair has a linear map from one width to the
+            other, which is trained with the student but is no part of it.
+        seed: Random seed of these maps.
         normalize, reduction: As for `layer_distance`.
         mask_padding: Leave padding positions out.
     """
@@ -47,10 +47,10 @@ class LayerTerm:
         self.reduction: Literal["mean", "sum"] = reduction
         self.mask_padding = mask_padding
         self.maps: Projectors | None = None
-        # As processes call it: their gradients are averaged.
+        # The maps as they are called: wrapped, so that processes average their gradients.
         self.projectors: nn.Module | None = None
         if widths[0] != widths[1]:
-            # Its own generator: whether widths differ must not change the student's random numbers.
+            # Forked: whether the widths differ must not change the student's random numbers.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 self.maps = Projectors([student for student, _ in pairs], *widths)
@@ -60,14 +60,14 @@ class LayerTerm:
         """Wrap the maps as an accelerator wraps a model.
 
         Args:
-            wrap: Gives the module to call.
+            wrap: Returns the module to call.
         """
         if self.maps is not None:
             self.projectors = wrap(self.maps)
 
     @property
     def teacher_states(self) -> tuple[int, ...]:
-        """The teacher's hidden states that are compared, each once."""
+        """Indices of the teacher's hidden states that are compared, each once."""
         return tuple(dict.fromkeys(teacher for _, teacher in self.pairs))
 
     def __call__(
@@ -77,13 +77,13 @@ class LayerTerm:
         real: Tensor | None = None,
         kept_after: Callable[[int], Tensor | None] | None = None,
     ) -> Tensor:
-        """The distance on a batch.
+        """Compute the distance on a batch.
 
         Args:
-            teacher: Its `teacher_states`, [B, S, D] each.
-            student: All of its hidden states.
+            teacher: The teacher's hidden states `teacher_states`, [B, S, D] each.
+            student: All hidden states of the student.
             real: [B, S] bool of the positions that are not padding; None for all.
-            kept_after: Layer -> [B, S] bool of the tokens that leave it; for students that drop some.
+            kept_after: Layer index -> [B, S] bool, True for the tokens that the layer keeps; None if none are dropped.
 
         Raises:
             ValueError: If the models read different tokens.
@@ -109,9 +109,9 @@ class LayerTerm:
     def _counted(
         self, state: int, real: Tensor | None, kept_after: Callable[[int], Tensor | None] | None
     ) -> Tensor | None:
-        """[B, S] of the positions at which a hidden state of the student is compared; None for all."""
+        """[B, S] bool: the positions at which a hidden state of the student is compared; None for all."""
         real = real if self.mask_padding else None
-        # A dropped token keeps the value it had: that of an earlier layer.
+        # A dropped token keeps the value of an earlier layer, so it is not compared.
         live = None if kept_after is None or state == 0 else kept_after(state - 1)
         if live is None or real is None:
             return real if live is None else live

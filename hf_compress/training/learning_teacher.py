@@ -10,27 +10,27 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_compress.core.batches import accepted_arguments
 from hf_compress.training.compat import Arithmetic
-from hf_compress.training.signals import Answers, Batch, Signals, Wanted
+from hf_compress.training.signals import Batch, Signals, SignalsOf, WantedSignals
 from hf_compress.training.teachers import Learner
 from hf_compress.training.trained_model import TrainedModel
 from hf_compress.training.windows import Window
 
 
 class LearningTeacher(Learner):
-    """Takes one gradient step on its own loss every `cycle` updates; targets come from the weights before the step.
+    """Makes one step on its own loss every `cycle` updates; its targets come from the weights before that step.
 
     It runs once on each batch, for its own loss and for the targets: it learns from all micro-batches of an update
     before the student begins, and keeps its answers until the student has used them.
 
     Args:
         model: Trained in place.
-        wanted: Which of its answers students compare with.
+        wanted: Which of its outputs and hidden states become targets.
         learning_rate: Peak of its schedule.
-        cycle: T_u, student updates for each teacher update; the other updates' batches are not used to train it.
-        stretched: Give it the student's schedule, advanced only when it learns, so that it never finishes.
-        dropout: Run it in train mode, also for the targets.
+        cycle: T_u: the teacher learns in one of this many student updates; it is not trained on the other batches.
+        stretched: Use the student's schedule, advanced only when the teacher learns, so that it never ends.
+        dropout: Run it in train mode, for the targets too.
         arithmetic: Decides when its turn is, and how its micro-batches are weighed.
-        seed: Of its own random numbers: whatever the student does, the teacher's training stays the same.
+        seed: Seed of its own random numbers, so that the student does not influence the teacher's training.
 
     Source:
         CALD specification 3.2 and 6.10-6.12 (arXiv 2410.06846).
@@ -39,7 +39,7 @@ class LearningTeacher(Learner):
     def __init__(
         self,
         model: PreTrainedModel,
-        wanted: Wanted | None = None,
+        wanted: WantedSignals | None = None,
         *,
         learning_rate: float,
         cycle: int = 1,
@@ -68,11 +68,11 @@ class LearningTeacher(Learner):
     def forward(self, batch: Batch, training: bool = False) -> Signals:
         arguments = accepted_arguments(self.model, batch)
         arguments.pop("labels", None)
-        # In an evaluation the targets are those of the finished network.
+        # Evaluations compare with targets without dropout.
         self.model.train(self.dropout and training)
         return self.wanted.of(self.trained(**arguments, **self.wanted.arguments))
 
-    def learn(self, window: Window, student: Answers) -> dict[str, Tensor]:
+    def learn(self, window: Window, student: SignalsOf) -> dict[str, Tensor]:
         losses = self._computed_gradients(window) if self.arithmetic.learns(window, self.cycle) else []
         if self.arithmetic.steps(window, self.cycle):
             self.trained.step()
@@ -80,7 +80,7 @@ class LearningTeacher(Learner):
         return {"loss/teacher": torch.stack(losses)} if losses else {}
 
     def _computed_gradients(self, window: Window) -> list[Tensor]:
-        """Add the gradients of a window, and keep the answers that were computed on the way; gives the losses."""
+        """Accumulate the gradients of a window, keep the targets in it, and return the losses."""
         self.model.train(self.dropout)
         losses, divisor = [], self.arithmetic.divisor(len(window.batches), window.accumulation)
         for index, batch in enumerate(window.batches, start=1):
@@ -96,7 +96,7 @@ class LearningTeacher(Learner):
     def _required_loss(self, loss: Tensor | None, arguments: Batch, update: int) -> Tensor:
         if loss is None:
             raise ValueError(
-                f"A teacher that learns needs a loss, and {type(self.model).__name__} gave none for the columns "
+                f"A teacher that learns needs a loss, but {type(self.model).__name__} gave none for the columns "
                 f"{', '.join(sorted(arguments))}. Give it a head, and the data the labels that it takes."
             )
         # On an accelerator this would wait for the device; there the trainer checks the averages that it logs.

@@ -1,4 +1,4 @@
-"""The loss of a training as a sum of named terms, and the averages of them that are logged."""
+"""The loss of a training as a sum of named terms, and the averages that are logged."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ from hf_compress.training.averages import Averages
 
 
 class LossComposer:
-    """Adds the terms of a loss up, and averages what was seen of each: in training, and in each evaluation."""
+    """Adds up the terms of a loss, and averages each of them in training and in each evaluation."""
 
     def __init__(self) -> None:
         self.averages = {"train": Averages(), "eval": Averages()}
-        self.evaluates = False
+        self.evaluating = False
 
     def total(self, terms: Mapping[str, Tensor], training: bool, num_examples: int, update: int) -> Tensor:
-        """The sum of the terms of a micro-batch.
+        """Add up the terms of a micro-batch, and note them for the averages.
 
         Args:
             terms: Name -> weighted scalar.
-            training: Whether the student is trained on it, or evaluated.
-            num_examples: In the micro-batch.
+            training: Whether the student is trained on the batch; otherwise it is evaluated.
+            num_examples: Number of examples in the micro-batch.
             update: The number of finished updates, for the error.
 
         Raises:
-            ValueError: If it is NaN or infinite.
+            ValueError: If the sum is NaN or infinite.
         """
         loss = torch.stack(list(terms.values())).sum()
-        # On an accelerator this would wait for the device at every step; there `require_finite` checks the averages.
+        # On an accelerator this would wait for the device at every batch; there `require_finite` checks the averages.
         if loss.device.type == "cpu" and not torch.isfinite(loss):
             raise _not_finite({name: float(value.detach()) for name, value in terms.items()}, update)
         if training or len(terms) > 1:
-            # As `Trainer` weighs losses: steps of a training alike, batches of an evaluation by their examples.
+            # As in `Trainer`: micro-batches of a training count alike, batches of an evaluation by their examples.
             weight = 1 if training else num_examples
             for name, value in terms.items():
                 self._seen(training).add(f"loss/{name}", value, weight)
         return loss
 
     def note(self, measures: Mapping[str, tuple[Tensor, Tensor]], training: bool) -> None:
-        """Average measures of a micro-batch.
+        """Add the measures of a micro-batch to the averages.
 
         Args:
-            measures: Name -> scalar and scalar that it is relative to.
-            training: Whether the student is trained on it, or evaluated.
+            measures: Name -> a scalar, and the scalar that it is divided by in the end.
+            training: Whether the student is trained on the batch; otherwise it is evaluated.
         """
         prefix = "prune/" if training else ""
         for name, parts in measures.items():
             self._seen(training).add_quotient(f"{prefix}{name}", *parts)
 
     def note_each(self, values: Mapping[str, Tensor]) -> None:
-        """Average what a training has seen.
+        """Add values to the averages of the training.
 
         Args:
             values: Name -> [N] values.
@@ -69,39 +69,39 @@ class LossComposer:
         return self.averages["train" if training else "eval"]
 
     def begin_training(self) -> None:
-        """Forget what a training that was given up, such as a trial of a search, has left."""
+        """Clear the averages of an earlier training that did not end, such as a pruned trial of a search."""
         self.averages["train"].clear()
 
     def logged(self, accelerator: Accelerator) -> dict[str, float]:
-        """The averages of the training since the last call, over all processes."""
+        """Return the averages of the training since the last call, over all processes."""
         return self.averages["train"].take(accelerator)
 
     def begin_evaluation(self) -> None:
-        """Forget what an evaluation before has left."""
+        """Clear the averages of an earlier evaluation."""
         self.averages["eval"].clear()
 
     def evaluated(self, accelerator: Accelerator, prefix: str) -> dict[str, float]:
-        """The averages of an evaluation, over all processes, their names with its prefix."""
+        """Return the averages of an evaluation over all processes, with its prefix before each name."""
         return {f"{prefix}_{name}": value for name, value in self.averages["eval"].take(accelerator).items()}
 
     def require_finite(self, logs: Mapping[str, float], update: int) -> None:
-        """Raise `ValueError` when a term among the values that are to be logged is NaN or infinite."""
+        """Raise `ValueError` if a loss term among the values to be logged is NaN or infinite."""
         terms = {key.rpartition("/")[2]: value for key, value in logs.items() if "loss/" in key}
         if any(not torch.isfinite(torch.tensor(value)) for value in terms.values()):
             raise _not_finite(terms, update)
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """While the block runs, what is logged is that of an evaluation."""
-        self.evaluates = True
+        """Mark what is logged inside the `with` statement as an evaluation's."""
+        self.evaluating = True
         try:
             yield
         finally:
-            self.evaluates = False
+            self.evaluating = False
 
 
 def batch_size_of(inputs: Mapping[str, Any]) -> int:
-    """The number of examples in a batch; 1 where nothing says."""
+    """The number of examples in a batch; 1 where it cannot be told."""
     find: Any = find_batch_size
     return find(inputs) or 1
 
@@ -109,6 +109,6 @@ def batch_size_of(inputs: Mapping[str, Any]) -> int:
 def _not_finite(terms: Mapping[str, float], update: int) -> ValueError:
     listed = ", ".join(f"{name} {value:g}" for name, value in terms.items())
     return ValueError(
-        f"The loss must be finite, got {listed} at step {update}. "
+        f"The loss must be finite, got {listed} at update {update}. "
         "Lower learning_rate, check the data, or train in fp32 or bf16 instead of fp16."
     )

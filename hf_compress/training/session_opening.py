@@ -1,4 +1,4 @@
-"""How a given teacher becomes a session: it is opened, fitted to the student, and made to answer what is compared."""
+"""Opens a teacher session: the teacher is opened, checked against the student, and told which signals to return."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.compat import arithmetic_of
 from hf_compress.training.given_teacher import TeacherSource, move_
 from hf_compress.training.layer_term import LayerTerm
-from hf_compress.training.signals import Wanted
-from hf_compress.training.teacher_fit import label_order, require_one_stack_of_layers, require_own_weights
+from hf_compress.training.signals import WantedSignals
+from hf_compress.training.teacher_fit import require_one_stack_of_layers, require_own_weights, teacher_label_order
 from hf_compress.training.teacher_session import TeacherSession
 from hf_compress.training.teachers import Teacher
 
 
-# (model, what is compared, for each of the student's labels its index among the teacher's) -> teacher
-MakeTeacher = Callable[[PreTrainedModel, Wanted, "list[int] | None"], Teacher]
+# (opened model, wanted signals, for each of the student's labels its index among the teacher's) -> teacher
+MakeTeacher = Callable[[PreTrainedModel, WantedSignals, "list[int] | None"], Teacher]
 
 
 def open_session(
@@ -32,10 +32,10 @@ def open_session(
     """Open a teacher and fit it to a student.
 
     Args:
-        source: What the trainer was given.
-        student: Without what wraps it.
-        args: Say what is compared.
-        make_teacher: Makes the opened model the kind of teacher that guides the student.
+        source: Opens the teacher.
+        student: Without wrappers.
+        args: Select what is compared.
+        make_teacher: Makes a teacher of the opened model.
         accelerator: Of the student.
 
     Returns:
@@ -49,14 +49,14 @@ def open_session(
     teacher = source.open(student)
     require_own_weights(student, teacher)
     apply_implied(teacher)
-    order = label_order(student.config, teacher.config) if args.alpha_output else None
-    layers = _layer_term(student, teacher, args) if args.alpha_layer else None
-    if layers is not None:
-        # Outside the student, its maps are wrapped on their own: their gradients too are averaged over processes.
-        layers.prepare(lambda maps: accelerator.prepare_model(maps.to(args.device)))
-    wanted = Wanted(layers.teacher_states if layers else (), logits=args.alpha_output > 0)
-    made = make_teacher(move_(teacher, args.device), wanted, order)
-    return TeacherSession(made, student, layers, args.max_distill_steps)
+    label_order = teacher_label_order(student.config, teacher.config) if args.alpha_output else None
+    layer_term = _layer_term(student, teacher, args) if args.alpha_layer else None
+    if layer_term is not None:
+        # The maps are no part of the student, so they are wrapped too: processes must average their gradients.
+        layer_term.prepare(lambda maps: accelerator.prepare_model(maps.to(args.device)))
+    wanted = WantedSignals(layer_term.teacher_states if layer_term else (), logits=args.alpha_output > 0)
+    made = make_teacher(move_(teacher, args.device), wanted, label_order)
+    return TeacherSession(made, student, layer_term, args.max_distill_steps)
 
 
 def _layer_term(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments) -> LayerTerm:

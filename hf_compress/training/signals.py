@@ -1,4 +1,4 @@
-"""What a model answers that another one can learn from: its outputs and its hidden states."""
+"""The signals that one model can learn from another: its outputs and its hidden states."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _LOGIT_FIELDS = (("start_logits", "end_logits"), ("logits",))
 
 @dataclass(frozen=True)
 class Signals:
-    """What a model computed that can be compared.
+    """The outputs and hidden states of a model for one batch.
 
     Args:
-        logits: One tensor, or two for question answering; empty when nobody asked for them.
+        logits: One tensor, or two for question answering; empty when they were not requested.
         hidden: The requested hidden states, [B, S, D] each.
     """
 
@@ -31,13 +31,13 @@ class Signals:
     hidden: tuple[Tensor, ...]
 
 
-# Runs a model on a batch, without gradients and without dropout.
-Answers = Callable[[Batch], Signals]
+# Runs a model on a batch, without gradients and without dropout, and returns its signals.
+SignalsOf = Callable[[Batch], Signals]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which of a model's answers are compared.
+class WantedSignals:
+    """Selects the outputs and hidden states of a model that are compared.
 
     Args:
         states: Indices into `hidden_states`, where 0 is the embeddings.
@@ -49,11 +49,11 @@ class Wanted:
 
     @property
     def arguments(self) -> dict[str, bool]:
-        """What a model's forward must be told so that it gives them."""
+        """The arguments that make a model's forward return them."""
         return {"output_hidden_states": bool(self.states), "return_dict": True}
 
     def of(self, outputs: ModelOutput) -> Signals:
-        """Take them from a model's outputs, detached.
+        """Take the wanted signals from a model's outputs, detached.
 
         The copies also turn inference tensors, which cannot be saved for a backward pass, into ordinary ones.
 
@@ -76,21 +76,21 @@ def logits_of(outputs: ModelOutput) -> tuple[Tensor, ...]:
     raise ValueError(f"The model must return logits, got {type(outputs).__name__} with {', '.join(outputs.keys())}.")
 
 
-class StudentAnswers:
-    """What a student answers before its update: without dropout, without gradients, and without the labels.
+class StudentSignals:
+    """Computes the signals of a student before its update: no dropout, no gradients, no labels.
 
     Args:
         model: The student as its trainer calls it.
         read: Gives the entries of a batch that it reads.
-        wanted: Which of its answers are compared.
+        wanted: Which of its signals are returned.
     """
 
     def __init__(
-        self, model: nn.Module, read: Callable[[Batch], Mapping[str, Any]], wanted: Wanted | None = None
+        self, model: nn.Module, read: Callable[[Batch], Mapping[str, Any]], wanted: WantedSignals | None = None
     ) -> None:
         self.model = model
         self.read = read
-        self.wanted = wanted or Wanted()
+        self.wanted = wanted or WantedSignals()
 
     def __call__(self, batch: Batch) -> Signals:
         inputs = {name: value for name, value in self.read(batch).items() if name != "labels"}

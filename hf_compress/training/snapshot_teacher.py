@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_compress.training.arguments import SnapshotTeacherArguments
 from hf_compress.training.distillation import DistillationTrainer
 from hf_compress.training.given_teacher import TeacherSource
-from hf_compress.training.signals import Wanted
+from hf_compress.training.signals import WantedSignals
 from hf_compress.training.snapshots import SnapshotFolders, SnapshotTeacher
 from hf_compress.training.teachers import Teacher
 
@@ -66,5 +66,7 @@ class SnapshotTeacherTrainer(DistillationTrainer):
     def teacher_source(self, given: PreTrainedModel | str | os.PathLike[str] | None) -> TeacherSource:
         return SnapshotFolders(self.args.teacher_snapshots or [])
 
-    def make_teacher(self, model: PreTrainedModel, wanted: Wanted, order: list[int] | None) -> Teacher:
-        return SnapshotTeacher(self.args.teacher_snapshots or [], model, wanted, self.args.teacher_dropout, order)
+    def make_teacher(self, model: PreTrainedModel, wanted: WantedSignals, label_order: list[int] | None) -> Teacher:
+        return SnapshotTeacher(
+            self.args.teacher_snapshots or [], model, wanted, self.args.teacher_dropout, label_order
+        )

@@ -18,7 +18,7 @@ from hf_compress.api import apply_implied, check_finite
 from hf_compress.core.errors import BROKEN_FILE, one_line
 from hf_compress.core.loaded import require_complete
 from hf_compress.training.given_teacher import move_
-from hf_compress.training.signals import Wanted
+from hf_compress.training.signals import WantedSignals
 from hf_compress.training.teachers import FixedTeacher
 
 
@@ -70,7 +70,7 @@ class SnapshotTeacher(FixedTeacher):
         self,
         folders: list[str],
         model: PreTrainedModel,
-        wanted: Wanted | None = None,
+        wanted: WantedSignals | None = None,
         dropout: bool = False,
         label_order: list[int] | None = None,
     ) -> None:
@@ -96,7 +96,7 @@ class SnapshotTeacher(FixedTeacher):
             )
         self.share = num_updates // len(self.folders)
 
-    def turn_to(self, update: int) -> None:
+    def before_update(self, update: int) -> None:
         index = min(update // self.share, len(self.folders) - 1)
         if index != self.index:
             # The old one goes before the new one comes: there is never room needed for two.

@@ -15,8 +15,8 @@ from hf_compress.training.signals import Batch
 from hf_compress.training.windows import MicroBatch
 
 
-def label_order(student: PretrainedConfig, teacher: PretrainedConfig) -> list[int] | None:
-    """For each of the student's labels its index among the teacher's; None when both number them alike.
+def teacher_label_order(student: PretrainedConfig, teacher: PretrainedConfig) -> list[int] | None:
+    """Find for each of the student's labels its index among the teacher's; None when both number them alike.
 
     Labels are the same when their names are; names that only count them (LABEL_0, LABEL_1, ... or 0, 1, ...) fit all.
 
@@ -41,7 +41,7 @@ def _label_names(config: PretrainedConfig) -> list[str]:
 
 
 def require_own_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Refuse a teacher that is its student or shares weights with it: freezing it would freeze the student.
+    """Refuse a teacher that is the student or shares weights with it: freezing it would freeze the student.
 
     Raises:
         ValueError: Says what they share.
@@ -75,7 +75,7 @@ def require_one_stack_of_layers(*configs: PretrainedConfig) -> None:
 
 
 def read_by_both(batch: Batch, student: PreTrainedModel, teacher: PreTrainedModel) -> MicroBatch:
-    """A collator's batch in the views of student and teacher.
+    """Split a collator's batch into what the student reads and what the teacher reads.
 
     Args:
         batch: Entries `teacher_<name>` are the teacher's alone; without any, both read the same.
@@ -91,15 +91,15 @@ def read_by_both(batch: Batch, student: PreTrainedModel, teacher: PreTrainedMode
 
 
 def columns_of_both(student: list[str], rows: Any, teacher: PreTrainedModel | None) -> list[str]:
-    """The columns of a data set that a student or its teacher reads.
+    """List the columns of a data set that a student or its teacher reads.
 
-    The teacher's are those named `teacher_<name>`, and what only its forward names (token types of a BERT that
-    teaches a DistilBERT).
+    The teacher reads the columns `teacher_<name>` and those that only its forward names (token types of a BERT
+    that teaches a DistilBERT).
 
     Args:
         student: The columns that the student reads.
         rows: The data set.
-        teacher: None where nothing is asked of one.
+        teacher: None when there is no teacher.
     """
     columns = getattr(rows, "column_names", None) or []
     own = [name for name in columns if name.startswith(TEACHER_PREFIX)]
@@ -110,8 +110,8 @@ def _check_inputs(student: PreTrainedModel, teacher: PreTrainedModel, inputs: Ba
     limit, ids = most_tokens(teacher), inputs.get("input_ids")
     if limit is not None and ids is not None and ids.shape[-1] > limit:
         raise ValueError(
-            f"The teacher must read inputs of {ids.shape[-1]} tokens, got one that reads {limit}. Shorten them "
-            "(max_length), or give it positions and fine-tune it (hf-compress finetune --max_positions)."
+            f"The teacher must read inputs of {ids.shape[-1]} tokens, got one that reads {limit}. Shorten the inputs "
+            "(max_length), or fine-tune the teacher for longer ones (hf-compress finetune --max_positions)."
         )
     ours, theirs = (getattr(model.config, "vocab_size", None) for model in (student, teacher))
     if not separate and ours != theirs:
@@ -122,7 +122,7 @@ def _check_inputs(student: PreTrainedModel, teacher: PreTrainedModel, inputs: Ba
 
 
 def _with_decoder_inputs(teacher: PreTrainedModel, batch: Mapping[str, Any]) -> Batch:
-    """A batch with the `decoder_input_ids` that an encoder-decoder makes from its labels, which it is not shown."""
+    """Add the `decoder_input_ids` that an encoder-decoder makes from the labels, since it gets no labels."""
     if not getattr(teacher.config, "is_encoder_decoder", False) or "decoder_input_ids" in batch:
         return batch
     make = getattr(teacher, "prepare_decoder_input_ids_from_labels", None)

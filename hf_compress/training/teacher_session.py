@@ -1,4 +1,4 @@
-"""One teacher in one training: asked for each micro-batch, saved and resumed with the student."""
+"""One teacher in one training: it answers each micro-batch, and is saved and resumed with the student."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerState
 
 from hf_compress.training.layer_term import LayerTerm
-from hf_compress.training.signals import Answers, Batch, Signals
+from hf_compress.training.signals import Batch, Signals, SignalsOf
 from hf_compress.training.teacher_fit import read_by_both
 from hf_compress.training.teachers import Learner, Teacher
 from hf_compress.training.windows import Window
@@ -21,12 +21,12 @@ _FOLDER = "teacher"
 
 
 class TeacherSession:
-    """A teacher that fits its student, from the beginning of a training to its end. A part of every checkpoint.
+    """A teacher that fits its student, from the start of a training to its end. It is saved in every checkpoint.
 
     Args:
         teacher: Answers, and may learn.
-        student: The model that learns from it, without what wraps it.
-        layers: The layer term, when hidden states are compared.
+        student: The model that learns from it, without wrappers.
+        layer_term: Compares hidden states; None when they are not compared.
         last_update: The number of updates after which the teacher no longer guides; None: it always does.
     """
 
@@ -34,12 +34,12 @@ class TeacherSession:
         self,
         teacher: Teacher,
         student: PreTrainedModel,
-        layers: LayerTerm | None = None,
+        layer_term: LayerTerm | None = None,
         last_update: int | None = None,
     ) -> None:
         self.teacher = teacher
         self.student = student
-        self.layers = layers
+        self.layer_term = layer_term
         self.last_update = last_update
         self._window: Window | None = None
         self._accumulation = self._updates_per_epoch = 1
@@ -54,18 +54,18 @@ class TeacherSession:
         self._accumulation = trainer.args.gradient_accumulation_steps
         self.teacher.begin(trainer, num_updates)
 
-    def begin_window(self, batches: Sequence[Batch], state: TrainerState, student: Answers) -> dict[str, Tensor]:
-        """Let a teacher that learns do so, before the student does.
+    def begin_window(self, batches: Sequence[Batch], state: TrainerState, student: SignalsOf) -> dict[str, Tensor]:
+        """Let a learning teacher learn from the window, before the student does.
 
         Args:
             batches: The micro-batches of an update, as the data loader gave them.
             state: Of the student's training.
-            student: What the student answers.
+            student: Gives the student's answer to a batch.
 
         Returns:
-            As from `Learner.learn`; empty for teachers that do not learn.
+            What `Learner.learn` returns; empty for teachers that do not learn.
         """
-        self.teacher.turn_to(state.global_step)
+        self.teacher.before_update(state.global_step)
         self._window = None
         if not isinstance(self.teacher, Learner):
             return {}
@@ -80,22 +80,22 @@ class TeacherSession:
             self._window.answers.pop(0)
 
     def answer(self, batch: Batch, training: bool) -> Signals:
-        """What the teacher says of a batch.
+        """Return the teacher's answer to a batch.
 
         Args:
             batch: As the collator made it.
-            training: Whether the student is being trained on it.
+            training: Whether the student is trained on the batch; otherwise it is evaluated.
         """
         if training and self._window is not None and self._window.answers:
             return self._window.answers[0]
         return self.teacher.forward(read_by_both(batch, self.student, self.teacher.model).teacher, training)
 
     def save(self, checkpoint: Path, process: int, shared: bool) -> None:
-        if self.layers is not None and shared:
-            self.layers.save(checkpoint)
+        if self.layer_term is not None and shared:
+            self.layer_term.save(checkpoint)
         self.teacher.save(checkpoint / _FOLDER, process, shared)
 
     def load(self, checkpoint: Path, process: int) -> None:
         self.teacher.load(checkpoint / _FOLDER, process)
-        if self.layers is not None:
-            self.layers.load(checkpoint)
+        if self.layer_term is not None:
+            self.layer_term.load(checkpoint)

@@ -17,12 +17,12 @@ from hf_compress.training.teacher_session import TeacherSession
 def teacher_terms(
     session: TeacherSession, targets: Signals, outputs: ModelOutput, batch: Batch, args: DistillationArguments
 ) -> dict[str, Tensor]:
-    """The weighted distances between what a teacher and a student answer to a batch.
+    """Compute the weighted distances between the signals of a teacher and a student on a batch.
 
     Args:
-        session: Says which hidden states are compared, and how.
-        targets: The teacher's answer.
-        outputs: The student's, with hidden states where the session compares them.
+        session: Its layer term says which hidden states are compared, and how.
+        targets: The teacher's signals.
+        outputs: The student's outputs, with hidden states where the session compares them.
         batch: As the collator made it, with the state of the student's forward pass.
         args: Weights and temperature.
 
@@ -33,9 +33,11 @@ def teacher_terms(
     if args.alpha_output:
         distance = output_term(targets.logits, logits_of(outputs), session.student, inputs, args.temperature)
         terms["output"] = args.alpha_output * distance
-    if session.layers is not None:
+    if session.layer_term is not None:
         state = state_in(batch)
         kept_after = None if state is None else state.kept_after
         real = layer_mask(session.student, inputs) if "attention_mask" in inputs else None
-        terms["layer"] = args.alpha_layer * session.layers(targets.hidden, outputs["hidden_states"], real, kept_after)
+        terms["layer"] = args.alpha_layer * session.layer_term(
+            targets.hidden, outputs["hidden_states"], real, kept_after
+        )
     return terms

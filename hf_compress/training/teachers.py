@@ -1,4 +1,4 @@
-"""Teachers answer: where the targets of a student come from. They never enter its state, optimizer or DDP."""
+"""Teachers compute the targets that a student learns from. They are no part of its state, optimizer or DDP."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from hf_compress.core.forward_state import forward_state
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.fingerprints import example_keys
 from hf_compress.training.given_teacher import move_
-from hf_compress.training.signals import Answers, Batch, Signals, Wanted
+from hf_compress.training.signals import Batch, Signals, SignalsOf, WantedSignals
 from hf_compress.training.windows import Window
 
 
 class Teacher:
-    """Where targets come from. What it needs to go on after a crash is written by `save` and read by `load`.
+    """Computes the targets of a student. `save` and `load` keep the state that a resumed training needs.
 
     Args:
         model: The network that computes the targets at this moment.
-        wanted: Which of its answers students compare with.
+        wanted: Which of its outputs and hidden states become targets.
     """
 
     cache: TeacherCache | None = None
 
-    def __init__(self, model: PreTrainedModel, wanted: Wanted | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, wanted: WantedSignals | None = None) -> None:
         self.model = model
-        self.wanted = wanted or Wanted()
+        self.wanted = wanted or WantedSignals()
 
     def begin(self, trainer: Trainer, num_updates: int) -> None:
         """Called when a training begins, before its optimizer is made.
@@ -43,64 +43,65 @@ class Teacher:
             ValueError: If the teacher cannot guide such a training.
         """
 
-    def turn_to(self, update: int) -> None:
-        """Called before each update that the teacher guides, with the number of those that are finished."""
+    def before_update(self, update: int) -> None:
+        """Called before each update that the teacher guides, with the number of finished updates."""
 
     def forward(self, batch: Batch, training: bool = False) -> Signals:
-        """The targets for a batch, outside of any graph. Changes nothing that a training depends on.
+        """Compute the targets for a batch, without gradients. It changes nothing that a training depends on.
 
         Args:
-            batch: As the teacher's tokenizer made it; entries that its forward does not name are dropped, and labels.
-            training: Whether the student is being trained on the batch, or evaluated.
+            batch: As the teacher's tokenizer made it; labels and entries that its forward does not name are dropped.
+            training: Whether the student is trained on the batch; otherwise it is evaluated.
         """
         raise NotImplementedError
 
     def save(self, folder: Path, process: int, shared: bool) -> None:
-        """Write whatever changes during training into a folder of a checkpoint; as for `CheckpointPart`."""
+        """Write the state that changes during training into a folder of a checkpoint; see `CheckpointPart`."""
 
     def load(self, folder: Path, process: int) -> None:
-        """Read what `save` wrote; as for `CheckpointPart`."""
+        """Read what `save` wrote; see `CheckpointPart`."""
 
 
 class Learner(Teacher):
     """A teacher that is trained beside its student."""
 
-    def learn(self, window: Window, student: Answers) -> dict[str, Tensor]:
+    def learn(self, window: Window, student: SignalsOf) -> dict[str, Tensor]:
         """Learn from the micro-batches of one update, before the student does.
 
-        Where students imitate the weights from before this step, the answers that were computed on the way go into
-        `window.answers`; otherwise the teacher is asked again, with its new weights.
+        A teacher whose targets come from the weights before its step puts them into `window.answers`; otherwise
+        `forward` computes them with the new weights.
 
         Args:
             window: The micro-batches.
-            student: What the student answers to a batch of its own, before its update.
+            student: Gives the student's answer to a batch of its own, before its update.
 
         Returns:
-            Name -> [N] values to be averaged and logged, for instance one for each micro-batch.
+            Name -> [N] values to average and log, for instance one for each micro-batch.
         """
         raise NotImplementedError
 
     @property
     def learning_rate(self) -> float:
-        """Of its next step."""
+        """The learning rate of its next step."""
         raise NotImplementedError
 
 
 class FixedTeacher(Teacher):
-    """A frozen model, run without gradients; a cache may keep its answers on disk.
+    """A frozen model that runs without gradients; a cache may keep its answers on disk.
 
     Args:
         model: Put in eval mode and frozen; its device follows the batches.
-        wanted: Which of its answers students compare with.
+        wanted: Which of its outputs and hidden states become targets.
         dropout: Run the teacher in train mode during training; evaluations are never random.
         cache: Where its answers are kept, as the teacher gives them.
-        label_order: For each of the student's labels its index among the teacher's, see `label_order`. None: the same.
+        label_order: For each of the student's labels its index among the teacher's (see `teacher_label_order`); None
+            when both number them alike.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        wanted: Wanted | None = None,
+        wanted: WantedSignals | None = None,
         dropout: bool = False,
         cache: TeacherCache | None = None,
         label_order: list[int] | None = None,
@@ -124,7 +125,8 @@ class FixedTeacher(Teacher):
         if (stored := cache.read(keys, arguments)) is None:
             computed = self._computed(arguments, dropout=False)
             cache.write(keys, arguments, computed.logits, computed.hidden)
-            # A text that came before keeps its first outputs: a run that was killed after this batch reads the same.
+            # A text that was stored before keeps its first outputs, so that a run that was killed after this batch and
+            # starts again reads the same ones.
             stored = cache.read(keys, arguments)
             assert stored is not None
         return Signals(*stored)
@@ -134,7 +136,7 @@ class FixedTeacher(Teacher):
         if self.model.device != device:
             move_(self.model, device)
         self.model.train(dropout)
-        # A classifier that drops tokens leaves out what its head does not read; here it is compared.
+        # A classifier that drops tokens skips the rows that its head does not read; here they are compared.
         state = forward_state(self.model, whole=True) if self.wanted.states else {}
         with torch.inference_mode():
             outputs = self.model(**arguments, **state, **self.wanted.arguments)

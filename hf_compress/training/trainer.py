@@ -108,7 +108,7 @@ class CompressionTrainer(ResumableTrainer):
             return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not self.losses.evaluates:
+        if not self.losses.evaluating:
             logs.update(self.losses.logged(self.accelerator))
             # Loggers were registered before a user's callbacks: what those add in `on_log` would come too late.
             logs.update(logged_values(self.callback_handler.callbacks))

@@ -1,4 +1,4 @@
-"""Encoders of sounds: a convolutional feature encoder makes frames of samples, transformer layers read the frames."""
+"""Audio encoders: a convolutional feature encoder turns samples into frames, which the transformer layers read."""
 
 from __future__ import annotations
 

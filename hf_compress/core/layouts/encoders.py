@@ -29,17 +29,17 @@ _BERT = Architecture(
     ffn_size="intermediate_size",
 )
 
-# Like Llama in names and shapes, but post-norm and seen from both sides.
+# Like Llama in names and shapes, but post-norm and bidirectional.
 _NOMIC = replace(LLAMA, pre_norm=False, causal=False)
 
 
 def _deberta_positions(attention: nn.Module) -> PositionWork:
-    """What disentangled attention computes with embeddings of relative positions."""
+    """The work of disentangled attention on embeddings of relative positions."""
     module: Any = attention
     if not module.relative_attention:
         return PositionWork(0, 0, 0)
     products = sum(kind in module.pos_att_type for kind in ("c2p", "p2c"))
-    # With shared projections the model computes both, whatever it uses.
+    # With shared projections the model computes both, even if it uses one.
     return PositionWork(2 * module.pos_ebd_size, 2 if module.share_att_key else products, products)
 
 

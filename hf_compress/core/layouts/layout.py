@@ -1,4 +1,4 @@
-"""What the package knows about an architecture: the fields of one row."""
+"""The description of an architecture: the fields of one row of the support table."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hf_compress.core.projections import Role
 
 
 class PositionWork(NamedTuple):
-    """Arithmetic that attention spends on embeddings of relative positions.
+    """The work of attention on embeddings of relative positions.
 
     Args:
-        rows: Embeddings that take part, whatever the length of the input.
+        rows: Number of embeddings that take part, whatever the length of the input.
         projections: How many projections are applied to all of them, once in a forward pass.
         products: How many products of all tokens with all of them each head computes.
     """
@@ -29,34 +29,34 @@ class PositionWork(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a model of one `model_type` keeps its projections, and how its layers differ from others.
+    """The paths to the projections of models of one `model_type`, and the properties of their layers.
 
     Paths lead from one transformer layer to a submodule; dots separate attributes.
 
     Args:
-        layers: From the base model to the `ModuleList` of layers.
-        attention: To the module that splits heads.
+        layers: Path from the base model to the `ModuleList` of layers.
+        attention: Path to the module that splits heads.
         projections: Path of each module with projections -> their roles; a fused module has several, in the order of
-            its outputs. Head by head interleaved layouts cannot be written down here.
-        activation: To the function between the feed-forward projections.
+            its outputs. Layouts that interleave the projections head by head are not supported.
+        activation: Path to the function between the feed-forward projections.
         head_size: Attribute of the attention module that holds the size of a head.
         head_counters: Attributes of the attention module that hold the number of heads and must follow when heads are
             removed; entries that end in `*d` hold the number of heads times their size.
         ffn_size: Field of the model's config with the feed-forward width that all layers share.
         pre_norm: Whether a sublayer normalises its input (its output is then added to what came before the norm); a
             string names the field of the config that says so.
-        causal: Attention sees earlier tokens only, and classifiers read the last token.
-        mean_pooled: Classifiers read the mean over all tokens instead of the first one.
-        rotary: Queries and keys are rotated by their positions between projection and attention.
-        attention_interface: Attention is called through transformers' table of attention functions. Models with
-            attention code of their own cannot be given another attention.
+        causal: Whether attention sees earlier tokens only; classifiers then read the last token.
+        mean_pooled: Whether classifiers read the mean over all tokens instead of the first one.
+        rotary: Whether queries and keys are rotated by their positions between projection and attention.
+        attention_interface: Whether attention is called through transformers' table of attention functions. The
+            attention of other models cannot be replaced.
         head_bias: Argument of the attention module's forward with one number for each head and pair of tokens,
             [B, H, S, S] and the same for every example, computed outside the layer for the heads of the dense model.
-        window_in_config: Whether the config's `sliding_window` holds for every layer; elsewhere attention modules know
-            their own window.
-        free_heads: Stock transformers can build the model with fewer heads than fill the hidden size, because it
-            reads `head_dim` from the config.
-        position_work: From the attention module to its arithmetic with embeddings of relative positions.
+        window_in_config: Whether the config's `sliding_window` applies to every layer; otherwise each attention module
+            has its own window.
+        free_heads: Whether stock transformers can build the model with fewer heads than fill the hidden size,
+            because it reads `head_dim` from the config.
+        position_work: Attention module -> its work on embeddings of relative positions.
     """
 
     layers: str

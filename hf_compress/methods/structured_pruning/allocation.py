@@ -1,4 +1,4 @@
-"""How many units each sublayer keeps under an exact budget of multiply-accumulates.
+"""Decides how many units each sublayer keeps under an exact budget of multiply-accumulates.
 
 The units of every sublayer are ranked, most important first, and each has a priority. The units with the highest
 priorities in the whole model are kept until nothing more fits.
@@ -13,25 +13,26 @@ from typing import Literal, TypeAlias
 
 
 # What structured pruning removes from the attention and from the feed-forward part of a layer.
-Kind: TypeAlias = Literal["heads", "neurons"]
-KINDS: tuple[Kind, Kind] = ("heads", "neurons")
+UnitKind: TypeAlias = Literal["heads", "neurons"]
+UNIT_KINDS: tuple[UnitKind, UnitKind] = ("heads", "neurons")
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """The units of one sublayer, ranked, all at one price.
+    """The ranked units of one sublayer; all of them cost the same.
 
     Args:
         layer: Zero-based layer index.
-        kind: What its units are.
-        priorities: One for each unit, in rank order, non-increasing: the relative residual before it is kept.
+        kind: Whether its units are attention heads or neurons.
+        priorities: [units] in rank order, non-increasing: the share of the energy (squared norm) that is unexplained
+            before the unit is kept.
         macs: Multiply-accumulates of one unit.
-        minimum: Number of units that stay, whatever they cost.
+        minimum: How many units stay at least, whatever they cost.
         bundle: Units are kept in bundles of this many.
     """
 
     layer: int
-    kind: Kind
+    kind: UnitKind
     priorities: Sequence[float]
     macs: float
     minimum: int
@@ -43,18 +44,18 @@ class Sublayer:
         return min(-(-self.minimum // self.bundle) * self.bundle, len(self.priorities))
 
 
-def too_small(least: float, full: float, budget: float) -> ValueError:
-    """The error that says why a budget cannot be met, and which one can.
+def budget_too_small(least: float, full: float, budget: float) -> ValueError:
+    """Make the error for a budget that cannot be met; it names the smallest one that can.
 
     Args:
-        least: Multiply-accumulates of what may not be removed.
-        full: Those of everything.
+        least: Multiply-accumulates of the units that must stay.
+        full: Those of all units.
         budget: Those that were asked for.
     """
     # Rounded up, so that the number in the message works when it is used.
     reachable = math.ceil(1e4 * least / full) / 1e4
     return ValueError(
-        f"mac_ratio must be at least {reachable:.4f} here (what may not be removed costs that much), "
+        f"mac_ratio must be at least {reachable:.4f} here (the units that must stay cost that much), "
         f"got {budget / full:.4g}. Lower the minima (min_heads, min_neurons), or allow heads and neurons to be pruned."
     )
 
@@ -68,18 +69,18 @@ def check_budget(sublayers: Sequence[Sublayer], budget: float) -> None:
     """Check that the minima cost no more than the budget.
 
     Raises:
-        ValueError: If they do; says what can be reached.
+        ValueError: If they cost more; names the smallest `mac_ratio` that can be met.
     """
     least = sum(s.floor * s.macs for s in sublayers)
     if least > budget:
-        raise too_small(least, full_cost(sublayers), budget)
+        raise budget_too_small(least, full_cost(sublayers), budget)
 
 
 def allocate(sublayers: Sequence[Sublayer], budget: float) -> tuple[list[int], float]:
     """Keep the units with the highest priorities while they fit.
 
     Args:
-        sublayers: Of all layers, attention first within a layer.
+        sublayers: Those of all layers; attention comes first within a layer.
         budget: At most this many multiply-accumulates are used.
 
     Returns:
@@ -99,7 +100,7 @@ def allocate(sublayers: Sequence[Sublayer], budget: float) -> tuple[list[int], f
     check_budget(sublayers, budget)
     kept = [s.floor for s in sublayers]
     left = budget - sum(k * s.macs for k, s in zip(kept, sublayers, strict=True))
-    # Rounding of sums of large floats must not cost a unit that exactly fits.
+    # A unit that fits exactly must not be lost to the rounding of large sums.
     slack = 1e-9 * budget
     bundles = [
         (-sublayer.priorities[start], position, start)
@@ -113,7 +114,7 @@ def allocate(sublayers: Sequence[Sublayer], budget: float) -> tuple[list[int], f
         if position in closed:
             continue
         if size * sublayer.macs > left + slack:
-            # Ranks form a prefix: once a unit does not fit, later ones of the same sublayer may not jump it.
+            # The kept units are the first of the ranking: once a unit does not fit, no later one is kept.
             closed.add(position)
             continue
         kept[position] += size

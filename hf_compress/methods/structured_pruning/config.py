@@ -1,4 +1,4 @@
-"""What a structurally pruned model is."""
+"""The config of a structurally pruned model."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class StructuredPruningConfig(MethodConfig):
         min_heads: How many heads every layer keeps at least.
         min_neurons: How many neurons every layer keeps at least.
         round_to: Keep a multiple of this many neurons in each layer (up to its full width).
-        seq_len: Tokens a sequence has in the MAC count. Left out: the mean unpadded length of the calibration data.
-        ridge: Added to the Gram matrix as a fraction of its mean diagonal when correcting; 0 refuses calibration sets
-            with fewer than two tokens a neuron.
+        seq_len: Tokens in a sequence, for the MAC count. Left out: the mean unpadded length of the calibration data.
+        ridge: Regularisation of the correction, as a fraction of the mean diagonal of the Gram matrix; 0 refuses
+            calibration sets with fewer than two tokens per neuron.
         seed: Random seed of `selection="random"`.
-        heads_per_layer, neurons_per_layer: Filled in by `compress`: what is left in each layer. Heads are counted as
+        heads_per_layer, neurons_per_layer: Filled in by `compress`: how many each layer keeps. Heads are counted as
             key-value heads.
         tolerance: Filled in by `compress`: the largest relative residual of a removed unit.
 
@@ -48,7 +48,7 @@ class StructuredPruningConfig(MethodConfig):
         ValueError: mac_ratio must be in (0, 1], got 1.5.
     """
 
-    # Older records hold them: how activations were summarised, which makes no difference to the model's shape.
+    # Fields of older records. They said how activations were summarised, which does not change the model's shape.
     retired: ClassVar[tuple[str, ...]] = ("route", "sketch_rows")
 
     mac_ratio: float = 0.5
@@ -82,11 +82,13 @@ class StructuredPruningConfig(MethodConfig):
         if self.ridge < 0:
             raise ValueError(f"ridge must not be negative, got {self.ridge}.")
         if not (self.prune_heads or self.prune_neurons) and self.mac_ratio < 1:
-            raise ValueError("prune_heads or prune_neurons must be true when mac_ratio is below 1, got neither.")
+            raise ValueError(
+                "prune_heads or prune_neurons must be true when mac_ratio is below 1: nothing else can be removed."
+            )
         if self.selection == "fisher" and (self.order == "sequential" or self.center):
             raise ValueError(
                 "selection='fisher' must go with order='one_shot' and center=False: it ranks by gradients of the "
-                "intact model and looks at no activations. Leave order and center out."
+                "intact model and reads no activations. Leave order and center out."
             )
         if self.selection == "fisher" and self.round_to != 1:
             raise ValueError(

@@ -1,7 +1,6 @@
-"""Interpolative decompositions from second moments: columns that span a matrix, and how they make the others.
+"""Interpolative decompositions from second moments: columns that span a matrix, and coefficients for the others.
 
-Columns are picked by pivoted Cholesky of `G = A^T A` (see `pivoting`), which also holds most of what the coefficients
-need.
+Columns are picked by pivoted Cholesky of `G = A^T A` (see `pivoting`). Its factor also gives most of the coefficients.
 
 Letters: N rows (tokens), n columns (features), k kept columns, c sketch rows. All matrices are float64.
 """
@@ -20,15 +19,15 @@ from hf_compress.methods.structured_pruning.sketch import CountSketch
 
 logger = logging.getLogger(__name__)
 
-# Below this ratio to the first pivot, rounding of a double-precision Gram matrix decides the pivots (measured:
-# first disagreement with pivoted QR at 3e-7 to 5e-7).
+# Pivots below this ratio to the first one are decided by the rounding of a double-precision Gram matrix (measured:
+# they first disagree with pivoted QR at 3e-7 to 5e-7).
 _PIVOT_FLOOR = 1e-6
-# Below this ratio of the smallest to the largest pivot, coefficients need a step of refinement.
+# Below this ratio of the smallest to the largest pivot, the coefficients are refined once.
 _REFINE = 1e-3
 
 
 def interpolation_matrix(gram: Tensor, keep: Tensor, ridge: float = 0.0, cross: Tensor | None = None) -> Tensor:
-    """The least-squares map T from kept columns to all columns: `A ~ A[:, keep] T`.
+    """Compute the least-squares map T from kept columns to all columns: `A ~ A[:, keep] T`.
 
     Args:
         gram: [n, n] float64; only `gram[keep]` is read.
@@ -58,7 +57,7 @@ def interpolation_matrix(gram: Tensor, keep: Tensor, ridge: float = 0.0, cross: 
     else:
         result = torch.cholesky_solve(cross, lower)
         if float(lower.diagonal().min()) < _REFINE * float(lower.diagonal().max()):
-            # One step of refinement: the Gram matrix squared the condition number.
+            # Refined once, because the Gram matrix squared the condition number.
             result += torch.cholesky_solve(cross - (inner @ result + ridge * scale * result), lower)
     if ridge == 0:
         result[:, keep] = eye
@@ -97,14 +96,14 @@ def check_conditioning(columns: PivotedColumns, keep: int) -> None:
 def interpolative_decomposition(
     matrix: Tensor, k: int, *, sketch_rows: int | None = None, seed: int = 0
 ) -> tuple[Tensor, Tensor, PivotedColumns]:
-    """Pick k columns of a matrix and the coefficients that make all its columns from them.
+    """Pick k columns of a matrix, and compute the coefficients that express all columns by them.
 
     Args:
         matrix: [N, n] any float dtype and device. Not changed.
         k: Columns to keep, at most the rank.
-        sketch_rows: c; pivots are then taken from a CountSketch of the rows. The coefficients are always solved on
-            the matrix itself: taken from a sketch they can be several times worse.
-        seed: Of the sketch.
+        sketch_rows: c; if given, pivots come from a CountSketch of the rows. The coefficients always come from the
+            matrix itself: from a sketch their error can be several times larger.
+        seed: Random seed of the sketch.
 
     Returns:
         Kept columns [k] int64 in pivot order, T [k, n] float64, and all columns in order.
@@ -138,7 +137,7 @@ def interpolative_decomposition(
 
 
 def gram_of(matrix: Tensor) -> Tensor:
-    """[n, n] float64 `A^T A` of a matrix in any float dtype, without a double-precision copy of all of it."""
+    """Compute `A^T A` [n, n] in float64 from a matrix in any float dtype, without a float64 copy of the matrix."""
     moments = SecondMoments(matrix.shape[1], matrix.device)
     moments.update(matrix)
     return moments.gram

@@ -1,6 +1,6 @@
 """Retraining-free pruning by squared mask gradients: the baseline of Kwon et al. 2022 (arXiv 2204.09656).
 
-Four steps, each usable alone: gradients of the loss with respect to masks of ones, a search for the masks that keep
+Four parts, each usable alone: gradients of the loss with respect to masks of ones, a search for the masks that keep
 the most Fisher information within a budget, an exchange of units inside each layer, and the tuning of the masks
 (in `mask_tuning`) with a less pruned teacher.
 
@@ -20,17 +20,17 @@ from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.batches import on_device
 from hf_compress.core.data_needs import Data
 from hf_compress.core.modes import evaluating
-from hf_compress.methods.structured_pruning.allocation import too_small
+from hf_compress.methods.structured_pruning.allocation import budget_too_small
 from hf_compress.methods.structured_pruning.mask_tuning import Masks, masked, tune_masks
 
 
 @dataclass(frozen=True)
-class FisherLayer:
-    """What stays of one layer, and the factors that the columns of its output projections are to be multiplied by.
+class KeptUnits:
+    """The units and neurons that one layer keeps, and the factors for the columns of its output projections.
 
     Args:
-        units: Ascending attention units that stay.
-        neurons: [k] int64, ascending neurons that stay.
+        units: Ascending indices of the attention units that stay.
+        neurons: [k] int64, ascending indices of the neurons that stay.
         unit_scales: [len(units)] float64, one for all columns of a unit.
         neuron_scales: [k] float64.
     """
@@ -44,7 +44,7 @@ class FisherLayer:
 def collect_gradients(
     model: PreTrainedModel, layers: Sequence[TransformerLayer], data: Data
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """How the loss reacts when a unit is turned down, for every batch: derivatives at masks of ones.
+    """Compute, for every batch, the derivatives of the loss with respect to masks of ones on all units.
 
     Args:
         model: With a task head. Runs in eval mode with frozen parameters; mode and `requires_grad` are restored.
@@ -52,7 +52,7 @@ def collect_gradients(
         data: Input dicts with labels; read once.
 
     Returns:
-        For each layer [B, H], and for each layer [B, F]; float64 on the CPU. Gradients of the batch-mean loss.
+        The gradients of each batch's mean loss, float64 on the CPU: [B, H] for each layer, and [B, F] for each layer.
 
     Raises:
         ValueError: If the data is empty or has no labels, or if a gradient is not finite.
@@ -84,12 +84,15 @@ def collect_gradients(
         raise ValueError("data must hold at least one batch, got none.")
     grads = [torch.stack(column) for column in zip(*rows, strict=True)]
     if not all(torch.isfinite(g).all() for g in grads):
-        raise ValueError("The loss must have finite gradients on the calibration data, got NaN or infinity.")
+        raise ValueError(
+            "The loss must have finite gradients on the calibration data, got NaN or infinity. Check the weights, or "
+            "calibrate in a dtype with a larger range."
+        )
     return grads[: len(layers)], grads[len(layers) :]
 
 
 def fisher_information(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Importance of every unit: [n] for each layer, the sum over batches of the squared gradients [B, n].
+    """Sum the squared gradients [B, n] of each layer over the batches: [n], the importance of its units.
 
     Example:
         >>> fisher_information([torch.tensor([[1.0, 2.0], [3.0, 0.0]])])
@@ -99,7 +102,7 @@ def fisher_information(grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _ranked(fisher: Sequence[Tensor], macs: Sequence[float], minimum: int) -> tuple[Tensor, int, Tensor, Tensor]:
-    """All units of a kind from best to worst: (order, forced, information of the first j, cost of the first j)."""
+    """Rank all units of a kind: (order, number of those that must stay, information and cost of the first j)."""
     information = torch.cat([f.double() for f in fisher])
     cost = torch.cat([torch.full_like(f, m, dtype=torch.float64) for f, m in zip(fisher, macs, strict=True)])
     ranks = [f.argsort(descending=True, stable=True).argsort() for f in fisher]
@@ -111,7 +114,7 @@ def _ranked(fisher: Sequence[Tensor], macs: Sequence[float], minimum: int) -> tu
     return order, int(forced.sum()), gained, spent
 
 
-def _first(order: Tensor, count: int, fisher: Sequence[Tensor]) -> list[Tensor]:
+def _best_mask(order: Tensor, count: int, fisher: Sequence[Tensor]) -> list[Tensor]:
     keep = torch.zeros(len(order), dtype=torch.bool)
     keep[order[:count]] = True
     return list(torch.split(keep, [len(f) for f in fisher]))
@@ -126,13 +129,13 @@ def search_masks(
     min_units: int = 0,
     min_neurons: int = 0,
 ) -> Masks:
-    """The masks that keep the most Fisher information within a budget of multiply-accumulates.
+    """Find the masks that keep the most Fisher information within a budget of multiply-accumulates.
 
     Args:
-        unit_fisher, neuron_fisher: For each layer [H] and [F].
-        unit_macs, neuron_macs: For each layer, the cost of one unit and of one neuron.
+        unit_fisher, neuron_fisher: Importance of the units [H] and of the neurons [F] of each layer.
+        unit_macs, neuron_macs: Multiply-accumulates of one unit and of one neuron of each layer.
         mac_ratio: Fraction of the cost of all of them that may stay, in (0, 1].
-        min_units, min_neurons: What every layer keeps at least (all it has, when it has fewer): its best ones.
+        min_units, min_neurons: How many each layer keeps at least (all of them if it has fewer); the best ones stay.
 
     Returns:
         Bool masks on the CPU. At least one attention unit stays in the model, as in the original.
@@ -157,12 +160,12 @@ def search_masks(
     best = int(score.argmax())
     if score[best] == -torch.inf:
         least = float(unit_cost[fewest] + neuron_cost[forced_neurons])
-        raise too_small(least, full, mac_ratio * full)
-    return Masks(_first(units, best, unit_fisher), _first(neurons, int(affordable[best]), neuron_fisher))
+        raise budget_too_small(least, full, mac_ratio * full)
+    return Masks(_best_mask(units, best, unit_fisher), _best_mask(neurons, int(affordable[best]), neuron_fisher))
 
 
 def rearrange_mask(grads: Tensor, keep: Tensor) -> Tensor:
-    """Exchange removed units of one layer for kept ones while their joint effect on the loss shrinks.
+    """Exchange removed units of one layer for kept ones as long as that lowers their joint effect on the loss.
 
     Args:
         grads: [B, n] gradients.
@@ -202,19 +205,19 @@ def fisher_selection(
     prune_heads: bool,
     prune_neurons: bool,
     tune: bool,
-) -> list[FisherLayer]:
-    """Which units and neurons of a model stay, and with which scales; the model is not changed.
+) -> list[KeptUnits]:
+    """Choose the units and neurons of a model that stay, and their scales. The model is not changed.
 
     Args:
         data: Input dicts with labels, read once, and twice a layer more with `tune`.
-        seq_len: Tokens a sequence in the MAC count.
+        seq_len: Tokens in a sequence, for the MAC count.
         mac_ratio: Fraction of the multiply-accumulates of the layers that stays, in (0, 1].
-        min_heads, min_neurons: What every layer keeps at least; heads are counted as key-value heads.
-        prune_heads, prune_neurons: What may be removed. Tuning scales both kinds.
+        min_heads, min_neurons: How many each layer keeps at least; heads are counted as key-value heads.
+        prune_heads, prune_neurons: Whether heads and neurons may be removed. Tuning scales both.
         tune: Compute scales, with the masks for `sqrt(mac_ratio)` as the teacher; otherwise all are 1.
 
     Raises:
-        ValueError: As the four steps do.
+        ValueError: If the budget cannot be met, or the data has no labels or gives a gradient that is not finite.
     """
     unit_grads, neuron_grads = collect_gradients(model, layers, data)
 
@@ -229,15 +232,15 @@ def fisher_selection(
             min_neurons if prune_neurons else max(layer.num_neurons for layer in layers),
         )
 
-    found = search(mac_ratio)
+    searched = search(mac_ratio)
     student = Masks(
-        [rearrange_mask(g, m) for g, m in zip(unit_grads, found.units, strict=True)],
-        [rearrange_mask(g, m) for g, m in zip(neuron_grads, found.neurons, strict=True)],
+        [rearrange_mask(g, m) for g, m in zip(unit_grads, searched.units, strict=True)],
+        [rearrange_mask(g, m) for g, m in zip(neuron_grads, searched.neurons, strict=True)],
     )
-    # Nothing removed: scales of exactly 1, not 1 within the tolerance of a solver.
+    # If nothing was removed, the scales are exactly 1, not 1 within the tolerance of a solver.
     tune = tune and not all(mask.all() for mask in student.units + student.neurons)
     scales = tune_masks(model, layers, data, search(mac_ratio**0.5), student) if tune else student
     return [
-        FisherLayer(keep.nonzero().flatten().tolist(), kept.nonzero().flatten(), a[keep].double(), b[kept].double())
+        KeptUnits(keep.nonzero().flatten().tolist(), kept.nonzero().flatten(), a[keep].double(), b[kept].double())
         for keep, kept, a, b in zip(student.units, student.neurons, scales.units, scales.neurons, strict=True)
     ]

@@ -29,7 +29,7 @@ from hf_compress.core.watching import After, Stop, watched
 logger = logging.getLogger(__name__)
 
 _LARGEST_SCALE = 10.0
-# Endings of the names of classes that give one answer for an input, not one for a token.
+# Endings of the names of classes that give one answer for each input, not for each token.
 _CLASSIFIERS = ("SequenceClassification", "ImageClassification")
 
 Part: TypeAlias = Literal["attention", "ffn"]
@@ -37,11 +37,11 @@ Part: TypeAlias = Literal["attention", "ffn"]
 
 @dataclass(frozen=True)
 class Masks:
-    """What every unit of a model is multiplied by.
+    """The factors of all units of a model.
 
     Args:
-        units: For each layer [H]; bool (True stays), or float64 after tuning (0 for removed units).
-        neurons: For each layer [F], likewise.
+        units: [H] for each layer; bool (True for units that stay), or float64 after tuning (0 for removed units).
+        neurons: [F] for each layer, likewise.
     """
 
     units: list[Tensor]
@@ -50,7 +50,7 @@ class Masks:
 
 @contextmanager
 def masked(layers: Sequence[TransformerLayer], masks: Masks) -> Iterator[None]:
-    """Multiply the inputs of the output projections while the context is open."""
+    """Multiply the inputs of the output projections by masks inside a `with` statement."""
 
     def multiply(mask: Tensor, size: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -69,10 +69,10 @@ def masked(layers: Sequence[TransformerLayer], masks: Masks) -> Iterator[None]:
             handle.remove()
 
 
-def _sublayer(
+def _sublayer_signals(
     model: PreTrainedModel, layer: TransformerLayer, part: Part, inputs: Mapping[str, Tensor], rows: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Input and output of an output projection and what the model adds to it: [N, n], [N, D], [N, D] of given rows."""
+    """Input [N, n] and output [N, D] of an output projection and the residual [N, D] added to it, for given rows."""
     seen: dict[str, Tensor] = {}
 
     def enter(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ def _sublayer(
 
 
 def _fitted_rows(model: PreTrainedModel, inputs: Mapping[str, Tensor], pooled: bool) -> Tensor:
-    """[batch, S] bool: the live tokens, or the one that a classifier of whole inputs looks at."""
+    """[batch, S] bool: the live tokens, or only the one that a classifier of whole inputs reads."""
     live, row = seen_tokens(model, inputs), architecture_of(model)
     if not pooled or row.mean_pooled or getattr(model.config, "classifier_pooling", "cls") != "cls":
         return live
@@ -124,19 +124,19 @@ def normal_equations(
     teacher: Masks,
     student: Masks,
 ) -> tuple[Tensor, Tensor]:
-    """Least squares for the scales with which a pruned sublayer imitates the teacher's, accumulated over batches.
+    """Accumulate the normal equations of the scales with which a pruned sublayer best imitates the teacher's.
 
-    The rows to explain are the teacher's sublayer output with its residual, less the student's residual and the bias.
-    The teacher's feed-forward sublayer is complete in the layer at hand; before it, and in attention, masks hold.
+    The target is the teacher's sublayer output plus its residual, minus the student's residual and the bias. For a
+    feed-forward sublayer, the teacher's own one is unmasked in this layer; everywhere else its masks apply.
 
     Args:
         data: Input dicts, read once; padding is left out, and the last feed-forward sublayer of a sequence classifier
             is fitted to the pooled token alone.
-        index: Which of `layers`.
+        index: Index in `layers`.
         teacher, student: Masks of all layers; the student's nonzero entries in this layer are the unknowns.
 
     Returns:
-        `A^T A` [k, k] and `A^T b` [k], float64. Attention has one more unknown, an intercept; it comes last.
+        `A^T A` [k, k] and `A^T b` [k], float64. For attention, an intercept is the last unknown.
     """
     layer, attention = layers[index], part == "attention"
     out, size = (layer.attention_out, layer.unit_size) if attention else (layer.ffn_out, 1)
@@ -157,9 +157,9 @@ def normal_equations(
             inputs = on_device(base, batch)
             rows = _fitted_rows(model, inputs, pooled)
             with masked(layers, teacher):
-                _, output, residual = _sublayer(model, layer, part, inputs, rows)
+                _, output, residual = _sublayer_signals(model, layer, part, inputs, rows)
             with masked(layers, student):
-                context, _, own_residual = _sublayer(model, layer, part, inputs, rows)
+                context, _, own_residual = _sublayer_signals(model, layer, part, inputs, rows)
             output, residual, own_residual = (t.to(device).double() for t in (output, residual, own_residual))
             target = output + residual - bias - own_residual
             context = context.to(device)[:, columns.to(device)]
@@ -177,7 +177,7 @@ def normal_equations(
 
 
 def _solve(gram: Tensor, cross: Tensor) -> Tensor | None:
-    """Scales [k] near 1, or None where the solver did not converge."""
+    """Solve for scales [k] near 1; None if the solver does not converge."""
     ones = torch.ones_like(cross)
     found = lsmr(gram.numpy(), (cross - gram @ ones).numpy(), damp=1.0, maxiter=5 * len(cross))
     return ones + torch.from_numpy(found[0]) if found[1] < 3 else None
@@ -186,9 +186,9 @@ def _solve(gram: Tensor, cross: Tensor) -> Tensor | None:
 def tune_masks(
     model: PreTrainedModel, layers: Sequence[TransformerLayer], data: Data, teacher: Masks, student: Masks
 ) -> Masks:
-    """Scale what is left so that every layer, from the first to the last, comes close to the teacher's.
+    """Scale the kept units so that each layer, from the first to the last, comes close to the teacher's.
 
-    Memory is that of one batch and two matrices of a layer's width; the data is read twice a layer.
+    It needs the memory of one batch and of two matrices of a layer's width, and reads the data twice per layer.
 
     Args:
         data: Input dicts that can be read many times; labels are not used.
@@ -196,8 +196,8 @@ def tune_masks(
         student: Bool masks. Not changed.
 
     Returns:
-        The student's masks as float64 on the CPU, times the scales. Attention of the first layer stays as it is. If
-        a layer's system does not converge or asks for a scale above 10, this and all later ones stay as they are.
+        The student's masks times the scales, float64 on the CPU. The first layer's attention is not scaled. If the
+        equations of a sublayer do not converge or give a scale above 10, it and all later ones are not scaled.
 
     Source:
         Section 4.3 of the paper as released: unknowns are deviations from 1 (the intercept's too, which is then
@@ -212,7 +212,9 @@ def tune_masks(
             scales = _solve(*normal_equations(model, layers, data, index, part, teacher, tuned))
             kept = mask != 0
             if scales is None or scales[: int(kept.sum())].abs().max() > _LARGEST_SCALE:
-                logger.warning("Mask tuning stopped at layer %d (%s): no trustworthy scales there.", index, part)
+                logger.warning(
+                    "Mask tuning stopped at layer %d (%s): its least squares gave no usable scales.", index, part
+                )
                 return tuned
             mask[kept] = scales[: int(kept.sum())]
     return tuned

@@ -1,4 +1,4 @@
-"""How structured pruning enters a model: measure, rank, allocate, cut and correct; and the shapes back again."""
+"""Applies structured pruning to a model (measure, rank, allocate, cut, correct), and rebuilds its shapes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,23 @@ from hf_compress.core.layer_calls import NotWalkable
 from hf_compress.core.moments import SecondMoments
 from hf_compress.core.projections import Projection
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
-from hf_compress.methods.structured_pruning.allocation import KINDS, Kind, Sublayer, allocate, check_budget, full_cost
+from hf_compress.methods.structured_pruning.allocation import (
+    UNIT_KINDS,
+    Sublayer,
+    UnitKind,
+    allocate,
+    check_budget,
+    full_cost,
+)
 from hf_compress.methods.structured_pruning.config import StructuredPruningConfig
 from hf_compress.methods.structured_pruning.correction import (
     cut_,
     gram_matrix,
     output_projection,
     output_projections,
+    require_tokens,
     scaled_columns,
+    warn_of_filled_zeros,
 )
 from hf_compress.methods.structured_pruning.fisher import fisher_selection
 from hf_compress.methods.structured_pruning.selection import rank
@@ -34,12 +43,9 @@ from hf_compress.methods.structured_pruning.selection import rank
 
 logger = logging.getLogger(__name__)
 
-# A pretrained weight may be zero by chance; more zeros than this fraction were put there on purpose.
-_CHANCE_ZEROS = 0.01
-
 
 def check(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
-    """Refuse what can be known to be impossible without looking at data.
+    """Refuse a config that is impossible for the model, as far as that is known without data.
 
     Raises:
         ValueError: Unsupported architecture, a budget below the minima, or centring without biases to fold into.
@@ -48,8 +54,8 @@ def check(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
     for layer in layers:
         if config.min_heads > layer.num_units or config.min_neurons > layer.num_neurons:
             raise ValueError(
-                f"min_heads and min_neurons must be at most what layer {layer.index} has "
-                f"({layer.num_units} and {layer.num_neurons}), got {config.min_heads} and {config.min_neurons}."
+                f"min_heads and min_neurons must be at most {layer.num_units} and {layer.num_neurons}, the sizes of "
+                f"layer {layer.index}, got {config.min_heads} and {config.min_neurons}."
             )
         if config.center and (layer.attention_out.bias is None or layer.ffn_out.bias is None):
             raise ValueError(f"center must be False for {model.config.model_type}: its projections have no bias.")
@@ -59,7 +65,7 @@ def check(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
 
 
 def data_needs(config: StructuredPruningConfig) -> DataNeeds:
-    """How `compress` reads its data."""
+    """Say how `compress` reads its data."""
     if config.mac_ratio == 1:
         return DataNeeds()
     fisher = config.selection == "fisher"
@@ -71,21 +77,21 @@ def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data
 
     Args:
         model: Supported architecture; changed in place, on the device it is on.
-        config: What to reach.
+        config: The target and how to reach it.
         data: Batches of inputs, as `data_needs` asks for them.
 
     Returns:
         The config with the resulting sizes.
 
     Raises:
-        ValueError: If the budget cannot be met, there is too little data, or the layers of the model cannot be treated
-            one after the other.
+        ValueError: If the budget cannot be met, if there is too little data, or if `order="sequential"` is not
+            possible for the model.
     """
     layers = layers_of(model)
     if config.mac_ratio == 1:
         return _completed(config, layers, config.seq_len, 0.0)
     assert data is not None
-    _warn_of_filled_zeros(config, layers)
+    warn_of_filled_zeros(config, layers)
     if config.selection == "fisher":
         return _compress_by_fisher(model, layers, config, data)
     return _compress_by_activations(model, layers, config, data)
@@ -105,7 +111,7 @@ def rebuild(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
 
 
 def plain(model: PreTrainedModel, config: StructuredPruningConfig) -> dict[str, Any]:
-    """The ordinary config fields of a model whose layers all have the same sizes.
+    """Give the ordinary config fields of a model whose layers all have the same sizes.
 
     Raises:
         ValueError: Names the layer that stock transformers cannot build.
@@ -114,7 +120,7 @@ def plain(model: PreTrainedModel, config: StructuredPruningConfig) -> dict[str, 
 
 
 class _Lengths:
-    """Counts examples and the real tokens of their layers while batches go by."""
+    """Counts the examples and the real tokens of the batches that it is called with."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -133,14 +139,14 @@ class _Lengths:
 def _compress_by_activations(
     model: PreTrainedModel, layers: Sequence[TransformerLayer], config: StructuredPruningConfig, data: Data
 ) -> StructuredPruningConfig:
-    moments = {key: _moments(out) for key, out in output_projections(layers).items()}
+    moments = {key: _empty_moments(out) for key, out in output_projections(layers).items()}
     lengths = _Lengths(model)
-    walk = _measure(model, layers, config, data, moments, lengths)
-    require_tokens(layers, config, min(found.num_rows for found in moments.values()))
+    walk = _measure_intact(model, layers, config, data, moments, lengths)
+    require_tokens(layers, config, min(measured.num_rows for measured in moments.values()))
     generator = torch.Generator().manual_seed(config.seed)
     rankings = {
-        (index, kind): rank(layers[index], kind, gram_matrix(found, config.center), config.selection, generator)
-        for (index, kind), found in moments.items()
+        (index, kind): rank(layers[index], kind, gram_matrix(measured, config.center), config.selection, generator)
+        for (index, kind), measured in moments.items()
     }
     seq_len = config.seq_len or lengths.mean
     sublayers = _sublayers(layers, config, seq_len, {key: ranking.priorities for key, ranking in rankings.items()})
@@ -150,25 +156,26 @@ def _compress_by_activations(
         for key, ranking in rankings.items():
             cut_(layers[key[0]], key[1], ranking, kept[key], config, moments.pop(key))
     else:
-        # Every sublayer is measured anew: the memory is better used there.
+        # Every sublayer is measured again, so the moments of the intact model only take up memory.
         moments.clear()
-        _cut_along(walk, layers, config, kept, generator)
+        _cut_in_order(walk, layers, config, kept, generator)
+    # Priorities are shares of squared norms; the record holds a ratio of norms.
     return _completed(config, layers, seq_len, tolerance**0.5)
 
 
-def _moments(out: Projection) -> SecondMoments:
+def _empty_moments(out: Projection) -> SecondMoments:
     return SecondMoments(out.in_features, out.weight.device)
 
 
-def _measure(
+def _measure_intact(
     model: PreTrainedModel,
     layers: Sequence[TransformerLayer],
     config: StructuredPruningConfig,
     data: Data,
-    moments: Mapping[tuple[int, Kind], SecondMoments],
+    moments: Mapping[tuple[int, UnitKind], SecondMoments],
     lengths: _Lengths,
 ) -> LayerWalk | None:
-    """Measure the intact model; where layers are to be treated in order, the way to walk along them afterwards."""
+    """Measure the intact model; with `order="sequential"`, return the walk that visits its layers in order."""
     modules = {key: out.module for key, out in output_projections(layers).items()}
     if config.order == "one_shot":
         collect_inputs(model, modules, moments, data, lengths, "layer statistics")
@@ -182,18 +189,18 @@ def _measure(
         ) from error
 
 
-def _cut_along(
+def _cut_in_order(
     walk: LayerWalk,
     layers: Sequence[TransformerLayer],
     config: StructuredPruningConfig,
-    kept: Mapping[tuple[int, Kind], int],
+    kept: Mapping[tuple[int, UnitKind], int],
     generator: torch.Generator,
 ) -> None:
-    """Measure, rank and cut once more, each sublayer with everything before it cut already."""
+    """Measure, rank and cut each sublayer of a walk, in a model whose earlier sublayers are cut already."""
     for index in walk:
-        for kind in KINDS:
+        for kind in UNIT_KINDS:
             out = output_projection(layers[index], kind)
-            moments = _moments(out)
+            moments = _empty_moments(out)
             walk.observe({kind: out.module}, {kind: moments})
             ranking = rank(layers[index], kind, gram_matrix(moments, config.center), config.selection, generator)
             cut_(layers[index], kind, ranking, kept[index, kind], config, moments)
@@ -207,7 +214,7 @@ def _compress_by_fisher(
         lengths(base_inputs(model, batch))
     seq_len = config.seq_len or lengths.mean
     _check_budget(layers, config, seq_len)
-    found = fisher_selection(
+    selected = fisher_selection(
         model,
         layers,
         data,
@@ -219,53 +226,23 @@ def _compress_by_fisher(
         prune_neurons=config.prune_neurons,
         tune=config.correction,
     )
-    for layer, stays in zip(layers, found, strict=True):
-        columns = unit_columns(stays.units, layer.unit_size)
-        scales = stays.unit_scales.repeat_interleave(layer.unit_size)
-        keep_heads_(layer, stays.units, scaled_columns(layer.attention_out, columns, scales))
-        keep_neurons_(layer, stays.neurons, scaled_columns(layer.ffn_out, stays.neurons, stays.neuron_scales))
+    for layer, kept in zip(layers, selected, strict=True):
+        columns = unit_columns(kept.units, layer.unit_size)
+        scales = kept.unit_scales.repeat_interleave(layer.unit_size)
+        keep_heads_(layer, kept.units, scaled_columns(layer.attention_out, columns, scales))
+        keep_neurons_(layer, kept.neurons, scaled_columns(layer.ffn_out, kept.neurons, kept.neuron_scales))
     return _completed(config, layers, seq_len, None)
-
-
-def _warn_of_filled_zeros(config: StructuredPruningConfig, layers: Sequence[TransformerLayer]) -> None:
-    outputs = output_projections(layers).values()
-    if config.correction and any(float((out.weight == 0).float().mean()) > _CHANCE_ZEROS for out in outputs):
-        logger.warning(
-            "The correction of structured pruning fills zeros of the output projections again: prune weights "
-            "afterwards, or set correction=False."
-        )
-
-
-def require_tokens(layers: Sequence[TransformerLayer], config: StructuredPruningConfig, tokens: int) -> None:
-    """Refuse calibration data that is too little for the correction.
-
-    Args:
-        layers: Of the model.
-        config: What to reach.
-        tokens: Live tokens in the data.
-
-    Raises:
-        ValueError: If there are fewer than two tokens for each input of the widest projection.
-    """
-    if config.selection == "fisher" or not config.correction or config.ridge > 0 or config.mac_ratio == 1:
-        return
-    width = max(out.in_features for out in output_projections(layers).values())
-    if tokens < 2 * width:
-        raise ValueError(
-            f"data must hold at least {2 * width} tokens for layers of width {width} (the correction would fit "
-            f"noise), got {tokens}. Give more examples or set ridge above 0."
-        )
 
 
 def _sublayers(
     layers: Sequence[TransformerLayer],
     config: StructuredPruningConfig,
     seq_len: float,
-    priorities: Mapping[tuple[int, Kind], Sequence[float]],
+    priorities: Mapping[tuple[int, UnitKind], Sequence[float]],
 ) -> list[Sublayer]:
     result = []
     for layer in layers:
-        for kind in KINDS:
+        for kind in UNIT_KINDS:
             values = priorities[layer.index, kind]
             if config.allocation == "uniform":
                 values = [1 - position / len(values) for position in range(len(values))]
@@ -279,8 +256,8 @@ def _sublayers(
 
 
 def _check_budget(layers: Sequence[TransformerLayer], config: StructuredPruningConfig, seq_len: float) -> None:
-    """Check that what may not be removed fits into the budget, before anything is ranked."""
-    units = {(b.index, kind): b.num_units if kind == "heads" else b.num_neurons for b in layers for kind in KINDS}
+    """Check that the units that must stay fit into the budget, before anything is ranked."""
+    units = {(x.index, kind): x.num_units if kind == "heads" else x.num_neurons for x in layers for kind in UNIT_KINDS}
     sublayers = _sublayers(layers, config, seq_len, {key: [1.0] * number for key, number in units.items()})
     check_budget(sublayers, config.mac_ratio * full_cost(sublayers))
 
@@ -295,5 +272,5 @@ def _completed(
         heads_per_layer=[layer.num_units for layer in layers],
         neurons_per_layer=[layer.num_neurons for layer in layers],
     )
-    logger.info("Heads left in each layer: %s; neurons: %s.", done.heads_per_layer, done.neurons_per_layer)
+    logger.info("Heads kept in each layer: %s; neurons: %s.", done.heads_per_layer, done.neurons_per_layer)
     return done

@@ -1,8 +1,8 @@
-"""Orders of columns from second moments: by pivots, by units of several columns, and along a given order.
+"""Orders columns by second moments: single columns by pivots, units of several columns, or a given order.
 
 Pivoted Cholesky of `G = A^T A` picks the same columns as column-pivoted QR of A and costs `n^3/3` in matrix products
-instead of `2 N n^2` in matrix-vector products. There are two routes: LAPACK's on the CPU, and one in torch for devices
-that it does not reach.
+instead of `2 N n^2` in matrix-vector products. There are two implementations: LAPACK's on the CPU, and one in torch
+for other devices.
 
 Letters: N rows (tokens), n columns (features), k kept columns. All matrices are float64.
 """
@@ -76,14 +76,14 @@ def _require_finite(gram: Tensor) -> None:
 
 
 def _smallest_pivot(gram: Tensor) -> float:
-    """The squared norm above which what remains of a column counts as independent of the others."""
+    """The squared norm above which the remainder of a column counts as independent of the other columns."""
     largest = float(gram.diagonal().max().clamp(min=0)) if len(gram) else 0.0
     return len(gram) * torch.finfo(torch.float64).eps * largest
 
 
 def _pivoted_by_lapack(gram: Tensor) -> tuple[PivotedColumns, Tensor]:
-    # LAPACK stores by columns. The transposed view is the same symmetric matrix in that order without a copy, and the
-    # lower factor of it, transposed back, is R by rows. LAPACK's own tolerance is half of the one here.
+    # LAPACK stores by columns. The transposed view is the same symmetric matrix in that order without a copy, and its
+    # lower factor, transposed back, is R by rows. LAPACK's default tolerance is half of the one here.
     by_columns = gram.detach().double().numpy().T
     factor, order, rank, _ = dpstrf(by_columns, tol=_smallest_pivot(gram), lower=1)
     r = torch.from_numpy(factor.T)[:rank].triu_()
@@ -97,7 +97,7 @@ def _pivoted_by_lapack(gram: Tensor) -> tuple[PivotedColumns, Tensor]:
 
 
 def pivoted_by_panels(gram: Tensor, max_rank: int | None = None) -> PivotedColumns:
-    """`pivoted_cholesky` in torch, for devices that LAPACK does not reach.
+    """`pivoted_cholesky` in torch, for devices other than the CPU.
 
     Right-looking and blocked: within a panel of columns only matrix-vector products with the panel are needed, then
     one matrix product updates the remaining columns, which become fewer with every panel.
@@ -139,7 +139,7 @@ def pivoted_by_panels(gram: Tensor, max_rank: int | None = None) -> PivotedColum
             break
         rest.addmm_(panel[:used].T, panel[:used], alpha=-1)
         if int(taken.sum()) * 4 >= len(ids):
-            # Dropping taken columns costs a copy: worth it once a quarter of the matrix is dead weight.
+            # Dropping taken columns costs a copy, which pays once they are a quarter of the matrix.
             kept = (~taken).nonzero().flatten()
             rest, ids, taken = rest[kept][:, kept], ids[kept], taken[kept]
         diagonal = torch.where(taken, -torch.inf, rest.diagonal())
@@ -158,7 +158,7 @@ def pivoted_by_panels(gram: Tensor, max_rank: int | None = None) -> PivotedColum
 
 
 def residual_along(gram: Tensor, groups: Sequence[Tensor]) -> Tensor:
-    """What remains unexplained while groups of columns are kept one after the other, in the given order.
+    """Compute the energy that is unexplained after each group of columns, kept one after the other in the given order.
 
     Args:
         gram: [n, n] float64.

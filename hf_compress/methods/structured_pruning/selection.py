@@ -1,4 +1,4 @@
-"""In which order the units of a layer are kept: by decomposition, by weight norm, or at random.
+"""Ranks the units of a layer: by decomposition, by weight norm, or at random.
 
 Letters: D hidden, F feed-forward width, H attention units, W columns of the context.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.projections import NEURON_ROLES
 from hf_compress.core.surgery import unit_columns
-from hf_compress.methods.structured_pruning.allocation import Kind
+from hf_compress.methods.structured_pruning.allocation import UnitKind
 from hf_compress.methods.structured_pruning.pivoting import (
     PivotedColumns,
     pivoted_cholesky,
@@ -24,12 +24,13 @@ from hf_compress.methods.structured_pruning.pivoting import (
 
 @dataclass(frozen=True)
 class Ranking:
-    """Units of a sublayer in the order in which they are kept.
+    """The units of a sublayer, most important first.
 
     Args:
         order: Unit indices, most important first.
-        residual: [units + 1] float64, what is unexplained when as many units are kept; the first entry is all of it.
-        columns: The pivots, when the order came from a decomposition of single columns.
+        residual: [units + 1] float64; entry k is the energy (squared norm) that is unexplained when the first k units
+            are kept.
+        columns: The pivots, if the order comes from a decomposition of single columns.
     """
 
     order: list[int]
@@ -38,13 +39,13 @@ class Ranking:
 
     @property
     def priorities(self) -> list[float]:
-        """[units] relative residual before each unit is kept; 1 for the first."""
+        """[units]: the share of the energy that is unexplained before each unit is kept; 1 for the first."""
         total = float(self.residual[0]) or 1.0
         priorities: list[float] = (self.residual[:-1] / total).tolist()
         return priorities
 
 
-def rank(layer: TransformerLayer, kind: Kind, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
+def rank(layer: TransformerLayer, kind: UnitKind, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
     """Rank the attention units or the neurons of a layer; the other arguments are those of `rank_heads`."""
     return (rank_heads if kind == "heads" else rank_neurons)(layer, gram, selection, generator)
 

@@ -1,4 +1,4 @@
-"""Random projection of rows, for layers whose second moments would not fit.
+"""A random projection of rows, for layers whose second moments do not fit into memory.
 
 Letters: n columns (features), c sketch rows.
 """
@@ -17,7 +17,7 @@ class CountSketch:
     Args:
         width: n.
         rows: c.
-        seed: Of the random rows and signs. The same batches in the same order give the same sketch.
+        seed: Random seed of rows and signs. The same batches in the same order give the same sketch.
         device: Where the sketch is kept.
 
     Source:
