@@ -1,4 +1,4 @@
-"""Which answers a compressed model changed: how many were lost and gained, and examples of the lost ones."""
+"""Counts the answers that a compressed model lost and gained, and lists examples of the lost ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EXAMPLES, _CHARACTERS = 5, 80
 
 
 def changed_answers(before: Answers, after: Answers, text_of: Callable[[int], str]) -> dict[str, Any] | None:
-    """Compare what two models answered to the same examples.
+    """Compare the answers of two models to the same examples.
 
     Args:
         before, after: Of the baseline and of the model.

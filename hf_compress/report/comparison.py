@@ -137,7 +137,7 @@ def _mean_length(rows: Dataset) -> float:
 
 
 def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric: str) -> Iterator[Entry]:
-    """What is found out about each model before anything is timed."""
+    """Measure each model, before anything is timed."""
     # What is dropped depends on the text; all of a table is counted alike.
     drops = any(carries_state(each.model) for each in models.values())
     baseline: Answers | None = None
@@ -175,7 +175,7 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
 
 
 def _steps(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """What the record says was done, without the sizes that came out of it."""
+    """The steps of the record, without the resulting sizes."""
     return [
         {"method": name, "settings": {key: settings[key] for key in settings if key in _inputs_of(name)}}
         for name, settings in steps_with_settings(model.config)
@@ -208,5 +208,5 @@ def _plot(report: dict[str, Any], folder: Path) -> None:
         if any(has_zeros([Matrix(**matrix) for matrix in model["matrices"]]) for model in report["models"]):
             plot_sparsity(report, folder / "sparsity.png")
     except ImportError as error:
-        # The numbers are what took minutes; they must not be lost for want of an optional package.
+        # The measurements took minutes; a missing optional package must not lose them.
         logger.warning("No plots were drawn. %s", error)

@@ -1,4 +1,4 @@
-"""Where something was measured: processor, instruction sets, threads and load, which ratios of times depend on."""
+"""Describes the machine of a measurement: processor, instruction sets, threads and load."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def describe(place: dict[str, Any]) -> str:
 
 
 def _busy_seconds() -> float | None:
-    """Seconds that all cores together have worked for anybody since the machine started; None where nobody says."""
+    """CPU seconds of all processes since the machine started; None if the system does not report them."""
     try:
         # "cpu", user, nice, system, idle, waiting, interrupts, soft interrupts, stolen by other guests.
         ticks = [int(part) for part in _CPU_TIMES.read_text().splitlines()[0].split()[1:9]]

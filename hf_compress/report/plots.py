@@ -12,7 +12,7 @@ from hf_compress.report.sparsity import Matrix, grid_of, has_zeros
 # Okabe and Ito: told apart by colour-blind readers too.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B")
 _INK = "#333333"
-# Where a label may stand, in points from its marker: beside it first, then further and further away.
+# Candidate positions of a label, in points from its marker: beside it first, then further and further away.
 _AROUND = ((9, 0), (-9, 0), (7, 9), (7, -9), (-7, 9), (-7, -9), (0, 12), (0, -12))
 _PLACES = [(dx * far, dy * far) for far in (1, 2, 3.5, 5) for dx, dy in _AROUND]
 
@@ -35,7 +35,7 @@ def _plain(axes: Any) -> None:
 
 
 def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each point's name near it, where no other name, point or edge is.
+    """Write each point's name near it, without covering another name, point or edge.
 
     adjustText, which is made for this, was tried on 3 to 14 models and left names over markers, lines and other names.
 
@@ -65,7 +65,7 @@ def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, s
 
     for point in points:
         for place in (*_PLACES, None):
-            # A crowd without any free place: better a covered name than none.
+            # If there is no free position, a covered name is better than none.
             dx, dy = place or _PLACES[0]
             text, box = write(point, dx, dy)
             if place is None or is_free(box):

@@ -1,4 +1,4 @@
-"""How good models are on a split, and how far from each other."""
+"""Measures models on a split, and the difference between them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def task_of_rows(config: PretrainedConfig, name: str = "") -> Task:
 
 @dataclass(frozen=True)
 class Measured:
-    """A model and the examples as it reads them.
+    """A model, and the examples encoded for it.
 
     Args:
         model: On the device where it is measured.
@@ -80,7 +80,7 @@ def predict(model: PreTrainedModel, rows: Dataset, processor: Processor, batch_s
 
 
 def evaluated(measured: Measured, batch_size: int = 32) -> Answers:
-    """What a model answers to its examples, in the order of classes that all models share.
+    """Compute a model's answers to its examples, in the order of classes that all models share.
 
     Raises:
         ValueError: If there are no rows.
@@ -158,7 +158,7 @@ def training_metrics(task: Task) -> dict[str, Callable[..., Any]]:
 
 
 def standard_error(before: Answers, after: Answers, metric: str) -> float | None:
-    """How far the change of a metric between two models would vary with the examples, from a paired bootstrap.
+    """Estimate the standard error of the change of a metric between two models, by a paired bootstrap.
 
     Args:
         before, after: Of two models on the same examples in the same order.

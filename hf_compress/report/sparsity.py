@@ -1,4 +1,4 @@
-"""Where the zeros of a model are: each weight matrix, counted in the live weights."""
+"""Counts the zeros of each weight matrix of a model in the live weights."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def element_ratio(matrices: Sequence[Matrix]) -> float:
 
 
 def has_zeros(matrices: Sequence[Matrix]) -> bool:
-    """Whether there is something to show: more zeros than chance leaves."""
+    """Whether the model has more zeros than chance explains."""
     return element_ratio(matrices) >= _NOTEWORTHY
 
 

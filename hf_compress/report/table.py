@@ -20,7 +20,7 @@ REPORT_VERSION = 1
 
 @dataclass(frozen=True)
 class Entry:
-    """What was found out about one model.
+    """The measurements of one model.
 
     Args:
         name: Its label in table and plots.
@@ -115,7 +115,7 @@ def build_report(
         ]
         facts = asdict(entry)
         del facts["latencies"]
-        # Nobody is faster than itself; for the baseline there is nothing to judge. What was lost stands first.
+        # The baseline is not compared with itself. The change of quality comes first.
         verdicts = [
             f"{quality}; {verdict(t['batch_size'], t['speedup']['median'], mac_ratio)}"
             for t in timed

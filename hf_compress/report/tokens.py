@@ -16,7 +16,7 @@ from hf_compress.core.modes import evaluating
 
 @dataclass(frozen=True)
 class TokenTrace:
-    """What a text's tokens went through.
+    """The tokens of a text, and the layers that keep them.
 
     Args:
         tokens: As the tokenizer cut them.

@@ -1,4 +1,4 @@
-"""What a comparison of two models comes to, as plain sentences."""
+"""Sums up a comparison of two models in plain sentences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _FASTER = 1.05
 
 
 def verdict(batch_size: int, speedup: float, mac_ratio: float | None) -> str:
-    """One plain sentence: what was measured beside what the arithmetic promises.
+    """Write one sentence that compares the measured speed-up with the arithmetic.
 
     Args:
         batch_size: Of the measurement.
@@ -35,7 +35,7 @@ def verdict(batch_size: int, speedup: float, mac_ratio: float | None) -> str:
 def quality_verdict(
     metric: str, before: float, after: float, error: float | None = None, lower_is_better: bool = False
 ) -> str:
-    """One plain clause: what quality was lost or gained, and whether that is more than chance.
+    """Write one clause on the quality that was lost or gained, and whether that is more than chance.
 
     Args:
         metric: Its name.

@@ -33,10 +33,10 @@ class OutputArguments:
 
 @dataclass(frozen=True)
 class DeviceArguments:
-    """Where the stage computes.
+    """The device of a stage.
 
     Args:
-        device: Where the stage computes: auto (the accelerator where there is one), cpu, or a device such as cuda.
+        device: Device that the stage runs on: auto (the accelerator if there is one), cpu, or a device such as cuda.
     """
 
     device: str = "auto"
@@ -80,10 +80,10 @@ class OptionalTeacherArguments:
 
 @dataclass(frozen=True)
 class CalibrationArguments:
-    """Which examples a method looks at when nothing is trained.
+    """The examples that a method reads when nothing is trained.
 
     Args:
-        calibration_samples: How many training examples the method looks at; they are drawn without replacement.
+        calibration_samples: How many training examples the method reads; they are drawn without replacement.
         calibration_seed: Random seed of the draw of those examples.
     """
 

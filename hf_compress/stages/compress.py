@@ -1,4 +1,4 @@
-"""Apply a method that has no stage of its own: open a model, compress it, save it."""
+"""Applies a method that has no stage of its own: opens a model, compresses it, saves it."""
 
 from __future__ import annotations
 

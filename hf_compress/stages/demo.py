@@ -55,13 +55,13 @@ from hf_compress.core.devices import chosen_device
 from hf_compress.core.digests import weights_digest
 print(json.dumps({"weights": weights_digest(model), "logits": logits.tolist()}))
 """
-# Weights at another place in memory take another route through some kernels.
+# Some kernels depend on the alignment of the weights in memory.
 _ROUNDING = 1e-5
 
 
 @dataclass
 class DemoArguments:
-    """The demo's dials; the defaults need no network.
+    """The settings of the demo; the defaults need no network.
 
     Args:
         model_name_or_path: Hub name or folder of an encoder to use instead of the embedded one.
@@ -136,7 +136,7 @@ def _contents(path: str | None) -> dict[str, str] | str | None:
 
 
 def _inputs(args: DemoArguments, data: DataArguments, source: str) -> dict[str, dict[str, Any]]:
-    """What decides the result of each stage: its own settings and all that the stages before it were given."""
+    """The inputs that decide the result of each stage: its own settings and those of the stages before it."""
     shown = dataclasses.asdict(data)
     files_of = {name: _contents(shown[name]) for name in ("data_dir", "train_file", "validation_file", "test_file")}
     dense = {

@@ -1,4 +1,4 @@
-"""Teach a student: by a fixed teacher, by one that is fine-tuned beside it, or by a teacher's saved states."""
+"""Trains a student with a fixed teacher, a teacher that is fine-tuned beside it, or a teacher's saved states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Teach a classifier which tokens it can do without."""
+"""Trains a classifier that drops tokens."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class TokenPruningArguments:
         score_norm: What importance is divided by. `reference`: by `score_reference_length`; `live`: by the number of
             tokens still there; `initial`: by the number of tokens at the start.
         score_reference_length: Length in tokens that importance is divided by under `score_norm=reference`.
-        soft_fraction: Part of the updates that learns thresholds; the rest trains under real pruning. 0: thresholds
-            keep the shape they have (`topk` has none). Thresholds that went through a hard stage are fixed.
+        soft_fraction: Fraction of the updates that learn thresholds; the others train with real pruning. 0: thresholds
+            keep their ratios (`topk` has none). Thresholds that went through a hard phase are fixed.
         temperature_start: Width of the soft decision at the first update, in units of importance.
-        temperature_end: Width of the soft decision when the hard stage begins, in units of importance.
+        temperature_end: Width of the soft decision when the hard phase begins, in units of importance.
         lambda_threshold: Weight of the regulariser that pushes thresholds up, that is towards fewer tokens.
-        lambda_warmup: Part of the training over which that weight rises from 0.
-        target_relative_macs: Fraction of the dense model's arithmetic to steer to. Left out: the regulariser alone
+        lambda_warmup: Fraction of the training over which that weight rises from 0.
+        target_relative_macs: Target for the fraction of the dense model's arithmetic. Left out: the regulariser alone
             decides.
         threshold_learning_rate: Learning rate of the thresholds. Left out: that of the weights.
         alpha_output: Weight of the distillation of the teacher's outputs beside the task loss.

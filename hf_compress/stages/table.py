@@ -1,4 +1,4 @@
-"""All stages as one table, from which command line, help and recipes derive.
+"""The table of all stages. Command line, help and recipes derive from it.
 
 Nothing here imports what it names: a list of commands must not wait for torch.
 """
@@ -130,10 +130,10 @@ _IN_ORDER = (
         "prune_weights.PruneWeights.prune_weights",
     ),
     _training(
-        "distill", "distill", "teach a (compressed) student what a fine-tuned teacher knows", "distill.Distill.distill"
+        "distill", "distill", "train a (compressed) student with a fine-tuned teacher", "distill.Distill.distill"
     ),
     _training(
-        "joint_distill", "joint-distill", "teach a student by a teacher that is fine-tuned at the same time",
+        "joint_distill", "joint-distill", "train a student with a teacher that is fine-tuned at the same time",
         "distill.JointDistill.joint_distill",
     ),
     _stage(
@@ -146,7 +146,7 @@ _IN_ORDER = (
         "measured.",
     ),
     _training(
-        "snapshot_distill", "snapshot-distill", "teach a student by the saved states of a teacher's fine-tuning",
+        "snapshot_distill", "snapshot-distill", "train a student with the saved states of a teacher's fine-tuning",
         "distill.SnapshotDistill.snapshot_distill",
     ),
     _stage("evaluate", "evaluate", "measure saved models on a task", "evaluate.Evaluate.evaluate"),

@@ -1,4 +1,4 @@
-"""What a model answered to the examples of a task, and how good that is."""
+"""A model's answers to the examples of a task, and their metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 class Answers(ABC):
-    """A model's answers, one for each example of a split, beside what would have been right."""
+    """A model's answers, one for each example of a split, beside the right ones."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -27,5 +27,5 @@ class Answers(ABC):
         return None
 
     def describe(self, example: int) -> tuple[str, str]:
-        """What was right and what was answered, in words; only where `right` says which is which."""
+        """The right answer and the model's answer, in words; only if `right` is not None."""
         raise NotImplementedError

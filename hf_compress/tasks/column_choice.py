@@ -1,4 +1,4 @@
-"""Which columns of a table hold the texts and the labels, and whether every row has them."""
+"""Finds the columns of a table that hold texts and labels, and checks every row of them."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def collated(features: Sequence[Mapping[str, Any]], processor: Processor) -> Bat
     inputs = [{name: value for name, value in row.items() if name in taken} for row in features]
     batch: Batch
     if isinstance(processor, PreTrainedTokenizerBase):
-        # What stands on padded positions is not read; a tokenizer without a padding token has none to put there.
+        # The values of padded positions are not read; a tokenizer without a padding token has none.
         padded = processor.pad(inputs, return_tensors="pt") if processor.pad_token else _padded_with_zeros(inputs)
         batch = dict(padded)
     else:

@@ -1,4 +1,4 @@
-"""What stands in a column of labels: classes as texts or ids, or scores."""
+"""Reads a column of labels: classes as texts or ids, or scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where examples come from: the hub, a folder of Parquet or TSV files, or single files."""
+"""Reads examples from the hub, a folder of Parquet or TSV files, or single files."""
 
 from __future__ import annotations
 

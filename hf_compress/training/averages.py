@@ -1,4 +1,4 @@
-"""Named averages over many steps, with one synchronisation when they are read."""
+"""Named averages over many micro-batches, with one synchronisation when they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A teacher's outputs on disk: computed once for each example, read from then on.
+"""Keeps a teacher's outputs on disk: each example is computed once and read from then on.
 
 One SQLite file holds the outputs and the identity of their teacher. Its locks and its journal let several processes
 share it, and a killed one leaves it whole. Checksums find what a broken disk changed. On a folder that several

@@ -1,4 +1,4 @@
-"""What a resumed training needs besides what `Trainer` writes into a checkpoint."""
+"""State that a resumed training needs besides the files that `Trainer` writes into a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class CheckpointPart(Protocol):
-    """Something that is saved into every checkpoint of a training and read when the training goes on."""
+    """State that is saved into every checkpoint of a training and read when the training resumes."""
 
     def save(self, checkpoint: Path, process: int, shared: bool) -> None:
         """Write it into the folder of a checkpoint.

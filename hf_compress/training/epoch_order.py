@@ -1,4 +1,4 @@
-"""The order of the examples when training goes on in the middle of an epoch."""
+"""Repeats the order of the examples when training resumes in the middle of an epoch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the methods that a model went through add to its training."""
+"""Adds the methods of a model's record to its training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training will need, found out before its first step."""
+"""Checks the needs of a training before its first update."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def _opening(folder: str) -> AbstractContextManager[None]:
 
 
 def check_snapshots(folders: list[str], first: PreTrainedModel) -> None:
-    """Find out now what would end the training when a later snapshot's turn comes.
+    """Check every snapshot now, so that no later one can end the training.
 
     Args:
         folders: In order of age.

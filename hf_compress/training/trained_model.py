@@ -22,7 +22,7 @@ from hf_compress.training.saved_names import accept_saved_names_
 
 
 _STATE = "training_state.pt"
-# What processes that share the first one's files have of their own.
+# The state of each process that is not shared with the first one.
 _PROCESS = "random_state_{}.pt"
 
 
@@ -86,7 +86,7 @@ class TrainedModel:
 
     @property
     def accelerator(self) -> Accelerator:
-        """That of this model alone."""
+        """The accelerator of this model alone."""
         if self._accelerator is None:
             raise RuntimeError("TrainedModel.prepare must be called before the model is trained.")
         return self._accelerator
@@ -114,7 +114,7 @@ class TrainedModel:
             yield self._wrapped
 
     def step(self) -> None:
-        """Make one step on the gradients that are there."""
+        """Make one step with the accumulated gradients."""
         with self._as_a_whole_window():
             if self._max_grad_norm > 0:
                 self.accelerator.clip_grad_norm_(self._wrapped.parameters(), self._max_grad_norm)

@@ -1,4 +1,4 @@
-"""The Trainer below all of ours: named loss terms, extra parameter groups, what methods need in training."""
+"""The base class of our Trainers: named loss terms, extra parameter groups, and methods in training."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class CompressionTrainer(ResumableTrainer):
         return output
 
     def extra_parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters outside the model that the optimizer shall also train."""
+        """Parameters outside the model that the optimizer trains too."""
         return []
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""What a model with linear attention is."""
+"""The config of a model with linear attention."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Literal
 from hf_compress.core.method import MethodConfig
 
 
-# Tokens and slots; matrices of both beyond it do not fit into any memory.
+# The largest number of tokens and of slots: larger matrices fit into no memory.
 _LARGEST = 2**20
 
 
 @dataclass(kw_only=True)
 class LinformerConfig(MethodConfig):
-    """Keys and values are compressed along the time axis to a fixed number of slots by learned matrices E and F.
+    """Learned matrices E and F compress keys and values along the time axis to a fixed number of slots.
 
     Args:
-        projected_length: k, the number of slots. Attention costs `4 n k` instead of `2 n^2` multiply-accumulates a
-            feature for n tokens, so it pays from n = 2 k on.
+        projected_length: k, the number of slots. For n tokens, attention costs `4 n k` instead of `2 n^2`
+            multiply-accumulates per feature, so it pays from n = 2 k on.
         share: Which layers share the matrices E and F. `none`: E and F for each layer; `kv`: F is E; `layer`: one
             matrix for keys and values of all layers.
-        slot_mask: Leave out slots that no token reaches (those from the number of tokens on, divided by
-            `slot_stride`). Off, as published, they take part with a score of zero.
+        slot_mask: Leave out slots that no token reaches (from index number of tokens / `slot_stride` on). If false, as
+            published, they take part with a score of zero.
         seed: Random seed of the initial matrices.
-        max_tokens: Tokens an input may have. Left out: as many as the model has positions. Above that, the position
-            embeddings are continued periodically.
-        initialization: How the matrices start. `normal`: as published, standard normal entries; `pooling`: slot j
-            averages the `slot_stride` neighbouring tokens from `j * slot_stride` on, which is close to dense attention
-            at once.
+        max_tokens: Longest input in tokens. Left out: the number of the model's positions. If it is larger, the
+            position embeddings are continued periodically.
+        initialization: Initial values of the matrices. `normal`: standard normal entries, as published; `pooling`:
+            slot j averages the `slot_stride` neighbouring tokens from `j * slot_stride` on, which is close to dense
+            attention from the start.
         length_scaling: Divide by the square root of the number of tokens, as published. `pooling` is an exact average
             without it.
-        slot_stride: Tokens a slot averages at first under `pooling`. Left out: `max_tokens / projected_length`,
-            rounded up.
+        slot_stride: Number of tokens that a slot averages at the start with `pooling`. Left out:
+            `max_tokens / projected_length`, rounded up.
 
     Source:
         Linformer (arXiv 2006.04768); CALD (arXiv 2410.06846) for the scale, the sharing modes and the random start

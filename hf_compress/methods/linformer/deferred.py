@@ -1,4 +1,4 @@
-"""Key and value projections that are applied after the sequence was shortened, where that is cheaper.
+"""Key and value projections that can be applied after the sequence is shortened, if that is cheaper.
 
 Letters: B batch, S padded length, K slots, D hidden.
 """
@@ -13,20 +13,20 @@ from hf_compress.core.projections import CuttableLinear
 
 
 class DeferredLinear(CuttableLinear):
-    """A key or value projection that lets its core apply it later, where that is cheaper.
+    """A key or value projection that its attention core may apply later, if that is cheaper.
 
-    An instance is an ordinary `nn.Linear` whose class was changed by `defer_`; `owner` is the attention module. When
-    something stands between the two (an adapter that wraps the projection), it behaves as `nn.Linear`.
+    An instance is an ordinary `nn.Linear` whose class was changed by `defer_`; `owner` is the attention module. If
+    an adapter wraps the projection, it behaves like `nn.Linear`.
     """
 
     owner: nn.Module
 
     def forward(self, input: Tensor, bias_scale: Tensor | None = None) -> Tensor:
-        """The projection; the input itself when it is deferred; and from the core, the deferred projection.
+        """Project the input; if the projection is deferred, return the input, and project when the core calls.
 
         Args:
             input: [B, S, D].
-            bias_scale: [B, K] or [K], how much of the bias each shortened row carries; given by the core alone.
+            bias_scale: [B, K] or [K], the factor of the bias in each shortened row; only the core passes it.
         """
         if bias_scale is not None:
             projected = F.linear(input, self.weight)
@@ -34,7 +34,7 @@ class DeferredLinear(CuttableLinear):
         return input if self.is_deferred(input.shape[-2]) else super().forward(input)
 
     def is_deferred(self, seq_len: int) -> bool:
-        """Whether `forward` hands its input through for this length."""
+        """Whether `forward` returns its input unchanged for this length."""
         core = getattr(self.owner, CORE, None)
         wrapped = all(child is not self for child in self.owner.children())
         if core is None or wrapped or self.in_features % core.head_size:
@@ -45,5 +45,5 @@ class DeferredLinear(CuttableLinear):
 def defer_(linear: nn.Linear, owner: nn.Module) -> None:
     """Make a key or value projection a `DeferredLinear` of an attention module, keeping its parameters."""
     linear.__class__ = DeferredLinear
-    # Past nn.Module's own setattr: a registered owner would be its child's child.
+    # Bypasses nn.Module's setattr, which would register the owner as a child of its own child.
     object.__setattr__(linear, "owner", owner)

@@ -1,4 +1,4 @@
-"""How linear attention enters a model, and the modules back again."""
+"""Gives a model linear attention, and rebuilds its modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_compress.methods.linformer.deferred import defer_
 from hf_compress.methods.linformer.projection import LinformerCore, TimeProjection
 
 
-# Where the one projection of share="layer" lives, relative to the base model.
+# Name of the one projection of share="layer" in the base model.
 _SHARED = "linformer_projection"
 
 
@@ -29,18 +29,18 @@ def _global_layers(model: PreTrainedModel) -> list[TransformerLayer]:
 
 
 def _stride(config: LinformerConfig, length: int) -> int:
-    """Tokens that a slot averages at first."""
+    """The number of tokens that a slot averages at the start."""
     if config.slot_stride is not None:
         return config.slot_stride
     return math.ceil(length / config.projected_length) if config.initialization == "pooling" else 1
 
 
 def check(model: PreTrainedModel, config: LinformerConfig) -> None:
-    """Refuse models that linear attention cannot serve.
+    """Refuse models that cannot have linear attention.
 
     Raises:
-        ValueError: If the architecture is not supported or causal, or if the number of tokens is unknown, larger than
-            the model reads, or larger than the slots reach.
+        ValueError: If the architecture is not supported or is causal, or if `max_tokens` is unknown, larger than the
+            model reads, or larger than the slots reach.
     """
     if not architecture_of(model).attention_interface:
         raise ValueError(
@@ -74,7 +74,7 @@ def compress(model: PreTrainedModel, config: LinformerConfig, data: Data | None)
 
     Args:
         model: A bidirectional encoder; changed in place.
-        config: How many slots, and how they start.
+        config: The number of slots and their initial values.
         data: Not read.
 
     Returns:
@@ -91,14 +91,14 @@ def compress(model: PreTrainedModel, config: LinformerConfig, data: Data | None)
 
 
 def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
-    """Give a dense skeleton the projections of a converted model, with their initial values.
+    """Give a dense skeleton the modules of a converted model, with their initial values.
 
     Raises:
         ValueError: If the config was never completed.
     """
     if config.max_tokens is None or config.slot_stride is None:
         raise ValueError("max_tokens and slot_stride must be recorded, got a config that was never applied.")
-    # One row for each position, those of special offsets included, as published.
+    # One row for each position, including those of special offsets, as published.
     rows = config.max_tokens + position_offset(model)
     generator = torch.Generator().manual_seed(config.seed)
     shared: TimeProjection | None = None
@@ -132,7 +132,7 @@ def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
 
 
 def _deferrable(layer: TransformerLayer) -> tuple[str, str] | None:
-    """The names of the key and value projections, when nothing stands between them and attention."""
+    """The names of the key and value projections if they can be deferred; empty otherwise."""
     keys, values = layer.projection(Role.KEY), layer.projection(Role.VALUE)
     if keys.fused or values.fused or layer.architecture.rotary:
         return None
@@ -157,6 +157,6 @@ def _pooling(parameter: nn.Parameter, config: LinformerConfig, generator: torch.
     rows, slots = parameter.shape
     positions = torch.arange(rows)
     inside = positions[:, None] // config.slot_stride == torch.arange(slots)
-    # The forward pass divides by the root of the number of tokens; this makes up for it on the longest input.
+    # The forward pass divides by the root of the number of tokens; this factor cancels it on the longest input.
     scale = config.max_tokens**0.5 if config.length_scaling else 1.0
     return inside * (scale / config.slot_stride)

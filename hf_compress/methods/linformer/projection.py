@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class TimeProjection(nn.Module):
-    """E and F: how much of each position goes into each slot.
+    """E and F: the weight of each position in each slot.
 
     Args:
         rows: M.
@@ -31,7 +31,7 @@ class TimeProjection(nn.Module):
     Attributes:
         keys: E, [M, K].
         values: F, [M, K], or None when it is E.
-        longest: Tokens of the longest input seen in training; rows beyond it never had a gradient.
+        longest: Tokens of the longest training input so far; later rows never had a gradient.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TimeProjection(nn.Module):
 
     @torch.no_grad()
     def note_length(self, width: int, lengths: Tensor | None) -> None:
-        """In training remember the longest input, afterwards warn once about longer ones.
+        """Remember the longest input in training; outside of training, warn once about longer ones.
 
         Args:
             width: S, padding included.
@@ -62,7 +62,7 @@ class TimeProjection(nn.Module):
         if is_exporting():
             return
         if self.training and width > self._trained:
-            # What was seen is kept on the device; the number beside it only saves work, so it may lag behind.
+            # The maximum is kept on the device; the number beside it only saves work, so it may be out of date.
             self._checked = 0
             if lengths is None:
                 self._trained = width
@@ -70,7 +70,7 @@ class TimeProjection(nn.Module):
             else:
                 self.longest.copy_(torch.maximum(self.longest, lengths.max()))
         elif not self.training and width > self._checked:
-            # Reading waits for an accelerator, so there it happens only when a width is seen for the first time.
+            # Reading the maximum waits for an accelerator, so it is read only when a width occurs for the first time.
             longest, length = int(self.longest), width if lengths is None else int(lengths.max())
             unseen = 0 < longest < length
             if unseen:
@@ -78,7 +78,7 @@ class TimeProjection(nn.Module):
                     "An input has %d tokens, the longest in training had %d: the projections of later positions "
                     "were never trained.", length, longest,
                 )  # fmt: skip
-            # A wide batch of short inputs says nothing about the next one.
+            # A wide batch of short inputs does not rule out a long input in the next batch.
             if unseen or not 0 < longest < width or self.longest.device.type != "cpu":
                 self._checked = width
 
@@ -87,7 +87,7 @@ class TimeProjection(nn.Module):
 
 
 def read_rows(matrix: Tensor, seq_len: int, mask: Tensor | None) -> Tensor:
-    """The rows of E or F that belong to the tokens of a batch, zero on padding.
+    """Gather the rows of E or F for the tokens of a batch, zero on padding.
 
     Args:
         matrix: [M, K].
@@ -113,18 +113,18 @@ def _shorten(states: Tensor, rows: Tensor) -> Tensor:
 
 
 class LinformerCore(AttentionCore):
-    """`softmax(Q (E^T K / sqrt(L))^T scaling) (F^T V / sqrt(L))`, vectorised over examples of different length.
+    """Computes `softmax(Q (E^T K / sqrt(L))^T scaling) (F^T V / sqrt(L))` for examples of different length at once.
 
     Args:
         projection: E and F.
-        owned: Whether this core registers them; a shared projection is registered elsewhere, once.
-        max_tokens: Tokens an input may have; the rows of special offsets (RoBERTa) are beyond it.
+        owned: Whether this core registers them; a shared projection is registered once, elsewhere.
+        max_tokens: Longest input in tokens; the rows of special offsets (RoBERTa) come after it.
         head_size: d.
         queries_per_key: Query heads that share a key and a value head (grouped-query attention).
-        deferrable: Names of the key and value projections in the attention module when they may be applied after E
-            and F: exact, since both act on different axes, as long as nothing (rotary positions) stands between.
+        deferrable: Names of the key and value projections in the attention module if they may be applied after E and
+            F. That is exact, because both act on different axes, unless rotary positions come between them.
         slot_mask: Leave out slots that no token reaches.
-        slot_stride: Tokens a slot, for `slot_mask`.
+        slot_stride: Tokens per slot, for `slot_mask`.
         length_scaling: Divide by sqrt(L).
 
     Source:
@@ -147,7 +147,7 @@ class LinformerCore(AttentionCore):
         if owned:
             self.projection = projection
         else:
-            # A parameter reachable by two names is refused by save_pretrained: only its owner registers it.
+            # Only the owner registers it: save_pretrained refuses a parameter with two names.
             object.__setattr__(self, "projection", projection)
         self.max_tokens = max_tokens
         self.head_size = head_size
@@ -201,7 +201,7 @@ class LinformerCore(AttentionCore):
         return context.transpose(1, 2).contiguous(), None
 
     def _deferred(self, attention: nn.Module, seq_len: int) -> list[DeferredLinear | None]:
-        """The key and the value projection, where they are still to be applied."""
+        """The key and the value projection if they are deferred."""
         linears = [getattr(attention, name) for name in self.deferrable or ()]
         found = [x if isinstance(x, DeferredLinear) and x.is_deferred(seq_len) else None for x in linears]
         return found or [None, None]
@@ -228,17 +228,17 @@ class LinformerCore(AttentionCore):
         return min(self._macs_plain(seq_len, width), self._macs_deferred(seq_len, width, hidden))
 
     def defers(self, seq_len: int, width: int, hidden: int) -> bool:
-        """Whether keys and values are cheaper to project after their input was shortened."""
+        """Whether it is cheaper to project keys and values after their input is shortened."""
         return self._macs_deferred(seq_len, width, hidden) < self._macs_plain(seq_len, width)
 
     def _macs_plain(self, seq_len: float, width: int) -> float:
-        # Keys and values are shortened once a group, scores and mixtures computed for every query head.
+        # Keys and values are shortened once per group; scores and contexts are computed for every query head.
         return (2 + 2 / self.queries_per_key) * seq_len * self.num_slots * width
 
     def _macs_deferred(self, seq_len: float, width: int, hidden: int) -> float:
         if self.deferrable is None:
             return float("inf")
-        # Projecting K slots instead of all tokens is a saving on what the projections are counted with elsewhere.
+        # The projections are counted elsewhere for all tokens; projecting K slots instead is a saving.
         passes = 1 if self.projection.values is None else 2
         projected = 2 * (self.num_slots - seq_len) * hidden * width / self.queries_per_key
         return (passes * hidden + 2 * width) * seq_len * self.num_slots + projected

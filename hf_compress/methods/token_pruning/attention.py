@@ -1,4 +1,4 @@
-"""Attention that also tells how much of it each token received.
+"""Attention that also returns how much attention each token received.
 
 Letters: B batch, n longest live length, N live tokens of the batch, H heads, d head size.
 """
@@ -18,10 +18,10 @@ from hf_compress.methods.token_pruning.packing import Packing
 from hf_compress.methods.token_pruning.rule import TokenRule
 
 
-# How much of the attention weights is held at a time without gradients: what does not fit into a core's cache takes
-# three times as long on a CPU, mostly to fetch fresh memory.
+# Attention weights in memory at a time without gradients. What exceeds a core's cache takes three times as long on a
+# CPU, mostly to get new memory.
 _WEIGHTS_AT_A_TIME = 2**22  # bytes
-# From this size on (105 tokens in twelve heads), an example is computed by operations of its own.
+# From this size on (105 tokens in twelve heads), examples are computed one by one.
 _WEIGHTS_ALONE = 2**19  # bytes
 
 
@@ -52,14 +52,14 @@ def attend(
 
     Args:
         layer: The module of a transformer layer.
-        rule: Of that layer.
+        rule: The rule of that layer.
         packing: How the tokens are packed.
         rows: [N, hidden].
         scored: Whether to compute how much attention each token received.
 
     Returns:
-        [N, H d], and [B, n] received attention, summed over queries and averaged over heads, 0 behind the end; None
-        unless `scored`.
+        [N, H d], and [B, n] received attention, summed over queries and averaged over heads, 0 after the last token;
+        None unless `scored`.
     """
     row = rule.architecture
     query, key, value = (attrgetter(row.paths[role])(layer)(rows) for role in (Role.QUERY, Role.KEY, Role.VALUE))
@@ -82,7 +82,7 @@ def attend(
     scores = (query * scaling) @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    # Single precision also under autocast: scores near 1/128 lie closer together than bfloat16 can tell.
+    # Single precision even under autocast: bfloat16 cannot distinguish scores near 1/128.
     weights = scores.softmax(-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
     context = F.dropout(weights, dropout).to(value.dtype) @ value
     return packing.unalign(context.transpose(1, 2).flatten(2)), received_attention(weights, packing.inside)
@@ -91,14 +91,14 @@ def attend(
 def _one_by_one(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, size: int, scored: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend` without gradients, for long examples: the packed rows of one example are a matrix already."""
+    """`attend` without gradients for long examples, one at a time: their packed rows already form a matrix."""
     if len(packing.lengths) == 1:
         context, received = _of_one(query, key, value, size, scored)
         return context, None if received is None else received[None]
     lengths = [packing.longest] * len(packing.lengths) if packing.slots is None else packing.lengths.tolist()
     context = torch.empty_like(query)
     received = query.new_zeros(len(lengths), packing.longest) if scored else None
-    # The memory is used again for every example: fresh pages cost as much as a product does.
+    # The memory is reused for every example: new pages cost as much as a product.
     space = query.new_empty(2, query.shape[-1] // size * packing.longest**2) if scored else None
     start = 0
     for example, length in enumerate(lengths):
@@ -132,7 +132,7 @@ def _of_one(
 
 
 def _in_pieces(query: Tensor, key: Tensor, value: Tensor, packing: Packing, size: int) -> tuple[Tensor, Tensor]:
-    """`attend` without gradients, for short examples, several at a time."""
+    """`attend` without gradients for short examples, several at a time."""
     query, key, value = (_heads(packing.align(states), size) for states in (query * size**-0.5, key, value))
     batch, heads, longest, _ = query.shape
     # Keys in the order in which the product reads them: for short examples the copy costs less than it saves.

@@ -1,4 +1,4 @@
-"""Callbacks that steer token pruning over a training: temperature, regulariser, phases."""
+"""Callbacks that control token pruning during a training: temperature, regulariser, phases."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ logger = logging.getLogger(__name__)
 
 
 class ThresholdAnnealingCallback(SteeringCallback):
-    """Anneals the temperature, warms lambda up, and steers thresholds to a target for the arithmetic.
+    """Anneals the temperature, warms lambda up, and adjusts the thresholds to a target for the arithmetic.
 
     Works with any `Trainer` on a model with `TokenPruningConfig(masking_mode="soft")`. The regulariser itself is added
     to the loss by the trainers of this package; a plain `Trainer` learns thresholds from the task alone.
 
     Args:
-        temperature_start, temperature_end: Both ends of a geometric schedule over the soft phase, which ends at the
-            switch of a `StageSwitchCallback` or with the training. None leaves the config's temperature.
+        temperature_start, temperature_end: First and last value of a geometric schedule over the soft phase, which
+            ends at the switch of a `StageSwitchCallback` or with the training. None keeps the config's temperature.
         lambda_threshold: Weight of the regulariser.
         lambda_warmup: Fraction of the training over which it rises from 0.
         target_relative_macs: Fraction of the multiply-accumulates to keep, in (0, 1]. At every measurement in both
             phases, and at the end of the training, all thresholds are multiplied by one factor that reaches the
-            target (unless it is missed by at most 0.01): what training learns is the ratios between the layers. In
-            the soft phase a proportional-integral controller also adds to lambda, on top of `lambda_threshold`,
-            until nothing is left for the factor to correct; lambda may become negative. In the hard phase the
-            thresholds keep their ratios, for instance those of the initial ramp.
+            target (unless the distance is at most 0.01), so training only learns the ratios between the layers. In
+            the soft phase a proportional-integral controller also changes lambda, on top of `lambda_threshold`,
+            until the factor has nothing to correct; lambda may become negative. In the hard phase the thresholds
+            keep their ratios, for instance those of the initial ramp.
         gain: Proportional gain of the controller: lambda for a distance of 1 to the target.
         integral_gain: Weight of a measured distance in the controller's integral.
         measure_every: Updates between measurements.
-        measure_examples: Number of training examples to measure on: always the same, evenly spread over the set.
-        learning_rate: Of the thresholds; None: that of the weights.
+        measure_examples: Number of training examples to measure on; always the same ones, spread evenly over the set.
+        learning_rate: Learning rate of the thresholds. None: that of the weights.
 
     Raises:
         ValueError: Names the field, the rule and the value.
@@ -111,7 +111,7 @@ class ThresholdAnnealingCallback(SteeringCallback):
         if self.learning_rate is not None:
             groups = getattr(kwargs.get("optimizer"), "param_groups", [])
             own = [g for g in groups if any(p is thresholds.values for p in g["params"])]
-            # A scheduler that waits for a plateau notes no first rate, and by the time of a resume it may be lower.
+            # A scheduler that waits for a plateau stores no first rate, and after a resume the rate may be lower.
             rates = [g.get("initial_lr", self.learning_rate if state.global_step else g["lr"]) for g in own]
             if rates != [self.learning_rate]:
                 raise ValueError(
@@ -147,7 +147,7 @@ class ThresholdAnnealingCallback(SteeringCallback):
         if training.phase == "soft":
             measured = relative_macs(model, self._probe or {})
             distance = measured - self.target_relative_macs
-            # Both are buffers of the model, so that a resumed training goes on steering from where it was.
+            # Both are buffers of the model, so that a resumed training continues with the same controller.
             thresholds.integral += self.integral_gain * distance
             steered = self.lambda_threshold + self.gain * distance + float(thresholds.integral)
             thresholds.weight.fill_(warm * steered)
@@ -172,7 +172,7 @@ class ThresholdAnnealingCallback(SteeringCallback):
 
 
 class StageSwitchCallback(MethodCallback):
-    """Switches from the soft to the hard phase within one training: thresholds freeze, and tokens are really dropped.
+    """Switches from the soft to the hard phase during a training: thresholds freeze, and tokens are really dropped.
 
     Args:
         fraction: Fraction of the updates that belong to the soft phase, between 0 and 1.
@@ -192,7 +192,7 @@ class StageSwitchCallback(MethodCallback):
         self.on_new_model(kwargs["model"])
 
     def on_new_model(self, model: PreTrainedModel) -> None:
-        # Before the optimizer is made: also a run that resumes in its hard phase has the thresholds in it.
+        # Before the optimizer is made, so that it holds the thresholds even if a run resumes in its hard phase.
         self._training(model).switch_after(self.fraction)
 
     def _training(self, model: PreTrainedModel) -> TokenPruningTraining:
@@ -202,10 +202,10 @@ class StageSwitchCallback(MethodCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         switch = math.ceil(self.fraction * state.max_steps)
-        # Not whenever the mode changes: a training that resumes after the switch also begins with a soft model.
+        # Not whenever the mode changes: a training that resumes after the switch begins with a soft model too.
         if state.global_step == switch:
             logger.info("Update %d: the hard phase begins.", state.global_step)
-            # Models of the soft phase were measured under thresholds that were still moving.
+            # In the soft phase, models were measured with thresholds that were still changing.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         self._training(kwargs["model"]).enter("soft" if state.global_step < switch else "hard")
 

@@ -1,4 +1,4 @@
-"""What a model that drops tokens is."""
+"""The config of a model that drops tokens."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from hf_compress.core.method import MethodConfig
 
 @dataclass(kw_only=True)
 class TokenPruningConfig(MethodConfig):
-    """Tokens that receive little attention are dropped on the way through the layers.
+    """Token pruning: tokens that receive little attention are dropped on the way through the layers.
 
     All fields but `temperature` and `compat` are flat.
 
     Args:
         prune_mode: `absolute_threshold`: a score below the layer's threshold drops a token; thresholds start on a
             linear ramp and can be learned. `topk`: a fixed fraction of the highest scores stays.
-        final_token_threshold: Top of the ramp. Once thresholds exist as weights, editing it changes nothing.
-        token_keep_rate: Of the last layer, for `topk`; at most 1, negative values reach the floor earlier.
-        scoring_mode: `mean`; `mean_norm` is an older name for `score_norm="live"`.
+        final_token_threshold: Highest threshold of the ramp. Once thresholds exist as weights, editing it has no
+            effect.
+        token_keep_rate: Fraction of tokens that the last layer keeps with `topk`; at most 1. Negative values reach
+            the minimum in an earlier layer.
+        scoring_mode: `mean`, or `mean_norm`, an older name for `score_norm="live"`.
         threshold_ramp: `zero_based` (released code: layer 0 never prunes) or `one_based` (published text).
-        score_norm: What scores are divided by, see `token_importance`.
-        score_reference_length: For `score_norm="reference"`; a live token has 1 / this on average.
-        masking_mode: In training, `soft` multiplies by a sigmoid that thresholds learn from, `hard` really drops.
-            Evaluation always drops.
-        temperature: Width of that sigmoid, in units of scores. Kept in the record: transformers takes a flat field of
-            this name for a setting of text generation and refuses to save it.
-        token_prune_stage: The kind of training that the weights went through. Resuming another kind is refused.
-        compat: `ltp` does what the released code does where this package differs on purpose. The first token is
-            scored and dropped like any other (and goes on without attention, as there); top-k may keep no token; the
+        score_norm: The divisor of the scores, see `token_importance`.
+        score_reference_length: For `score_norm="reference"`: the divisor, in tokens.
+        masking_mode: In training, `soft` multiplies by a sigmoid, which gives thresholds a gradient; `hard` really
+            drops tokens. Evaluation always drops tokens.
+        temperature: Width of that sigmoid, in units of scores. Kept in the record, because transformers treats a flat
+            field of this name as a setting of text generation and refuses to save it.
+        token_prune_stage: The kind of training that made the weights. Resuming another kind is refused.
+        compat: `ltp` follows the released code where this package differs on purpose. The first token is scored and
+            dropped like any other (and then gets no attention, as there); top-k may keep no token; the
             regulariser is a mean over `score_reference_length` positions of every example, padding included; weights
             and thresholds are clipped by one norm. Kept in the record.
 

@@ -1,4 +1,4 @@
-"""What thresholds leave of the arithmetic, and a factor on them that leaves a wanted part."""
+"""Measures the arithmetic that thresholds leave, and scales thresholds to a target for it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _LARGEST_FACTOR = 64.0
 
 @torch.no_grad()
 def relative_macs(model: PreTrainedModel, batch: dict[str, Any]) -> float:
-    """The fraction of the multiply-accumulates that really dropping tokens leaves on a batch.
+    """Measure the fraction of the multiply-accumulates that remains when tokens are really dropped from a batch.
 
     Args:
-        model: With token pruning; is left in the mode it had.
+        model: Has token pruning; its mode is restored.
         batch: Model inputs; labels are ignored.
     """
     state = LiveTokens(whole=True)
@@ -46,20 +46,19 @@ def scale_thresholds(
     tolerance: float = 0.01,
     measured: float | None = None,
 ) -> float:
-    """Multiply all thresholds by one factor, so that dropping tokens leaves the wanted part of the arithmetic.
+    """Multiply all thresholds by one factor, so that dropping tokens leaves a target fraction of the arithmetic.
 
-    The ratios between the layers' thresholds, which were learned, stay. Thresholds that are close enough already are
-    not changed.
+    The learned ratios between the thresholds of the layers stay. Thresholds that are close enough are not changed.
 
     Args:
-        model: With thresholds.
-        batch: Model inputs that it is measured on.
-        target: Wanted relative multiply-accumulates, in (0, 1].
-        tolerance: Distance from it that is close enough.
-        measured: What `relative_macs` gives for the model as it is; None: it is computed.
+        model: Has thresholds.
+        batch: Model inputs to measure on.
+        target: Target for the relative multiply-accumulates, in (0, 1].
+        tolerance: Distance from the target that is close enough.
+        measured: Result of `relative_macs` for the model as it is; None: it is computed.
 
     Returns:
-        The factor, 1.0 where nothing was changed.
+        The factor; 1.0 if nothing was changed.
     """
     now = (relative_macs(model, batch) if measured is None else measured) - target
     if abs(now) <= tolerance:

@@ -1,4 +1,4 @@
-"""How important tokens are, and which of them stay.
+"""Scores the importance of tokens, and chooses the tokens that stay.
 
 Letters: B batch, H heads, S padded length, L layers, n live tokens.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-# Scores below this are those of dead tokens in the released code, which any threshold but zero expels.
+# In the released code, dropped tokens have scores below this; any threshold above zero keeps them out.
 SMALLEST_SCORE = 1e-5
 
 
@@ -24,15 +24,16 @@ def token_importance(
     reference_length: int = 128,
     initial: Tensor | None = None,
 ) -> Tensor:
-    """How much attention each token receives, averaged over heads.
+    """Compute how much attention each token receives, averaged over heads.
 
     Args:
         probs: [B, H, S, S] softmax weights, query before key. Not changed.
-        live: [B, S] bool, True for tokens that are neither padding nor dropped; None: all are there.
-        norm: What the sum over live queries is divided by: `reference_length`, so that thresholds mean the same for
-            every length and batch; the number of live tokens; or the number of tokens before any pruning.
-        reference_length: Tokens.
-        initial: [B], for `initial`.
+        live: [B, S] bool, True for tokens that are neither padding nor dropped; None: all are live.
+        norm: The divisor of the sum over live queries. `reference`: `reference_length`, so that thresholds mean the
+            same for every length and batch; `live`: the number of live tokens; `initial`: the number of tokens
+            before any pruning.
+        reference_length: In tokens.
+        initial: [B] number of tokens before any pruning, for `norm="initial"`.
 
     Returns:
         [B, S] float32 (float64 for such input), 0 for tokens that are not live. Sums to 1 over live tokens when
@@ -96,10 +97,10 @@ def threshold_ramp(
 
 
 def keep_rate_ramp(rate: float, num_layers: int) -> list[float]:
-    """The fraction of tokens that top-k pruning keeps in each layer.
+    """Compute the fraction of tokens that top-k pruning keeps in each layer.
 
     Args:
-        rate: Of the last layer; may be negative, the ramp then reaches its floor of 0.01 earlier.
+        rate: Fraction in the last layer; may be negative, so that the ramp reaches its minimum of 0.01 earlier.
         num_layers: L. The first 15 %, at least three, keep everything.
 
     Source:
@@ -122,12 +123,12 @@ def keep_rate_ramp(rate: float, num_layers: int) -> list[float]:
 
 
 def kept_counts(initial: Tensor, rate: float, least: int = 1) -> Tensor:
-    """How many tokens top-k keeps of each example: half-even rounding of the single-precision product.
+    """Compute how many tokens of each example top-k keeps: half-even rounding of the single-precision product.
 
     Args:
         initial: [B] tokens before any pruning.
-        rate: Of this layer.
-        least: Never fewer than that.
+        rate: Fraction that this layer keeps.
+        least: Minimum.
 
     Example:
         >>> kept_counts(torch.tensor([5, 40]), 0.5).tolist()
@@ -165,7 +166,7 @@ def keep_top(scores: Tensor, live: Tensor | None, counts: Tensor, protect_first:
     Args:
         scores: [B, S].
         live: [B, S] bool; None: all.
-        counts: [B] how many of each example, the first token included.
+        counts: [B] number of tokens to keep, the first token included.
         protect_first: Whether the first token stays whatever its score is.
     """
     ranked = scores.clone() if live is None else scores.masked_fill(~live, -torch.inf)

@@ -1,4 +1,4 @@
-"""The forward passes of layers that drop tokens: hard, soft (in training), and for heads that read one token only.
+"""Forward passes of layers that drop tokens: hard, soft (in training), and for heads that read one token only.
 
 Letters: B batch, S padded length, n longest live length, N live tokens of the batch, H heads, d head size, D hidden.
 """
@@ -28,7 +28,7 @@ from hf_compress.methods.token_pruning.rule import TokenRule
 
 
 class PrunedLayer(nn.Module):
-    """The forward of a layer that drops tokens: `hidden_states` keeps its shape, dropped rows keep their values."""
+    """Forward pass of a layer that drops tokens: `hidden_states` keeps its shape, dropped rows keep their values."""
 
     token_rule: TokenRule
 
@@ -37,7 +37,7 @@ class PrunedLayer(nn.Module):
     ) -> Tensor:
         rule, state = self.token_rule, kwargs.get(FORWARD_STATE)
         state = LiveTokens() if state is None else state
-        # Looked up by layer, not handed on: gradient checkpointing runs a layer a second time, out of order.
+        # Looked up by layer, because gradient checkpointing runs a layer a second time, out of order.
         packing = state.packings.get(rule.index - 1) if rule.index else None
         if packing is None:
             packing = _initial(rule, hidden_states, attention_mask)
@@ -110,7 +110,7 @@ def _first_without_protection(
     context: Tensor | None,
     hidden_states: Tensor,
 ) -> Tensor:
-    """Compute the first tokens that were dropped as the released code does, because heads read them all the same.
+    """Compute dropped first tokens as the released code does, because heads read them nevertheless.
 
     A first token that this layer drops still has its attention context; one that was dropped before has none.
     """
@@ -148,7 +148,7 @@ def _first_token_forward(
     context = F.scaled_dot_product_attention(query, key, value, mask, scale=rule.head_size**-0.5)
     out = rule.finish(layer, context.flatten(1), first)
     if packing.rows is not None:
-        # An example without tokens has borrowed a row of another example.
+        # For an example without tokens, this is a row of another example.
         out = torch.where(packing.lengths[:, None] > 0, out.to(hidden_states.dtype), hidden_states[:, 0])
     remaining = state.packings[rule.index] = packing.first()
     state.fed[rule.index] = remaining.lengths
@@ -158,7 +158,7 @@ def _first_token_forward(
 def _soft_forward(
     layer: nn.Module, rule: TokenRule, state: LiveTokens, packing: Packing, hidden_states: Tensor
 ) -> Tensor:
-    """All tokens stay; the layer's output is multiplied by how much each would be kept."""
+    """Keep all tokens, and multiply the layer's output by the soft keep probability of each token."""
     state.packings[rule.index] = packing
     state.attended[rule.index] = state.fed[rule.index] = packing.lengths
     rows = packing.pack(hidden_states)
@@ -169,7 +169,7 @@ def _soft_forward(
         inside = packing.inside
         scores = _importance(rule, received, inside, state.attended[0])
         if rule.published:
-            # Padding, whose score is zero, counts as well: up to the length that scores refer to.
+            # Padding, whose score is zero, counts too, up to the reference length of the scores.
             missing = max(rule.config.score_reference_length, hidden_states.shape[1]) - scores.shape[1]
             scores, inside = F.pad(scores, (0, missing)), None
         mask = soft_mask(scores, rule.threshold(), rule.temperature)

@@ -1,4 +1,4 @@
-"""What one forward pass notes down about the tokens that it drops.
+"""The state of a forward pass that drops tokens.
 
 Letters: B batch, S padded length, L layers.
 """
@@ -19,13 +19,13 @@ from hf_compress.methods.token_pruning.packing import Packing
 
 @dataclass
 class LiveTokens:
-    """Which tokens are still there, layer by layer, in one forward pass. Holds tensors on the model's device.
+    """The live tokens after each layer of one forward pass. Tensors are on the model's device.
 
     Args:
-        whole: Compute the rows of the last layer that no head reads, too: calibration wants them.
-        attended: Layer -> [B] number of tokens its attention saw.
-        fed: Layer -> [B] number of tokens its feed-forward sublayer saw.
-        packings: Layer -> where the tokens that leave it stand.
+        whole: Also compute the rows of the last layer that no head reads, for calibration.
+        attended: Layer -> [B] number of tokens in its attention.
+        fed: Layer -> [B] number of tokens in its feed-forward sublayer.
+        packings: Layer -> positions of the tokens that it keeps.
         soft: Layer -> ([B, S] soft keep probabilities, [B, S] bool where they count).
     """
 
@@ -36,21 +36,21 @@ class LiveTokens:
     soft: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def kept_after(self, layer: int) -> Tensor | None:
-        """[B, S] bool of the tokens that leave a layer; None before it has run."""
+        """[B, S] bool, True for the tokens that a layer keeps; None before it has run."""
         packing = self.packings.get(layer)
         return None if packing is None else packing.live()
 
     def macs(self, layers: Sequence[TransformerLayer]) -> tuple[Tensor, Tensor]:
-        """Multiply-accumulates of the batch whose tokens were dropped on the way, and those without dropping.
+        """Multiply-accumulates of the batch with dropped tokens, and those without dropping.
 
         Returns:
-            Two tensors [L] int64, for each layer summed over the batch.
+            Two tensors [L] int64, one sum over the batch for each layer.
 
         Source:
             LTP specification 7.3: `4 D^2 a + 2 D a^2 + 8 D^2 f` a layer and example, with a tokens in attention and f
             in the feed-forward sublayer, here with the real module shapes.
         """
-        # Whole numbers stay exact, also where there is no double precision.
+        # Integers stay exact on devices without double precision.
         initial = self.attended[0]
         macs, dense = [], []
         for layer in layers:
@@ -63,7 +63,7 @@ class LiveTokens:
 
 
 def new_live_tokens(whole: bool) -> LiveTokens:
-    """The state of a forward pass that begins.
+    """Make the state of a new forward pass.
 
     Raises:
         ValueError: If `torch.export` records it.

@@ -1,4 +1,4 @@
-"""What a forward pass that dropped tokens says: its arithmetic, and how much its soft masks keep."""
+"""Measures of a forward pass that drops tokens: its arithmetic, and how much its soft masks keep."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def relative_cost(model: PreTrainedModel, state: LiveTokens) -> dict[str, tuple[
 
 
 def regularizer(state: LiveTokens) -> Tensor:
-    """Sum over layers of the mean soft mask of what counts: live tokens, and padding with `compat="ltp"`.
+    """Sum over layers of the mean soft mask over live tokens (with `compat="ltp"`, over padding too).
 
     Returns:
-        Scalar: mean over examples of the mean over their tokens, summed over pruning layers.
+        Scalar: the mean over examples of the mean over their tokens, summed over pruning layers.
 
     Source:
         LTP specification 5. The released code also averages over padding, which pushes early thresholds up.

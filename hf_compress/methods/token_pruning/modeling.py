@@ -1,4 +1,4 @@
-"""How layers that drop tokens enter a model."""
+"""Gives a model layers that drop tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hf_compress.methods.token_pruning.rule import TokenRule, TokenThresholds
 logger = logging.getLogger(__name__)
 
 _THRESHOLDS = "token_thresholds"
-# Heads that read nothing but the first token of the last layer.
+# Classes whose head reads only the first token of the last layer.
 _FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
 
 
@@ -53,7 +53,7 @@ def compress(model: PreTrainedModel, config: TokenPruningConfig, data: Data | No
 
     Args:
         model: An encoder; changed in place.
-        config: Which tokens go.
+        config: Which tokens are dropped.
         data: Not read.
 
     Returns:
@@ -79,7 +79,7 @@ def rebuild(model: PreTrainedModel, config: TokenPruningConfig) -> None:
     if config.prune_mode == "absolute_threshold":
         initial = threshold_ramp(config.final_token_threshold, len(layers), config.threshold_ramp)
         weight = layers[0].attention_out.weight
-        # Scores near 1/128 lie closer together than half precision can tell.
+        # Half precision cannot distinguish scores near 1/128.
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         thresholds = TokenThresholds(initial, config.temperature, weight.device, dtype, config.compat == "ltp")
         model.base_model.add_module(_THRESHOLDS, thresholds)
@@ -94,23 +94,23 @@ def rebuild(model: PreTrainedModel, config: TokenPruningConfig) -> None:
 
 
 def _reads_first_token(model: PreTrainedModel) -> bool:
-    # A class of another package may pool as it likes under such a name; ELECTRA's multiple choice can be configured.
+    # A class of another package with such a name may pool in any way; ELECTRA's multiple choice can be configured.
     stock = type(model).__module__.startswith("transformers.models.")
     pools_first = getattr(model.config, "summary_type", "first") == "first"
     return stock and pools_first and type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
 
 
 def thresholds_of(model: PreTrainedModel) -> TokenThresholds | None:
-    """The thresholds of a model, None when it has none."""
+    """The thresholds of a model; None if it has none."""
     return getattr(model.base_model, _THRESHOLDS, None)
 
 
 def required_thresholds(model: PreTrainedModel, asking: str) -> TokenThresholds:
-    """The thresholds of a model that cannot do without.
+    """Get the thresholds of a model, or refuse a model without.
 
     Args:
-        model: Being trained or measured.
-        asking: What needs thresholds, for the message.
+        model: The model to train or measure.
+        asking: The class that needs thresholds, for the message.
 
     Raises:
         ValueError: If it has none.

@@ -1,4 +1,4 @@
-"""The live tokens of a batch, packed without gaps, and where they stand.
+"""The live tokens of a batch, packed without gaps, and their positions.
 
 Letters: B batch, S padded length, n longest live length, N live tokens of the batch, D hidden.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """Tokens of a batch without the gaps between examples, and where they stand in a left-aligned batch.
+    """The positions of packed tokens in the batch and in the left-aligned batch.
 
     Args:
         rows: [N] index of each token in the flattened [B * S]; None when all positions are live.
@@ -32,16 +32,16 @@ class Packing:
 
     @staticmethod
     def full(batch: int, width: int, device: torch.device) -> Packing:
-        """Every position is live."""
+        """The packing of a batch whose positions are all live."""
         return Packing(None, torch.full((batch,), width, device=device), width, width, None)
 
     @staticmethod
     def of(live: Tensor, need_first: bool = False) -> Packing:
-        """The packing of a [B, S] bool mask. Waits for the device twice, once when nothing is missing.
+        """Make the packing of a [B, S] bool mask. Waits for the device twice, or once if all positions are live.
 
         Args:
             live: The mask.
-            need_first: Refuse examples that have tokens, but not at their first position.
+            need_first: Refuse examples that have tokens, but none at their first position.
 
         Raises:
             ValueError: If there is such an example.
@@ -63,10 +63,10 @@ class Packing:
         return Packing(rows, lengths, width, longest, slots)
 
     def only(self, keep: Tensor) -> tuple[Packing, Tensor | None]:
-        """The packing of those tokens of a left-aligned batch that stay.
+        """Make the packing of the tokens of a left-aligned batch that stay.
 
         Args:
-            keep: [B, n] bool, False behind the end of each example.
+            keep: [B, n] bool, False after the end of each example.
 
         Returns:
             The new packing, and [N'] the indices of its tokens among the N packed ones, None when all stay. Waits for
@@ -110,15 +110,15 @@ class Packing:
         return flat if self.rows is None else flat.index_select(0, self.rows)
 
     def align(self, packed: Tensor) -> Tensor:
-        """[B, n, D] from [N, D]; positions behind the end of an example repeat some row."""
+        """[B, n, D] from [N, D]; positions after the end of an example repeat some row."""
         aligned = packed if self.slots is None else packed.index_select(0, self._sources)
         return aligned.reshape(len(self.lengths), self.longest, packed.shape[-1])
 
     @functools.cached_property
     def _sources(self) -> Tensor:
-        """[B * n] the packed token at each position; behind the end of an example, its last token again."""
+        """[B * n] the packed token at each position; after the end of an example, its last token again."""
         positions = torch.arange(self.longest, device=self.lengths.device).minimum(self.lengths[:, None] - 1)
-        # An example without tokens borrows a row that nobody reads.
+        # An example without tokens gets some row, which is never read.
         return (positions + self.starts[:, None]).clamp(min=0).flatten()
 
     @functools.cached_property
@@ -136,7 +136,7 @@ class Packing:
 
     @functools.cached_property
     def inside(self) -> Tensor | None:
-        """[B, n] bool, True on the tokens of the aligned batch; None when it holds nothing else."""
+        """[B, n] bool, True on the tokens of the aligned batch; None if there are no other positions."""
         if self.slots is None:
             return None
         return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]

@@ -1,4 +1,4 @@
-"""What a layer that drops tokens knows: the thresholds of its model and its own rule.
+"""The thresholds of a model that drops tokens, and the rule of each of its layers.
 
 Letters: L layers.
 """
@@ -27,17 +27,17 @@ class TokenThresholds(nn.Module):
 
     Args:
         initial: Their starting values, rounded to single precision as in the released code.
-        temperature: At the start.
+        temperature: Initial temperature.
         dtype: float32, or float64 in a model of double precision.
         published: Whether training follows the released code: padding in the regulariser, one norm for clipping.
 
     Attributes:
         values: [L].
-        weight: Scalar, lambda of the regulariser; what `ThresholdAnnealingCallback` steers. Trainers of this package
+        weight: Scalar, lambda of the regulariser; `ThresholdAnnealingCallback` controls it. Trainers of this package
             add `weight * regularizer` to the loss in the soft phase.
-        integral: Scalar, memory of that callback's controller.
-        temperature: Of the soft phase at this moment; the callback anneals it.
-        session: The training that runs or was prepared last; None before the first one.
+        integral: Scalar, the integral of that callback's controller.
+        temperature: Current temperature of the soft phase; the callback anneals it.
+        session: The training that is running or was prepared last; None before the first one.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ def _keep_rates(rate: float, num_layers: int) -> tuple[float, ...]:
 
 
 class TokenRule:
-    """What one layer needs to know to drop tokens; a plain attribute of its module.
+    """The rule by which one layer drops tokens; a plain attribute of its module.
 
     Args:
-        config: Of the step. Only what cannot change once the layer is made is read from it; everything else is a field
-            of the model's config, read anew in every forward pass.
-        thresholds: Of the base model; None for `topk`.
+        config: Config of the step. Only settings that cannot change after the layer is made are read from it; the
+            others are fields of the model's config, read in every forward pass.
+        thresholds: The thresholds of the base model; None for `topk`.
         layer: The layer that drops tokens.
         num_layers: L.
-        reads_first: Whether the head reads nothing but the first token, so that the last layer need not compute
-            the others, and padding must not stand there.
-        finish: `(layer module, context, residual) -> output rows`, what follows attention in this architecture.
+        reads_first: Whether the head reads only the first token. The last layer then need not compute the others, and
+            the first position must not be padding.
+        finish: `(layer module, context, residual) -> output rows`: the part of the layer after attention.
 
     Attributes:
         published: Whether the first token is dropped like any other, as in the released code.
@@ -100,7 +100,7 @@ class TokenRule:
         self.architecture = layer.architecture
         self.head_size = layer.head_size
         self._attention: Any = layer.attention
-        # A threshold that starts at zero belongs to a layer that never prunes, as published: no gradient moves it.
+        # A threshold that starts at zero belongs to a layer that never prunes, as published, so it has no gradient.
         ramp = threshold_ramp(1.0, num_layers, config.threshold_ramp)
         self.switched_off = config.prune_mode == "absolute_threshold" and ramp[layer.index] == 0
 
@@ -121,14 +121,14 @@ class TokenRule:
         return "live" if fields["scoring_mode"] == "mean_norm" else fields["score_norm"]
 
     def prunes(self) -> bool:
-        """Whether this layer looks at scores at all."""
+        """Whether this layer reads scores at all."""
         if vars(self.config)["prune_mode"] == "topk":
             return self.keep_rate < 1
         return not self.switched_off
 
     @property
     def temperature(self) -> float:
-        """Of the soft phase."""
+        """The temperature of the soft phase."""
         assert self.thresholds is not None
         return self.thresholds.temperature
 

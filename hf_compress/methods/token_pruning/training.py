@@ -1,7 +1,7 @@
-"""What token pruning does in training: phases, the thresholds' optimizer group, the regulariser, measured arithmetic.
+"""Token pruning in training: phases, the optimizer group of the thresholds, the regulariser, measured arithmetic.
 
 A training has a soft phase, in which thresholds learn, and a hard phase, in which they are frozen and tokens really
-disappear. Which one it is stands in the model's config as `masking_mode`.
+disappear. The model's config names the phase as `masking_mode`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 
 
 def implied(config: PretrainedConfig) -> TokenPruningConfig | None:
-    """The settings that somebody wrote into `config.json` by hand, as the published workflow does."""
+    """Read the settings that a user wrote into `config.json` by hand, as in the published workflow."""
     if getattr(config, "prune_mode", None) is None:
         return None
     values = {name: getattr(config, name) for name in TokenPruningConfig.flat if hasattr(config, name)}
-    # transformers takes this name for a setting of text generation and refuses to save a config that has it.
+    # transformers treats this name as a setting of text generation and refuses to save a config that has it.
     if "temperature" in config.__dict__:
         values["temperature"] = config.__dict__.pop("temperature")
     return TokenPruningConfig(**values)
@@ -63,14 +63,14 @@ class _UnsteeredWarning(TrainerCallback):
 
 
 class TokenPruningTraining(MethodTraining):
-    """All that the training of one model knows about its phases and thresholds.
+    """The phases and thresholds of one model in one training.
 
-    Callbacks find the one of the model that they see with `training_of`: also in a plain `Trainer`, which makes none.
+    Callbacks find the object of their model with `training_of`, also in a plain `Trainer`, which makes none.
 
     Attributes:
-        thresholds: Of the model; None under `topk`.
+        thresholds: The thresholds of the model; None with `topk`.
         soft_fraction: Fraction of the updates that belong to the soft phase; None in trainings that do not switch.
-        learning_rate: Of the thresholds; None: that of the weights.
+        learning_rate: Learning rate of the thresholds. None: that of the weights.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -90,9 +90,9 @@ class TokenPruningTraining(MethodTraining):
         return phase
 
     def begin(self) -> None:
-        """Freeze the thresholds where all of the training is hard, and note down what kind of training it is."""
+        """Freeze the thresholds if the whole training is hard, and record the kind of training."""
         self._attach()
-        # What the config says may be of the training that the weights come from.
+        # The config may name the phase of the training that the weights come from.
         self._mark("switching" if self.soft_fraction is not None else self.phase)
 
     def _mark(self, kind: Literal["soft", "hard", "switching"]) -> None:
@@ -101,20 +101,20 @@ class TokenPruningTraining(MethodTraining):
             self.thresholds.values.requires_grad_(kind != "hard")
 
     def switch_after(self, soft_fraction: float) -> None:
-        """Plan a soft phase, followed by a hard one.
+        """Plan a soft phase and then a hard one.
 
         Args:
-            soft_fraction: Of the updates, between 0 and 1.
+            soft_fraction: Fraction of the updates in the soft phase, between 0 and 1.
         """
         self.soft_fraction = soft_fraction
         self._mark("switching")
 
     def enter(self, phase: Literal["soft", "hard"]) -> None:
-        """Go on in a phase."""
+        """Continue the training in a phase."""
         self.model.config.masking_mode = phase
 
     def end_switching(self) -> None:
-        """Note down the phase in which a training that switches has ended, perhaps before the switch."""
+        """Record the phase in which a training that switches has ended, perhaps before the switch."""
         self.model.config.token_prune_stage = self.phase
         self.soft_fraction = None
 
@@ -122,8 +122,8 @@ class TokenPruningTraining(MethodTraining):
         """Set the temperature that a geometric schedule over the soft phase has reached.
 
         Args:
-            start, end: Of the schedule.
-            done: Fraction of the training that is over.
+            start, end: First and last value of the schedule.
+            done: Finished fraction of the training.
         """
         soft = 1.0 if self.soft_fraction is None else self.soft_fraction
         if self.thresholds is not None:
@@ -154,10 +154,11 @@ class TokenPruningTraining(MethodTraining):
         return [ParameterGroup([self.thresholds.values], options, clipped_apart=not self.thresholds.published)]
 
     def check_resume(self, checkpoint: PretrainedConfig) -> None:
-        """Refuse to go on with the optimizer and the number of updates of another kind of training.
+        """Refuse to resume with the optimizer and the number of updates of another kind of training.
 
         Raises:
-            ValueError: If the checkpoint is of the other phase, or of a training that switches and this one does not.
+            ValueError: If the checkpoint belongs to the other phase, or to a training that switches while this one
+                does not.
         """
         kind, config = getattr(checkpoint, "token_prune_stage", None), self.model.config
         # A training that switches is in both phases: its callback knows which.
@@ -174,10 +175,10 @@ class TokenPruningTraining(MethodTraining):
 
 
 def training_of(model: PreTrainedModel, asking: str) -> TokenPruningTraining:
-    """The training of a model with thresholds; a new one where no trainer of this package has made any.
+    """Find the training of a model with thresholds; make one if no trainer of this package has.
 
     Args:
-        model: Being trained.
+        model: The model to train.
         asking: The class that needs thresholds, for the message.
 
     Raises:

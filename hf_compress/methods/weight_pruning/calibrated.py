@@ -1,4 +1,4 @@
-"""Pruning at once by what the modules are fed: the data streams by, and only statistics are kept.
+"""Prunes at once by the inputs of the modules: it reads the data once and keeps only statistics.
 
 Letters: C inputs of a module.
 """
@@ -55,7 +55,7 @@ def _width(prunable: PrunableWeight) -> int:
 
 
 def check_linear(model: nn.Module, config: WeightPruningConfig, weights: Sequence[PrunableWeight]) -> None:
-    """Refuse weights of modules that do not multiply their input by them.
+    """Refuse weights of modules that are not linear.
 
     Raises:
         ValueError: Names the first one.
@@ -115,7 +115,7 @@ def wanda_scores(
 def reconstruct_(
     model: PreTrainedModel, weights: Sequence[tuple[WeightPruningConfig, PrunableWeight, int]], data: Data
 ) -> None:
-    """Prune weights in the order in which their modules run; each module sees what the pruned ones before it make.
+    """Prune weights in the order in which their modules run, each with the inputs of the pruned model.
 
     One Gram matrix exists at a time; modules with the same input (query, key and value) share it.
 
@@ -146,5 +146,5 @@ def reconstruct_(
             pruned = prune_and_reconstruct(
                 prunable.matrix(prunable.weight.detach()), factor, pattern, count, reduction
             )
-            # Not in place: until all is done, the old values are what a failure goes back to.
+            # Not in place: if anything fails later, the old values are restored.
             prunable.weight.data = prunable.like_weight(pruned)

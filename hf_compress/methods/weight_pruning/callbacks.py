@@ -1,4 +1,4 @@
-"""How a `Trainer`, stock or ours, prunes weights: each event of the training is handed to the `Pruner`."""
+"""Connects a `Trainer`, stock or ours, with the `Pruner`: it passes on each event of the training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 class WeightPruningCallback(MethodCallback):
     """Prunes the weights of a model in training and keeps them zero; add it to any Trainer script.
 
-    Zeros of earlier steps stay in the weights that it does not select; in those that it selects, it decides anew.
+    Weights that it does not select keep the zeros of earlier steps; in those that it selects, it chooses zeros anew.
     Several of these callbacks may prune one model, each its own weights.
 
     Logs `prune/sparsity`: in our trainers everywhere, in a stock `Trainer` in `state.log_history` and in callbacks
@@ -34,7 +34,7 @@ class WeightPruningCallback(MethodCallback):
     compete.
 
     Args:
-        config: What to reach, and when. The finished step is recorded in the model's config.
+        config: The target and the schedule. The finished step is recorded in the model's config.
 
     Raises:
         ValueError: When training begins, if the config does not fit model or number of steps, or the checkpoint it
@@ -129,7 +129,7 @@ class WeightPruningCallback(MethodCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A denser model is a better one: without this, the best checkpoint would be one that is not pruned yet.
+        # Denser models score better: without this, the best checkpoint would be one that is not pruned yet.
         if self._pruner is not None and (state.best_global_step or 0) <= self._pruner.last_update:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 

@@ -1,4 +1,4 @@
-"""What a weight-pruned model is, and when training makes it so."""
+"""The config of a weight-pruned model, and of the schedule that prunes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_compress.methods.weight_pruning.patterns import BlockPattern, HeadPatter
 NAME = "weight_pruning"
 # Fields that describe the whole step, not one group of weights.
 _WHOLE = ("local_configs", "achieved_sparsity", "heads_per_layer", "neurons_per_layer")
-# Fields that only steer a training: the record says what a model is, and leaves them out.
+# Fields that only control a training. The record describes the model, so it leaves them out.
 TRAINING_ONLY = (
     "sparsity_decay_type", "start_step", "end_step", "pruning_frequency", "warmup_epochs", "cooldown_epochs",
     "progressive", "reg_type", "reg_coeff",
@@ -35,7 +35,7 @@ def _without_training(values: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class WeightPruningConfig(MethodConfig):
-    """Zeros in ordinary weights, in a pattern, at exactly the sparsity asked for.
+    """Weight pruning: zeros in ordinary weights, in a pattern, at exactly the requested sparsity.
 
     Args:
         pattern: Which weights become zero together, as one unit. `N:M`: N of every M neighbouring inputs are **zero**.
@@ -45,13 +45,13 @@ class WeightPruningConfig(MethodConfig):
         criterion: How important a weight is: `magnitude` |W|, `gradient` |G|, `snip` |W G| of the last update,
             `snip_momentum` a decayed sum of it over all updates. Only in `compress`, with calibration data: `wanda`
             |W| times the norm of its input; `sparsegpt`, which also changes the weights that stay.
-        scope: Which units compete. `global`: all of the model in one ranking; `local`: those of each weight matrix,
-            so that each matrix reaches the target.
+        scope: Which units compete. `global`: all units of the model in one ranking; `local`: those of each weight
+            matrix, so that each matrix reaches the target.
         sparsity_decay_type: How sparsity grows in training; `oneshot`: at once, at `start_step`.
         start_step: Number of optimizer steps before the first pruning. Left out: `warmup_epochs`.
         end_step: Number of optimizer steps after which no more pruning starts. Left out: `cooldown_epochs` before
             training ends.
-        pruning_frequency: Optimizer steps from one pruning update to the next.
+        pruning_frequency: Number of optimizer steps from one pruning update to the next.
         warmup_epochs: Epochs without pruning at the beginning, where `start_step` is left out.
         cooldown_epochs: Epochs with fixed zeros at the end, where `end_step` is left out.
         op_names: Regular expressions searched in module names: what is pruned. Left out: every layer.
@@ -59,8 +59,8 @@ class WeightPruningConfig(MethodConfig):
             is left out too, the task head, poolers and modules that share their weight with embeddings; otherwise
             nothing.
         pruning_op_types: Class names of modules that are pruned; subclasses count.
-        min_sparsity_ratio_per_op: What each weight matrix loses at least, reached with the last pruning update.
-        max_sparsity_ratio_per_op: What each weight matrix loses at most.
+        min_sparsity_ratio_per_op: Smallest sparsity of each weight matrix, reached with the last pruning update.
+        max_sparsity_ratio_per_op: Largest sparsity of each weight matrix.
         local_configs: One dict for each group of weights; its keys win over the fields above. Only weights that a
             dict selects are pruned; where two select the same weight, the first one owns it.
         progressive: Whether the zeros of a pruning update come in four increments, a quarter of `pruning_frequency`
@@ -70,8 +70,8 @@ class WeightPruningConfig(MethodConfig):
             the fraction `reg_coeff / norm of the gradient`.
         reg_coeff: How strongly `reg_type` shrinks; above 0 with a `reg_type`.
         criterion_reduce_type: How the scores of a unit's weights become one: `mean`, `sum` or `max`.
-        achieved_sparsity: Filled in when it is done: pruned units over all units (times N/M).
-        heads_per_layer, neurons_per_layer: Filled in by `slim`: what is left in each layer. Heads are counted as
+        achieved_sparsity: Filled in at the end: pruned units over all units (times N/M).
+        heads_per_layer, neurons_per_layer: Filled in by `slim`: how many each layer keeps. Heads are counted as
             key-value heads.
 
     Source:
@@ -220,7 +220,7 @@ def _check_reconstruction(config: WeightPruningConfig) -> None:
     if config.criterion != "sparsegpt":
         return
     pattern = config.parsed_pattern
-    # What is left in a row of W makes up for what goes there, one column after the other.
+    # In each row of W, the remaining weights compensate for the pruned ones, one column after the other.
     if not isinstance(pattern, NMPattern) and getattr(pattern, "columns", None) != 1:
         raise ValueError(f"pattern must be 'N:M' or 'Nx1' with criterion='sparsegpt', got {config.pattern!r}.")
     if config.scope != "local":

@@ -1,4 +1,4 @@
-"""How much a weight matters, from its value W and its gradient G, or from the inputs X of its module.
+"""Scores the importance of weights by their values W and gradients G, or by the inputs X of their module.
 
 Letters: R outputs, C inputs of a weight seen as a matrix.
 """
@@ -37,7 +37,7 @@ CRITERIA: dict[str, Callable[[Tensor, Any], Tensor]] = {
 }
 
 
-# Those that look at inputs. `sparsegpt` is no score that could be kept: it chooses while it changes weights.
+# Criteria that read inputs. `sparsegpt` has no fixed score: it chooses weights while it changes others.
 _ON_INPUTS = ("wanda", "sparsegpt")
 
 
@@ -52,7 +52,7 @@ def needs_inputs(criterion: str) -> bool:
 
 
 def wanda(weight: Tensor, norms: Tensor) -> Tensor:
-    """How much the output of a linear module changes without each of its weights, one at a time.
+    """Score each weight by the change of a linear module's output without that weight.
 
     Args:
         weight: [R, C].

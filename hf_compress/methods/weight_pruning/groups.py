@@ -1,4 +1,4 @@
-"""Which weights of a model a config selects."""
+"""Selects the weights of a model that a config prunes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_compress.methods.weight_pruning.prunable import PrunableWeight, WeightGr
 
 
 def _bodies(model: nn.Module) -> tuple[str, ...]:
-    """The prefixes of module names that are not part of a task head."""
+    """The prefixes of the names of modules outside the task head."""
     if getattr(model, "base_model", model) is not model:
         return (f"{model.base_model_prefix}.",)
     # T5 with a head has no base model inside, but an encoder and a decoder that are models themselves.
@@ -48,7 +48,7 @@ def _select(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Paramet
             continue
         if everything and ("pooler" in name or not name.startswith(bodies)):
             continue
-        # Embeddings are pruned only where their class is asked for, and never as a linear module that shares them.
+        # Embeddings are pruned only if their class is named, and never as a linear module that shares them.
         if everything and weight in words and not isinstance(module, nn.Embedding):
             continue
         taken.add(weight)
@@ -114,7 +114,7 @@ def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[WeightGroup
         ValueError: If a group is empty, or the config is the record of a model that `slim` made smaller.
     """
     if config.heads_per_layer is not None:
-        # What training would then record says nothing about this model.
+        # The record of such a training would not describe this model.
         raise ValueError(
             f"heads_per_layer and neurons_per_layer must be None before pruning (slim fills them in), got "
             f"{config.heads_per_layer} and {config.neurons_per_layer}."

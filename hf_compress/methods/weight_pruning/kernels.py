@@ -125,7 +125,7 @@ class Original:
     def __init__(self, weight: Tensor) -> None:
         self.weight, self.version, self.address, self.dtype = weight, weight._version, weight.data_ptr(), weight.dtype
         self.probes: tuple[Tensor, Tensor] | None = None
-        # A GPU would have to be waited for.
+        # Reading them would wait for a GPU.
         if weight.device.type == "cpu":
             sizes, (rows, columns) = weight.detach().abs(), weight.shape
             self.probes = (

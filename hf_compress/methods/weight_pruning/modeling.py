@@ -1,4 +1,4 @@
-"""Pruning a model at once, without training."""
+"""Prunes a model at once, without training."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def compress(model: PreTrainedModel, config: WeightPruningConfig, data: Data | N
 
     Args:
         model: Changed in place: weights become zero, nothing else. `sparsegpt` also changes the weights that stay.
-        config: What to prune.
+        config: Which weights to prune, and how many.
         data: Labelled batches for the criteria that look at gradients: `gradient` and `snip` use the gradient of all
             the data, `snip_momentum` treats each batch as one optimizer step. Batches without labels are enough for
             `wanda` (read once) and `sparsegpt` (read again and again).
@@ -69,7 +69,7 @@ def compress(model: PreTrainedModel, config: WeightPruningConfig, data: Data | N
         ValueError: If gradients are needed and a batch has no labels, or if a score is not finite.
     """
     groups = groups_of(model, config)
-    # Reconstruction comes last, so that it sees everything else pruned.
+    # Reconstruction comes last, so that it sees all other weights pruned.
     swept = [group for group in groups if group.config.criterion == "sparsegpt"]
     ranked = [group for group in groups if group not in swept]
     scores = _scores(model, ranked, data)
@@ -83,7 +83,7 @@ def compress(model: PreTrainedModel, config: WeightPruningConfig, data: Data | N
         chosen = zero_masks(group.config, scored, kept, [None] * len(scored), group.config.target_sparsity)
         masks.update(zip(scored, chosen, strict=True))
     for prunable, mask in masks.items():
-        # Not in place: until all is done, a failure goes back to the old values.
+        # Not in place: if anything fails later, the old values are restored.
         prunable.weight.data = prunable.weight.data.masked_fill(mask, 0)
     if swept:
         assert data is not None

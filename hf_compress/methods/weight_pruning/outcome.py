@@ -1,4 +1,4 @@
-"""The step that a finished training writes into the model's record."""
+"""Writes the step of a finished training into the model's record."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def config_of(step: dict[str, Any]) -> WeightPruningConfig:
 
 
 def record_step(model: nn.Module, config: WeightPruningConfig, achieved: float) -> None:
-    """Write a finished step into a model's config; a step that stands there already is written once.
+    """Write a finished step into a model's config, unless the config already holds it.
 
     Args:
         model: Its config is changed.
-        config: What was asked for.
+        config: The config of the training.
         achieved: Sparsity over all weights that the config selects.
     """
     own_config_(model)

@@ -1,6 +1,6 @@
-"""Which weights become zero together: blocks, channels, attention heads, or N of every M neighbours.
+"""Patterns of weights that become zero together: blocks, channels, attention heads, or N of every M neighbours.
 
-A pattern divides a matrix into *units*. It says how important a unit is and which elements go when a unit is pruned.
+A pattern divides a matrix into *units*. It scores the units and says which elements a pruned unit loses.
 Shapes that the pattern does not divide are padded; padding is never counted as a weight.
 
 Letters: R outputs (rows), C inputs (columns), U units, S projections inside one matrix.

@@ -1,4 +1,4 @@
-"""Pruning updates whose zeros come in four increments, the least important of the new ones first.
+"""Spreads the zeros of a pruning update over four increments, the least important ones first.
 
 In between, the rest of the model learns to do without a quarter of them, then without half, before all are zero.
 """
@@ -22,7 +22,7 @@ _GOES, _RETURNS = 1, 2
 
 
 def plan_of(before: Tensor | None, after: Tensor) -> Tensor:
-    """What a pruning update does to each element, as its increments need it.
+    """Make the plan of a pruning update: what happens to each element.
 
     Args:
         before: Bool, True for zero, when the update is made; None: nothing is zero.

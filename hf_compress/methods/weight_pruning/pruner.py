@@ -1,4 +1,4 @@
-"""Pruning in the course of one training: what each event of the training does to the weights."""
+"""Prunes weights during one training: one method for each event of the training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Pruner:
     """Prunes the weights of one training by its timetable.
 
     Args:
-        groups: What to prune, and when.
+        groups: The weights to prune, and their schedules.
         optimizer: Of the training.
         model: Zeros of its earlier steps are kept where no group decides.
         global_step: Updates made so far, more than none when a training resumes.
@@ -72,11 +72,11 @@ class Pruner:
         return global_step >= self.last_update and not self._late
 
     def leave(self, weights: Collection[nn.Parameter]) -> None:
-        """Keep no zeros in these weights any more: somebody else decides about them."""
+        """Stop keeping zeros in these weights, because another callback prunes them."""
         self._zeros.release(weights)
 
     def prune(self, global_step: int) -> bool:
-        """Before an update: make the weights zero that are due.
+        """Before an update: set the weights to zero that are due.
 
         Returns:
             Whether anything was due.
@@ -133,7 +133,7 @@ class Pruner:
         self.sparsity = self.achieved_sparsity() if self._state.masks else 0.0
 
     def achieved_sparsity(self) -> float:
-        """Counted in the live weights: units that happen to be zero without being pruned count as well."""
+        """The sparsity of the live weights; units that are zero by chance count too."""
         return sparsity_of([scheduled.selected for scheduled in self.groups])
 
     def check_targets(self) -> None:

@@ -1,4 +1,4 @@
-"""Which weights become zero, given their scores and the sparsity that is due."""
+"""Chooses the weights that become zero, given their scores and the sparsity that is due."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def zero_masks(
     pruned: Sequence[Tensor | None],
     sparsity: float,
 ) -> list[Tensor]:
-    """Which elements are zero from now on, chosen anew among all of them.
+    """Choose the elements that are zero from now on, among all of them.
 
     Args:
         config: Pattern, scope and bounds.

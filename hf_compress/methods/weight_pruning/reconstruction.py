@@ -1,4 +1,4 @@
-"""Pruning a matrix so that the weights that stay make up for those that go: products with known inputs change little.
+"""Prunes a matrix and adjusts the remaining weights, so that its products with known inputs change little.
 
 Columns are treated from left to right. Removing a weight changes those to its right by the optimal brain surgeon's
 rule; one triangular factor holds the inverse matrices of all columns.

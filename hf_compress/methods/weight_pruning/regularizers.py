@@ -1,4 +1,4 @@
-"""What makes whole blocks of a weight small before they are pruned.
+"""Regularisers that shrink whole blocks of a weight before they are pruned.
 
 Letters: R outputs, C inputs of a weight seen as a matrix; b elements of a block.
 """
@@ -12,7 +12,7 @@ from hf_compress.methods.weight_pruning.patterns import BlockPattern
 
 
 def _norms(matrix: Tensor, pattern: BlockPattern) -> Tensor:
-    """Of each block. Squares of small numbers vanish in half precision."""
+    """The norm of each block, in at least single precision: squares of small numbers vanish in half precision."""
     precise = matrix if matrix.dtype == torch.float64 else matrix.float()
     return pattern.reduce(precise.square(), "sum").sqrt()
 

@@ -1,4 +1,4 @@
-"""Which units go: exactly as many as asked for, the least important ones, within bounds for each weight.
+"""Chooses the units to prune: exactly the requested number, the least important ones, within bounds for each weight.
 
 Letters: U units of a weight, K units to prune over all weights.
 """

@@ -1,4 +1,4 @@
-"""The regulariser that makes whole blocks smaller in the course of a training, and how far it may go."""
+"""Applies the regulariser that shrinks whole blocks during a training, and limits its effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From zero channels to smaller layers: what no input can change is cut out, and its constant share goes into a bias.
+"""Cuts dead channels out of layers: what no input can change is removed, and its constant part goes into a bias.
 
 Letters: U attention units (key-value heads), G query heads of a unit, d head size, D hidden, F feed-forward width.
 """
@@ -35,11 +35,11 @@ _NOTHING = {"pattern": "1xchannel", "target_sparsity": 0.0, "criterion": "magnit
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays of one sublayer.
+    """The units that one sublayer keeps.
 
     Args:
         keep: Ascending indices of the heads or neurons that stay.
-        bias: [D] of the projection that read what goes, with its constants added; None: unchanged.
+        bias: [D] bias of the output projection, with the constants of the removed units added; None: unchanged.
     """
 
     keep: list[int]
@@ -136,7 +136,7 @@ def dead_units(layer: TransformerLayer) -> tuple[Tensor, Tensor]:
 
 
 def plan(layer: TransformerLayer, prune_heads: bool, round_to: int) -> tuple[Cut, Cut]:
-    """What stays of a layer's two sublayers. Nothing is changed."""
+    """Find what a layer's two sublayers keep. Nothing is changed."""
     gone, context = dead_units(layer)
     heads = _kept(gone if prune_heads else torch.zeros_like(gone), 1)
     units = [unit for unit in range(layer.num_units) if unit not in set(heads)]

@@ -1,4 +1,4 @@
-"""How many units of a model's weights are zero now."""
+"""Counts the units of a model's weights that are zero."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_compress.methods.weight_pruning.prunable import WeightGroup, tied
 
 
 def pruned_units(group: WeightGroup) -> tuple[int, int]:
-    """How many units of a group are zero in the live weights, and how many it has."""
+    """Count the units of a group that are zero in the live weights, and all its units."""
     units = [
         prunable.pattern(group.config).pruned_units(prunable.matrix(prunable.weight.detach() == 0))
         for prunable in group.weights

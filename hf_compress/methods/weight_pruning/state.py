@@ -1,7 +1,7 @@
-"""What a training remembers of the weights it prunes: masks, scores, and what a pruning update is still to bring.
+"""The state of a training that prunes weights: masks, scores, and the plan of an unfinished pruning update.
 
-What cannot be computed again also lies in the optimizer's state: checkpoints carry it, and resumed training goes on
-exactly.
+State that cannot be computed again is also kept in the optimizer's state, so that checkpoints hold it and a resumed
+training continues exactly.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class PruningState:
         self._save(weights)
 
     def advance(self, group: WeightGroup, increment: int) -> None:
-        """Let more of the zeros come that the last pruning update decided on."""
+        """Apply the next increments of the last pruning update."""
         weights = [prunable for prunable in group.weights if prunable in self._plans]
         if not weights:
             return
@@ -137,7 +137,7 @@ class PruningState:
         self._zeros.hold(prunable, mask)
 
     def _save(self, weights: Iterable[PrunableWeight], stepped: bool = False) -> None:
-        """Put what cannot be computed again into the optimizer's state."""
+        """Put the state that cannot be computed again into the optimizer's state."""
         state = self._optimizer.state
         for prunable in weights:
             # Optimizers set their state up at their first step, and only where there is none at all.

@@ -1,4 +1,4 @@
-"""When weights are pruned in a training of a given length. Everything here is a function of `global_step` alone."""
+"""The pruning updates of a training of a given length. Everything here is a function of `global_step` alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def schedule_of(config: WeightPruningConfig, max_steps: int, steps_per_epoch: float) -> SparsitySchedule:
-    """When a config prunes in a training of `max_steps` updates.
+    """Plan the pruning updates of a config in a training of `max_steps` updates.
 
     Raises:
         ValueError: If its pruning updates do not fit.
@@ -118,7 +118,7 @@ class ScheduledGroup:
 def scheduled_groups(
     model: nn.Module, config: WeightPruningConfig, optimizer: Optimizer, max_steps: int, steps_per_epoch: int
 ) -> list[ScheduledGroup]:
-    """What a training prunes, and when.
+    """Plan which weights a training prunes, and when.
 
     Raises:
         ValueError: If the optimizer has none of the weights, or target or schedule are out of reach.

@@ -1,4 +1,4 @@
-"""What weight pruning does in the training of a model that was pruned before."""
+"""Weight pruning in the later training of a pruned model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that stay zero whatever an optimizer does to them."""
+"""Keeps weights zero whatever an optimizer does to them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def forget(callback: TrainerCallback) -> None:
 
 
 class Zeros:
-    """Which elements of some weights are to be zero."""
+    """Keeps elements of some weights zero."""
 
     def __init__(self) -> None:
         self._kept_bits: dict[PrunableWeight, Tensor] = {}
@@ -139,7 +139,7 @@ def _recorded_weights(model: PreTrainedModel) -> Iterable[PrunableWeight]:
         try:
             groups = selected(model, config_of(step))
         except ValueError as error:
-            # Adapters, or a later step that replaced what this one speaks of.
+            # The model has adapters, or a later step has replaced modules of this one.
             logger.warning("Zeros of weight pruning cannot be held any more: %s", error)
             continue
         found.update((prunable.name, prunable) for group in groups for prunable in group.weights)
