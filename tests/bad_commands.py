@@ -297,7 +297,8 @@ TEXTS = {
     "mixed.csv": f"sentence,label\n{GOOD_ROWS}good w1,up\n", "broken.json": '{"sentence": "a", "label": 1',
     "scalar.json": "3\n", "list.json": "[1, 2, 3]\n", "words.json": "not json at all\n", "empty.json": "",
     "nulls.jsonl": '{"sentence": null, "label": null}\n' * 9,
-    "lists.jsonl": '{"sentence": "a", "label": [1, 0]}\n{"sentence": "b", "label": [0]}\n',
+    # Lists of ids are several labels for a text; ids and lists of them are neither one nor the other.
+    "lists.jsonl": '{"sentence": "a", "label": [[1], 0]}\n{"sentence": "b", "label": [0]}\n',
     "mixed.jsonl": '{"sentence": "a", "label": 1}\n{"sentence": "b", "label": "up"}\n',
     "text_is_number.jsonl": '{"sentence": 3, "label": 1}\n{"sentence": "b", "label": 0}\n',
     "text_is_list.jsonl": '{"sentence": ["a"], "label": 1}\n{"sentence": ["b"], "label": 0}\n',

@@ -93,9 +93,9 @@ def task_for(name: str, data: DataArguments) -> Task:
         ValueError: If the data cannot be read or do not fit any kind.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError):
-        # Who opens the model says what is wrong with it.
+        config = _open_config(name)
+    except (OSError, ValueError):
+        # Whatever opens the model says what is wrong with it.
         config = None
     return load_task(data, config)
 
