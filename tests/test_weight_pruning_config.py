@@ -37,7 +37,7 @@ BAD = [
         {"progressive": True, "pruning_frequency": 3},
         "pruning_frequency must be at least 4 with progressive=True, got 3",
     ),
-    ({"progressive": True, "pattern": "mha"}, "pattern must be another one than 'mha' with progressive=True"),
+    ({"progressive": True, "pattern": "mha"}, "pattern must not be 'mha' with progressive=True"),
     (
         {"reg_type": "group_lasso"},
         "reg_coeff must be positive with a reg_type and 0 without, got 0.0 with group_lasso",

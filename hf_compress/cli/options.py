@@ -150,10 +150,10 @@ def _defined_at(module: str, name: str) -> str | None:
     found = _source(module)
     if name in found.classes:
         return f"{module}.{name}"
-    place = found.imports.get(name)
-    if place is None or place.startswith("transformers."):
-        return place
-    above, _, own = place.rpartition(".")
+    path = found.imports.get(name)
+    if path is None or path.startswith("transformers."):
+        return path
+    above, _, own = path.rpartition(".")
     return _defined_at(above, own) if above.partition(".")[0] == module.partition(".")[0] or _is_ours(above) else None
 
 
@@ -192,8 +192,8 @@ def _file_of(module: str) -> Path:
         raise ValueError(f"The source of module {module!r} cannot be found: is its package still installed?")
     if not rest:
         return Path(spec.origin)
-    place = Path(spec.origin).parent.joinpath(*rest)
-    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    path = Path(spec.origin).parent.joinpath(*rest)
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def _option(statement: ast.stmt, texts: dict[str, str]) -> Option | None:

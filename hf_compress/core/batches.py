@@ -135,8 +135,8 @@ def seen_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """The tokens that a model's layers see, and which of them are real.
 
     Args:
-        model: A supported architecture. Where nothing says how many tokens it makes of its input (the patches of an
-            image and what stands before them), it runs up to its first layer.
+        model: A supported architecture. If its config does not tell how many tokens it makes of its input (patches
+            of an image and tokens before them), it runs up to its first layer.
         inputs: Its batch, on its device.
 
     Returns:

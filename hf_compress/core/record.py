@@ -96,7 +96,7 @@ def record_of(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def quantized_by_another(config: PretrainedConfig) -> bool:
-    """Whether the model was quantised by another package, so that its config has no room for a record of ours."""
+    """Whether the model was quantised by another package, so that its config cannot hold our record."""
     found = getattr(config, "quantization_config", None)
     kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     return found is not None and kind != QUANT_METHOD

@@ -205,7 +205,7 @@ def speedups(latencies: Sequence[Latency], baseline: str) -> dict[str, Speedup]:
 
 
 def batches_by_length(rows: Dataset, batch_size: int, limit: int | None = None) -> list[list[int]]:
-    """Which rows to put into a batch, so that its rows have about the same length.
+    """Choose the rows of each batch, so that the rows of a batch have about the same length.
 
     Args:
         rows: Encoded examples; images all count as equally long.

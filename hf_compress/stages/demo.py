@@ -91,7 +91,7 @@ class Demo(StageArguments):
     """What `demo` takes.
 
     Args:
-        demo: Its dials.
+        demo: Its settings.
         data: A task of the user's own; by default five classes of news articles.
         output: Folder for everything the demo makes. A stage that is already there with the same inputs is not
             repeated.

@@ -95,7 +95,7 @@ def task_for(name: str, data: DataArguments) -> Task:
     try:
         config = _open_config(name)
     except (OSError, ValueError):
-        # Whatever opens the model says what is wrong with it.
+        # Opening the model later reports what is wrong with it.
         config = None
     return load_task(data, config)
 
@@ -249,14 +249,14 @@ def save_stage(
     """Save model, tokenizer and `results.json` so that the directory is complete or does not load.
 
     Args:
-        directory: Where to.
-        model: What to save.
+        directory: The folder.
+        model: The model to save.
         processor: Its tokenizer or image processor.
         results: What `results.json` shall hold.
         task: What the model is for; sentence encoders have further files beside them.
 
     Raises:
-        ValueError: If the disk is full or the place cannot be written.
+        ValueError: If the disk is full or the folder cannot be written.
     """
     with complete_or_absent(directory) as staged:
         model.save_pretrained(staged)

@@ -41,7 +41,7 @@ from hf_compress.training.trainer import CompressionTrainer
 
 @dataclass
 class PruningArguments:
-    """What goes on beside pruning.
+    """Options beside those of pruning.
 
     Args:
         do_prune: Whether to prune. False trains in the same way without pruning, for comparison.

@@ -21,7 +21,7 @@ _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def tokenizer_for(processor: Processor, max_length: int | None = None) -> PreTrainedTokenizerBase:
-    """A processor that reads texts, of so many tokens at most.
+    """Check that a processor reads texts of up to `max_length` tokens.
 
     Raises:
         ValueError: If it reads images, or its model can take fewer tokens.

@@ -12,7 +12,7 @@ from hf_compress.core.labels import says_nothing
 from hf_compress.tasks.task import Array, Task
 
 
-# Below so many classes, few rows for each are a small file and no mistake.
+# With fewer classes than this, few rows for each class mean a small file, not a mistake.
 _MANY = 20
 
 

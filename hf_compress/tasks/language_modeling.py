@@ -1,4 +1,4 @@
-"""Running text, of which a model predicts each next token.
+"""Running text whose next token a model predicts.
 
 Letters: B windows, S tokens.
 """

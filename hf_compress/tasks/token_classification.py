@@ -1,4 +1,4 @@
-"""Words of a sentence that have a tag each: names of people and places, parts of speech.
+"""Tags for the words of a sentence: names of people and places, parts of speech.
 
 Letters: B sentences, S tokens, C classes.
 """

@@ -79,7 +79,7 @@ class TeacherCache:
             self._database = sqlite3.connect(
                 self.directory / _FILE, timeout=_PATIENCE, isolation_level=None, check_same_thread=False
             )
-            # Python 3.13 warns of connections that nobody closed.
+            # Python 3.13 warns of connections that are not closed.
             weakref.finalize(self, self._database.close)
             self._database.executescript(_SETTINGS)
         with self._writing():

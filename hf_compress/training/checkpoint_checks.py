@@ -34,7 +34,7 @@ def require_complete(checkpoint: Path, num_processes: int = 1) -> None:
 
     Args:
         checkpoint: Its folder.
-        num_processes: Of the training that goes on; each reads a random state of its own.
+        num_processes: Number of processes of the resumed training; each reads its own random state.
 
     Raises:
         ValueError: If this is no checkpoint, or a file of it is missing.
@@ -42,7 +42,7 @@ def require_complete(checkpoint: Path, num_processes: int = 1) -> None:
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         raise ValueError(f"resume_from_checkpoint must be true or a checkpoint folder, got {str(checkpoint)!r}.")
     reason = missing_part(checkpoint, num_processes)
-    # Whoever reads a folder inside says what it lacks.
+    # The reader of an inner folder reports what it lacks.
     if reason is not None and "/" not in reason:
         raise ValueError(
             f"resume_from_checkpoint {str(checkpoint)!r} cannot be read: {reason}. Name another checkpoint, or true "
@@ -55,8 +55,8 @@ def require_readable(checkpoint: Path, process: int, num_processes: int) -> None
 
     Args:
         checkpoint: Its folder.
-        process: The number of the process that goes on.
-        num_processes: How many go on.
+        process: The number of this process.
+        num_processes: Number of processes of the resumed training.
 
     Raises:
         ValueError: Names the part that cannot be read.

@@ -82,7 +82,7 @@ class CheckpointWriter(TrainerCallback):
         """
         self.folder = Path(folder)
         if self.args.should_save:
-            # A training that goes on may have read its model from its own folder.
+            # A resumed training may have read its model from its own folder.
             require_own_folder(folder, teachers if resume else {"the model": model, **teachers})
             own = {str(path.resolve()) for path in checkpoints_of(folder)}
             for name, origin in teachers.items():
@@ -150,7 +150,7 @@ class CheckpointWriter(TrainerCallback):
 
     @contextmanager
     def written(self, state: TrainerState, aside: bool) -> Iterator[Path]:
-        """Gives the folder into which the block writes a checkpoint; afterwards it is complete in `self.folder`.
+        """Give the folder into which the block writes a checkpoint; afterwards it is complete in `self.folder`.
 
         All processes of the training enter and leave together.
 

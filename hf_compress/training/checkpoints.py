@@ -92,7 +92,7 @@ def defect(checkpoint: Path, num_processes: int = 1) -> str | None:
 
 
 def last_whole_checkpoint(folder: str | os.PathLike[str], num_processes: int = 1) -> Path | None:
-    """The checkpoint from which the training that last ran in a folder goes on.
+    """Find the checkpoint from which the last training of a folder resumes.
 
     Checkpoints of an earlier run in the same folder are not taken, nor are damaged ones.
 

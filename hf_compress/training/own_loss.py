@@ -1,4 +1,4 @@
-"""Whether a class made of a user's trainer and one of ours still computes our loss."""
+"""Checks that a class derived from a user's trainer and one of ours still computes our loss."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def _two_rows(data: Any) -> Any:
 
 
 class MetricCallback(TrainerCallback):
-    """One of ours whose `on_evaluate` adds metrics."""
+    """Base of this package's callbacks whose `on_evaluate` adds metrics."""
 
 
 def _adds_metrics(trainer: Trainer, ours: type) -> bool:

@@ -50,7 +50,7 @@ class ResumableTrainer(Trainer):
         self._resumed: Path | None = None
 
     def _core(self) -> PreTrainedModel:
-        """The student without what wraps it: processes, adapters."""
+        """The student without its wrappers (distributed training, adapters)."""
         core: PreTrainedModel = base_of(self.accelerator.unwrap_model(self.model))
         return core
 
@@ -60,7 +60,7 @@ class ResumableTrainer(Trainer):
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def checkpoint_parts(self) -> Sequence[CheckpointPart]:
-        """What is saved into every checkpoint besides what `Trainer` writes."""
+        """The state to save into every checkpoint besides the files that `Trainer` writes."""
         return [self._epoch_order]
 
     def teacher_origins(self) -> dict[str, str]:
@@ -89,7 +89,7 @@ class ResumableTrainer(Trainer):
             super().init_hf_repo(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.create_model_card`, with what was done to the model; a README.md of somebody else stays."""
+        """As `Trainer.create_model_card`, with the steps of the model; a README.md that a person wrote stays."""
         file = Path(str(self.args.output_dir), CARD)
         if not self.is_world_process_zero() or not may_be_replaced(file):
             return
@@ -128,7 +128,7 @@ class ResumableTrainer(Trainer):
         """Refuse a checkpoint that is damaged, or of another model or kind of training.
 
         Args:
-            model: The one that goes on, without what wraps it.
+            model: The model that resumes, without wrappers.
 
         Raises:
             ValueError: Names the part that does not fit.

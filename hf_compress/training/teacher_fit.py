@@ -48,8 +48,8 @@ def require_own_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> N
     """
     if teacher is student:
         raise ValueError(
-            "teacher_model must be another object than model, got the same (compress changes a model in place: "
-            "open the teacher a second time, or copy.deepcopy it first)."
+            "teacher_model must be another object than model (compress changes a model in place and returns it). "
+            "Open the teacher a second time, or copy.deepcopy it before compress."
         )
     theirs = {id(parameter) for parameter in teacher.parameters()}
     common = [name for name, parameter in student.named_parameters() if id(parameter) in theirs]

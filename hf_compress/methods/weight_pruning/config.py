@@ -247,7 +247,7 @@ def _check_training(config: WeightPruningConfig) -> None:
             "the zeros of a pruning update come in four increments."
         )
     if config.progressive and isinstance(config.parsed_pattern, HeadPattern):
-        raise ValueError("pattern must be another one than 'mha' with progressive=True: a head is pruned in one go.")
+        raise ValueError("pattern must not be 'mha' with progressive=True: a head is pruned in one go.")
     if config.needs_inputs and (config.progressive or config.reg_type is not None):
         raise ValueError(
             f"progressive and reg_type must be left out with criterion={config.criterion!r}, which prunes at once."

@@ -150,10 +150,10 @@ class PruningState:
 def require_pattern(
     config: WeightPruningConfig, prunable: PrunableWeight, mask: Tensor | None, scores: Tensor | None
 ) -> None:
-    """Refuse what a checkpoint holds of a weight when it was made with another pattern.
+    """Refuse the state of a weight in a checkpoint that was made with another pattern.
 
     Args:
-        config: How pruning goes on.
+        config: The config of the resumed training.
         prunable: Which weight.
         mask: Of the weight's shape, True for zero; None when nothing was pruned.
         scores: In the form that `reduce` of the pattern gives; None when there are none.

@@ -68,7 +68,7 @@ def _steps_of_increments(config: WeightPruningConfig) -> int:
 
 @dataclass(frozen=True, eq=False)
 class ScheduledGroup:
-    """One group of weights and its schedule in the training at hand.
+    """One group of weights and its schedule in this training.
 
     Args:
         trained: The weights that the optimizer has, which alone can be pruned.
