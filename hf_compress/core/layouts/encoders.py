@@ -12,7 +12,7 @@ from hf_compress.core.layouts.layout import Architecture, PositionWork
 from hf_compress.core.projections import Role
 
 
-_BERT = Architecture(
+BERT = Architecture(
     layers="encoder.layer",
     attention="attention.self",
     projections={
@@ -44,13 +44,13 @@ def _deberta_positions(attention: nn.Module) -> PositionWork:
 
 
 ENCODERS: dict[str, Architecture] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
-    "electra": _BERT,
-    "data2vec-text": _BERT,
-    "ernie": _BERT,
+    "bert": BERT,
+    "roberta": BERT,
+    "xlm-roberta": BERT,
+    "camembert": BERT,
+    "electra": BERT,
+    "data2vec-text": BERT,
+    "ernie": BERT,
     "distilbert": Architecture(
         layers="transformer.layer",
         attention="attention",
@@ -67,8 +67,8 @@ ENCODERS: dict[str, Architecture] = {
         head_counters=("n_heads",),
         ffn_size="hidden_dim",
     ),
-    "mpnet": Architecture(
-        layers="encoder.layer",
+    "mpnet": replace(
+        BERT,
         attention="attention.attn",
         projections={
             "attention.attn.q": (Role.QUERY,),
@@ -78,16 +78,12 @@ ENCODERS: dict[str, Architecture] = {
             "intermediate.dense": (Role.FFN_IN,),
             "output.dense": (Role.FFN_OUT,),
         },
-        activation="intermediate.intermediate_act_fn",
-        head_size="attention_head_size",
-        head_counters=("num_attention_heads", "all_head_size*d"),
-        ffn_size="intermediate_size",
         attention_interface=False,
         head_bias="position_bias",
     ),
     # Positions have projections of their own only where `share_att_key` is off; DeBERTa-v3 shares those of the tokens.
-    "deberta-v2": Architecture(
-        layers="encoder.layer",
+    "deberta-v2": replace(
+        BERT,
         attention="attention.self",
         projections={
             "attention.self.query_proj": (Role.QUERY,),
@@ -99,10 +95,6 @@ ENCODERS: dict[str, Architecture] = {
             "intermediate.dense": (Role.FFN_IN,),
             "output.dense": (Role.FFN_OUT,),
         },
-        activation="intermediate.intermediate_act_fn",
-        head_size="attention_head_size",
-        head_counters=("num_attention_heads", "all_head_size*d"),
-        ffn_size="intermediate_size",
         attention_interface=False,
         position_work=_deberta_positions,
     ),

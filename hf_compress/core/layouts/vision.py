@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import transformers
 from packaging.version import Version
 
+from hf_compress.core.layouts.encoders import BERT
 from hf_compress.core.layouts.layout import Architecture
 from hf_compress.core.projections import Role
 
@@ -30,8 +33,8 @@ if Version(transformers.__version__) >= Version("5.9"):
         free_heads=True,
     )
 else:
-    _VIT = Architecture(
-        layers="encoder.layer",
+    _VIT = replace(
+        BERT,
         attention="attention.attention",
         projections={
             "attention.attention.query": (Role.QUERY,),
@@ -41,10 +44,6 @@ else:
             "intermediate.dense": (Role.FFN_IN,),
             "output.dense": (Role.FFN_OUT,),
         },
-        activation="intermediate.intermediate_act_fn",
-        head_size="attention_head_size",
-        head_counters=("num_attention_heads", "all_head_size*d"),
-        ffn_size="intermediate_size",
         pre_norm=True,
     )
 
