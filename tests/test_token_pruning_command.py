@@ -199,7 +199,7 @@ def test_an_interrupted_command_goes_on(inside, monkeypatch):
     line = f"{PRUNE} {TRAIN} {LEARNED} --target_relative_macs 0.6"
     assert main(f"{line} --save_strategy no".replace("dir out", "dir whole").split()) == 0
     whole = reopened("whole").state_dict()
-    # In the soft stage, and in the hard one, where the second epoch has begun.
+    # In the soft phase, and in the hard one, where the second epoch has begun.
     for stop in (2, 6):
         broken = f"{line} --save_strategy steps --save_steps {stop}".replace("dir out", f"dir out{stop}").split()
 
@@ -288,8 +288,8 @@ CASES = [
     (f"{FIXED} --prune_mode topk", "prune_mode must be 'absolute_threshold' or left out"),
     (f"{FIXED.replace('path pruned', 'path topk')} --prune_mode absolute_threshold", "prune_mode must be 'topk'"),
     (PRUNE.replace("path model", "path pruned") + " --score_norm live", "score_norm must be 'reference' or left out"),
-    (f"{PRUNE} --resume_from_checkpoint hard/checkpoint-2", "resume_from_checkpoint must be of the soft stage, got"),
-    (f"{MANUAL} --resume_from_checkpoint soft/checkpoint-2", "resume_from_checkpoint must be of the hard stage, got"),
+    (f"{PRUNE} --resume_from_checkpoint hard/checkpoint-2", "resume_from_checkpoint must be of the soft phase, got"),
+    (f"{MANUAL} --resume_from_checkpoint soft/checkpoint-2", "resume_from_checkpoint must be of the hard phase, got"),
     (f"{PRUNE} --resume_from_checkpoint model", "resume_from_checkpoint must be true or a checkpoint folder"),
 ]  # fmt: skip
 

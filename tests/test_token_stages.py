@@ -51,7 +51,7 @@ def test_soft_and_hard_stage(model, rows, tokenizer, tmp_path):
     hard = AutoModelForSequenceClassification.from_pretrained(tmp_path / "soft", masking_mode="hard")
     assert torch.equal(thresholds_of(hard).values, moved)
     other = hc.CompressionTrainer(hard, arguments(tmp_path / "x"), **common)
-    with pytest.raises(ValueError, match="must be of the hard stage, got one of the soft stage. Open it"):
+    with pytest.raises(ValueError, match="must be of the hard phase, got one of the soft phase. Open it"):
         other.train(resume_from_checkpoint=str(tmp_path / "soft" / "checkpoint-2"))
     second = hc.CompressionTrainer(
         hard, arguments(tmp_path / "hard", max_steps=3, learning_rate=1e-3, eval_strategy="no"),

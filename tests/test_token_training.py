@@ -118,7 +118,7 @@ def test_a_checkpoint_of_a_switching_run_needs_the_switch(student, train, tmp_pa
     saved = student(masking_mode=stage, token_prune_stage="switching")
     saved.save_pretrained(tmp_path / "checkpoint")
     for mode in ("soft", "hard"):
-        with pytest.raises(ValueError, match=f"of the {mode} stage, got one of a training that switches.*Switch"):
+        with pytest.raises(ValueError, match=f"of the {mode} phase, got one of a training that switches.*Switch"):
             train(student(masking_mode=mode), resume=str(tmp_path / "checkpoint"))
     switching = student()
     hc.StageSwitchCallback(0.5).on_new_model(switching)
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_a_switching_run_needs_the_switch(student, train, tmp_pa
     assert thresholds_of(opened).values.requires_grad == (stage == "soft")
 
 
-def test_a_soft_stage_that_nobody_steers_says_so(student, train, caplog):
+def test_a_soft_phase_without_a_regulariser_warns(student, train, caplog):
     train(student(), max_steps=1)
     assert caplog.text.count("lambda is 0: nothing pushes tokens out") == 1
     caplog.clear()

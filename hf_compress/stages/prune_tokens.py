@@ -52,7 +52,7 @@ class TokenPruningArguments:
         alpha_output: Weight of the distillation of the teacher's outputs beside the task loss.
         compat: `ltp` trains as the published code of LTP does: the first token may be dropped, padding counts in the
             regulariser, one norm clips everything. Where they are left out, `soft_fraction` is 1 (all updates learn
-            thresholds; a second run from the result, with 0, is the hard stage), both temperatures are 0.001,
+            thresholds; a second run from the result, with 0, is the hard phase), both temperatures are 0.001,
             `lambda_warmup`, `warmup_steps` and `weight_decay` are 0, and batches are drawn at random.
     """
 

@@ -107,8 +107,8 @@ class CheckpointWriter(TrainerCallback):
         self.run = known or secrets.token_hex(8)
         if earlier and not self._goes_on:
             logger.warning(
-                "%s holds checkpoints of an earlier training (%s). resume_from_checkpoint=True will not take them any "
-                "more, and save_total_limit counts them.", root, ", ".join(path.name for path in earlier),
+                "%s holds checkpoints of an earlier training (%s). resume_from_checkpoint=True will no longer resume "
+                "from them, and save_total_limit counts them.", root, ", ".join(path.name for path in earlier),
             )  # fmt: skip
         # Where all checkpoints are of one run, it needs no name.
         if known is None and (checkpoint is not None or earlier or (root / RUN_FILE).exists()):

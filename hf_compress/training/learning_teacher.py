@@ -97,7 +97,7 @@ class LearningTeacher(Learner):
         if loss is None:
             raise ValueError(
                 f"A teacher that learns needs a loss, but {type(self.model).__name__} gave none for the columns "
-                f"{', '.join(sorted(arguments))}. Give it a head, and the data the labels that it takes."
+                f"{', '.join(sorted(arguments))}. Use a teacher with a head, and data with its labels."
             )
         # On an accelerator this would wait for the device; there the trainer checks the averages that it logs.
         if loss.device.type == "cpu" and not torch.isfinite(loss).all():

@@ -79,7 +79,7 @@ def scale_thresholds(
         if abs(far) > math.log(_LARGEST_FACTOR):
             values.copy_(learned)
             logger.warning(
-                "No factor on the thresholds leaves %.3f of the arithmetic (learned: %.3f); they stay as they are.",
+                "No factor on the thresholds leaves %.3f of the arithmetic (now %.3f); they are not changed.",
                 target,
                 now + target,
             )

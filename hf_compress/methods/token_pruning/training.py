@@ -164,12 +164,12 @@ class TokenPruningTraining(MethodTraining):
         # A training that switches is in both phases: its callback knows which.
         if kind in (None, self.phase, config.token_prune_stage):
             return
-        found, remedy = f"one of the {kind} stage", "Open it"
+        found, remedy = f"one of the {kind} phase", "Open it"
         if kind == "switching":
-            found = "one of a training that switches stages"
+            found = "one of a training that switches phases"
             remedy = "Construct a trainer with that training's StageSwitchCallback (--soft_fraction), or open it"
         raise ValueError(
-            f"resume_from_checkpoint must be of the {self.phase} stage, got {found}. {remedy} with "
+            f"resume_from_checkpoint must be of the {self.phase} phase, got {found}. {remedy} with "
             "from_pretrained and call train() without resume_from_checkpoint, into another output_dir."
         )
 

@@ -218,7 +218,7 @@ def slim(model: PreTrainedModel, round_to: int = 1) -> PreTrainedModel:
         own_config_(model)
         append_step(model.config, NAME, completed, instead_of=-1 if goes_on else None)
     left = {"heads": completed.heads_per_layer, "neurons": completed.neurons_per_layer}
-    logger.info("Removed %d heads and %d neurons; left in each layer: %s.", removed_heads, removed_neurons, left)
+    logger.info("Removed %d heads and %d neurons; each layer keeps: %s.", removed_heads, removed_neurons, left)
     return model
 
 

@@ -171,6 +171,6 @@ def require_pattern(
         fits = int(whole.sum()) == int(matrix.sum())
     if not fits:
         raise ValueError(
-            f"resume_from_checkpoint was written with another pattern than {config.pattern!r}: what was pruned of "
-            f"{prunable.name} is of another form. Go on with that pattern, or begin anew."
+            f"resume_from_checkpoint was written with another pattern than {config.pattern!r}: its state of "
+            f"{prunable.name} has another shape. Resume with that pattern, or begin anew."
         )

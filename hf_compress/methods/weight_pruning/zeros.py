@@ -140,7 +140,7 @@ def _recorded_weights(model: PreTrainedModel) -> Iterable[PrunableWeight]:
             groups = selected(model, config_of(step))
         except ValueError as error:
             # The model has adapters, or a later step has replaced modules of this one.
-            logger.warning("Zeros of weight pruning cannot be held any more: %s", error)
+            logger.warning("The zeros of weight pruning are no longer kept: %s", error)
             continue
         found.update((prunable.name, prunable) for group in groups for prunable in group.weights)
     return found.values()
