@@ -36,7 +36,7 @@ def run(stage: Stage, arguments: Sequence[str]) -> None:
     if not sys.stderr.isatty():
         # In a file, a progress bar is one line for each time it moves.
         datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers
     parsed = parse(list(kinds.values()), arguments, defaults, stage.defaults_when)
     groups = dict(zip(kinds, parsed.values, strict=True))
     filled = stage.arguments_class(given=parsed.given, **groups)

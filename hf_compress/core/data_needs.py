@@ -95,7 +95,7 @@ def checked_data(model: PreTrainedModel, data: Data | None, needs: Sequence[Data
     first, batches = _with_first(batches)
     if first is None:
         raise ValueError("data must hold at least one batch, got none.")
-    names: list[str] = find_labels(type(model))  # type: ignore[no-untyped-call]
+    names: list[str] = find_labels(type(model))  # type: ignore[no-untyped-call]  # of transformers
     if isinstance(first, Mapping) and not any(name in first for name in names):
         given = f" with {computing[0].setting}" if computing[0].setting else ""
         raise ValueError(f"data must hold labels{given}, got {sorted(first)}.")

@@ -37,7 +37,7 @@ class CompressionConfig(QuantizationConfigMixin):
     """
 
     # transformers has an enum of its own methods here, and takes any string.
-    quant_method: str = QUANT_METHOD  # type: ignore[assignment]
+    quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # an enum there
     version: int = RECORD_VERSION
     steps: list[dict[str, Any]] = field(default_factory=list)
 
@@ -50,7 +50,7 @@ class CompressionConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         check_record(config_dict)
-        return super().from_dict(config_dict, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return super().from_dict(config_dict, *args, **kwargs)  # type: ignore[no-untyped-call]  # of transformers
 
 
 def check_record(record: Any) -> None:

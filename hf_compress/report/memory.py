@@ -20,7 +20,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """Counts the bytes of the tensors that operations create, as long as they are alive."""
 
     def __init__(self, known: set[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         # Addresses of tensors that were there before: views of them are nothing new.
         self.known = known
         self.live = self.peak = 0

@@ -52,7 +52,7 @@ def open_processor(name: str, kind: type[Task]) -> Processor:
     if not kind.reads_images:
         return open_tokenizer(name)
     try:
-        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
+        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]  # of HF
     except Exception as error:
         # transformers reports a broken file as whatever it breaks first.
         raise ValueError(f"No image processor can be opened at {name!r}: {first_line(error)}") from error

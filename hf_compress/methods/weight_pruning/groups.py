@@ -27,7 +27,7 @@ def _word_weights(model: nn.Module) -> set[nn.Parameter | None]:
     """Weights of embeddings, which a linear module may share, and of the module that scores words."""
     modules: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if isinstance(model, PreTrainedModel):
-        scorer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        scorer = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # of transformers
         modules += [scorer] if isinstance(scorer, nn.Module) else []
     return {module._parameters.get("weight") for module in modules}
 

@@ -25,7 +25,7 @@ _ROWS, _COLUMNS = 32, 64
 
 def csr_obstacle(weight: Tensor) -> str | None:
     """Why a weight cannot use the CSR kernel, or None."""
-    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]  # of torch
         return "this build of torch has no MKL, which holds the fast CSR kernel"
     if weight.dtype != torch.float32:
         return f"dtype must be float32 on the CPU, got {str(weight.dtype).removeprefix('torch.')}"
@@ -183,7 +183,7 @@ class PackedLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # Casting there and back leaves the same parameter with other values.
         self.pack = None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         return self
 
 
@@ -198,4 +198,4 @@ def unpack_(linear: nn.Linear) -> None:
     if type(linear) is PackedLinear:
         del linear.__dict__["pack"]
         # The subclass adds nothing but the pack.
-        linear.__class__ = nn.Linear  # type: ignore[assignment]
+        linear.__class__ = nn.Linear  # type: ignore[assignment]  # back to the plain class
