@@ -191,7 +191,7 @@ def measure(args: argparse.Namespace, threads: int | None) -> dict[str, Any]:
         for timed in latencies:
             found = results[timed.name]
             found["batch"][str(size)] = {**timed.to_dict(), "speedup": asdict(ratios[timed.name])}
-            sentence = verdict(size, ratios[timed.name].median, found["mac_ratio"])
+            sentence = verdict(size, ratios[timed.name].median, found["mac_ratio"], ratios[timed.name].low)
             note = "the baseline" if timed.name == baseline else sentence
             print(
                 f"{timed.name}: p50 {1e3 * timed.p50:.2f} ms, p95 {1e3 * timed.p95:.2f} ms a batch; {note}", flush=True

@@ -38,7 +38,7 @@ model = {auto}.from_pretrained("path or name of this model")
 
 Without the import, transformers knows nothing of the record (`quantization_config` in `config.json`). It then reports
 an unknown quantization type and weights of other sizes (`MISMATCH`), or opens a dense model that computes something
-else. Do not delete `quantization_config`, as its message advises: `pip install hf_compress` and import it.
+else. Do not delete `quantization_config`, as its message advises: install the package hf_compress and import it.
 """
 
 

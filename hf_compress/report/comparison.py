@@ -12,7 +12,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.core.architectures import TransformerLayer, layers_of
+from hf_compress.core.architectures import ARCHITECTURES, TransformerLayer, layers_of
+from hf_compress.core.batches import base_inputs, seen_tokens
 from hf_compress.core.cost import Cost, count_cost, count_size
 from hf_compress.core.forward_state import carries_state
 from hf_compress.core.loaded import require_complete
@@ -28,7 +29,7 @@ from hf_compress.report.quality import Measured, evaluated, standard_error, task
 from hf_compress.report.sparsity import Matrix, has_zeros, matrices_of
 from hf_compress.report.table import Entry, build_report, bytes_on_disk
 from hf_compress.tasks.answers import Answers
-from hf_compress.tasks.inputs import length_sorted, row_lengths
+from hf_compress.tasks.inputs import length_sorted, padded_batch, row_lengths
 
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def compare_models(
 
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
-    seq_len = _mean_length(first.rows)
+    seq_len = _mean_length(first)
     for entry in _entries(opened, weighed, metric):
         entries.append(entry)
         write(entries)
@@ -132,8 +133,13 @@ def compare_models(
     return report
 
 
-def _mean_length(rows: Dataset) -> float:
-    return sum(row_lengths(rows)) / len(rows)
+def _mean_length(measured: Measured) -> float:
+    """Tokens that the layers see of a row, in the mean."""
+    if "input_ids" in measured.rows.column_names or measured.model.config.model_type not in ARCHITECTURES:
+        return sum(row_lengths(measured.rows)) / len(measured.rows)
+    # Images have one size.
+    batch = padded_batch(measured.rows, [0], measured.processor)
+    return float(seen_tokens(measured.model, base_inputs(measured.model, batch)).sum())
 
 
 def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric: str) -> Iterator[Entry]:
@@ -155,7 +161,7 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
         answers = evaluated(each)
         baseline = baseline or answers
         layers = _counted_layers(each.model, name)
-        seq_len = _mean_length(each.rows)
+        seq_len = _mean_length(each)
         counted = list(length_sorted(each.rows, 32, each.processor)) if drops and layers else None
         yield Entry(
             name=name,

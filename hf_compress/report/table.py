@@ -117,7 +117,7 @@ def build_report(
         del facts["latencies"]
         # The baseline is not compared with itself. The change of quality comes first.
         verdicts = [
-            f"{quality}; {verdict(t['batch_size'], t['speedup']['median'], mac_ratio)}"
+            f"{quality}; {verdict(t['batch_size'], t['speedup']['median'], mac_ratio, t['speedup']['low'])}"
             for t in timed
             if entry is not baseline
         ]

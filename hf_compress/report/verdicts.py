@@ -7,19 +7,22 @@ from __future__ import annotations
 _FASTER = 1.05
 
 
-def verdict(batch_size: int, speedup: float, mac_ratio: float | None) -> str:
+def verdict(batch_size: int, speedup: float, mac_ratio: float | None, lowest: float | None = None) -> str:
     """Write one sentence that compares the measured speed-up with the arithmetic.
 
     Args:
         batch_size: Of the measurement.
         speedup: Measured, above 1 is faster than the baseline.
         mac_ratio: Multiply-accumulates kept, of the baseline's; None: not counted.
+        lowest: Speed-up of the worst round; None: not known.
 
     Example:
         >>> verdict(32, 1.8, 0.5)
         'batch 32: 1.80x faster measured, 2.00x fewer MACs'
         >>> verdict(1, 0.98, 0.5)
         'NOT faster at batch 1: 0.98x measured, 2.00x fewer MACs'
+        >>> verdict(8, 1.4, 0.5, lowest=0.7)
+        'batch 8: 1.40x faster in the median, but slower in some rounds (0.70x): measure longer, 2.00x fewer MACs'
     """
     if mac_ratio is None:
         promised = "MACs not counted"
@@ -29,6 +32,9 @@ def verdict(batch_size: int, speedup: float, mac_ratio: float | None) -> str:
         promised = f"{1 / mac_ratio:.2f}x fewer MACs" if mac_ratio < 1 else f"{mac_ratio:.2f}x more MACs"
     if speedup < _FASTER:
         return f"NOT faster at batch {batch_size}: {speedup:.2f}x measured, {promised}"
+    if lowest is not None and lowest < 1:
+        doubt = f"faster in the median, but slower in some rounds ({lowest:.2f}x): measure longer"
+        return f"batch {batch_size}: {speedup:.2f}x {doubt}, {promised}"
     return f"batch {batch_size}: {speedup:.2f}x faster measured, {promised}"
 
 

@@ -83,7 +83,8 @@ class CalibrationArguments:
     """The examples that a method reads when nothing is trained.
 
     Args:
-        calibration_samples: How many training examples the method reads; they are drawn without replacement.
+        calibration_samples: How many training examples the method reads; they are drawn without replacement. Left out,
+            and the data have fewer: all of them.
         calibration_seed: Random seed of the draw of those examples.
     """
 
@@ -151,6 +152,14 @@ class StageArguments:
     def folders_written(self) -> list[str]:
         """The folders that must be the stage's own."""
         return [] if self.option("output_dir") is None else [self.output_dir]
+
+    def calibration_samples(self, available: int) -> int:
+        """How many of the available training examples the method reads: no more than there are, unless asked for.
+
+        Asking for more than there are is an error, which the draw explains.
+        """
+        asked: int = self.option("calibration_samples")
+        return asked if "calibration_samples" in self.chosen() else min(asked, available)
 
     def chosen(self) -> frozenset[str]:
         """Names of the options that the user wrote, equal to the default or not."""

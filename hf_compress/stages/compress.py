@@ -65,8 +65,9 @@ def compress_model(arguments: Compress) -> dict[str, Any]:
         task = fit_labels(task, model, arguments.model.model_name_or_path)
         draw = arguments.calibration
         rows = task.encode("train", tokenizer, arguments.data.max_length)
-        batches = calibration_batches(rows, tokenizer, draw.calibration_samples, draw.calibration_seed)
-        results = {"calibration_samples": draw.calibration_samples, "calibration_seed": draw.calibration_seed}
+        samples = arguments.calibration_samples(len(rows))
+        batches = calibration_batches(rows, tokenizer, samples, draw.calibration_seed)
+        results = {"calibration_samples": samples, "calibration_seed": draw.calibration_seed}
     before = count_cost(model, _SEQ_LEN).to_dict()
     start = time.perf_counter()
     compress(model, arguments.method, data=batches)

@@ -60,7 +60,8 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
     task = fit_labels(task, model, model_args.model_name_or_path)
     arguments.device.place_(model)
     rows = task.encode("train", tokenizer, data.max_length)
-    batches = calibration_batches(rows, tokenizer, calibration.calibration_samples, calibration.calibration_seed)
+    samples = arguments.calibration_samples(len(rows))
+    batches = calibration_batches(rows, tokenizer, samples, calibration.calibration_seed)
     lengths = _lengths(model, batches)
     # The method would find out only after its pass over the data.
     require_tokens(layers_of(model), config, sum(lengths))
@@ -76,7 +77,7 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
         "after": after.to_dict(),
         "mac_ratio": (after.macs or 0) / (before.macs or 1),
         "seconds": round(seconds, 3),
-        "calibration_samples": calibration.calibration_samples,
+        "calibration_samples": samples,
         "calibration_seed": calibration.calibration_seed,
     }
     save_stage(arguments.output.output_dir, model, tokenizer, results, task)

@@ -195,8 +195,9 @@ def _prune_at_once(task: Task, common: dict[str, Any], arguments: PruneWeights) 
     batches = None
     if any(entry.needs_gradients or entry.needs_inputs for entry in config.resolved()):
         rows = common["train_dataset"].remove_columns("length")
-        batches = calibration_batches(rows, tokenizer, draw.calibration_samples, draw.calibration_seed)
-        results.update(calibration_samples=draw.calibration_samples, calibration_seed=draw.calibration_seed)
+        samples = arguments.calibration_samples(len(rows))
+        batches = calibration_batches(rows, tokenizer, samples, draw.calibration_seed)
+        results.update(calibration_samples=samples, calibration_seed=draw.calibration_seed)
     start = time.perf_counter()
     compress(model, config, data=batches)
     results["prune_seconds"] = round(time.perf_counter() - start, 3)

@@ -113,5 +113,5 @@ def require_tokens(layers: Sequence[TransformerLayer], config: StructuredPruning
     if tokens < 2 * width:
         raise ValueError(
             f"data must hold at least {2 * width} tokens for layers of width {width} (the correction would fit "
-            f"noise), got {tokens}. Give more examples or set ridge above 0."
+            f"noise), got {tokens}. Give more examples, or set ridge above 0 (0.001, for instance)."
         )

@@ -43,8 +43,9 @@ class WeightPruningConfig(MethodConfig):
             columns. `mha`: attention heads, in all projections of an attention; their scores are averaged.
         target_sparsity: Fraction of the units to prune (of the weights for N:M, where it is at most N/M).
         criterion: How important a weight is: `magnitude` |W|, `gradient` |G|, `snip` |W G| of the last update,
-            `snip_momentum` a decayed sum of it over all updates. Only in `compress`, with calibration data: `wanda`
-            |W| times the norm of its input; `sparsegpt`, which also changes the weights that stay.
+            `snip_momentum` a decayed sum of it over all updates. Only at once, with calibration data (`compress`, or
+            `--num_train_epochs 0`): `wanda` |W| times the norm of its input; `sparsegpt`, which also changes the
+            weights that stay.
         scope: Which units compete. `global`: all units of the model in one ranking; `local`: those of each weight
             matrix, so that each matrix reaches the target.
         sparsity_decay_type: How sparsity grows in training; `oneshot`: at once, at `start_step`.
