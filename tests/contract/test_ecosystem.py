@@ -28,8 +28,8 @@ def labelled(batches):
 def test_trainer_checkpoint_opens_and_resumes(compressed, labelled, batch, method, architecture, tmp_path):
     start = compressed(method, architecture, HEAD)
     saving = {"save_strategy": "steps", "save_steps": 2}
-    # A stock `Trainer` resumes a ViT with random layers: it looks for tensors under other names than the files have.
-    kind = hc.CompressionTrainer if architecture == "vit" else Trainer
+    # A stock `Trainer` resumes these with random layers: it looks for tensors under other names than the files have.
+    kind = hc.CompressionTrainer if architecture in ("vit", "nomic_bert", "gte") else Trainer
     trainer = kind(
         copy.deepcopy(start), arguments(tmp_path / "a", **saving, max_steps=4), train_dataset=labelled(start.config)
     )
