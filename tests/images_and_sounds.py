@@ -1,8 +1,15 @@
 """Tiny models that read images and sounds, and batches of both, beside the texts of `tests/conftest.py`."""
 
+import pytest
 import torch
 import transformers
 
+
+# Releases before image processors of Pillow's own ask for torchvision.
+opens_images = pytest.mark.skipif(
+    "torchvision" in (getattr(transformers.AutoImageProcessor, "_backends", None) or ()),
+    reason="this transformers opens image processors with torchvision only",
+)
 
 WIDE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "initializer_range": 0.2}
 # What wav2vec2's families call their dropouts, and what else is random in training.

@@ -28,6 +28,7 @@ from hf_compress.tasks.sentence_embedding import SentenceEmbedding
 from hf_compress.tasks.sequence_classification import SequenceClassification
 from hf_compress.tasks.sources import DataArguments, load_task
 from hf_compress.tasks.token_classification import TagAnswers, TokenClassification
+from tests.images_and_sounds import opens_images
 from tests.labelled_models import write_rows
 
 
@@ -376,6 +377,7 @@ def images(tmp_path):
     return DataArguments(data_dir=str(tmp_path / "images"))
 
 
+@opens_images
 @pytest.mark.filterwarnings("ignore")
 def test_images_with_a_class(tmp_path, images):
     config = transformers.ViTConfig(

@@ -11,6 +11,7 @@ from PIL import Image
 
 from hf_compress.cli.main import main
 from hf_compress.stages.models import save_stage
+from tests.images_and_sounds import opens_images
 from tests.labelled_models import write_rows
 from tests.test_task_kinds import write_modules
 
@@ -133,6 +134,7 @@ def test_text_is_modelled_pruned_and_compared(place, sentences):
     assert "LOST" not in found["models"][1]["verdicts"][0]
 
 
+@opens_images
 def test_images_are_learned_pruned_and_compared(place):
     rows = []
     for number in range(32):

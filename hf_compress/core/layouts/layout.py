@@ -48,6 +48,8 @@ class Architecture:
         causal: Whether attention sees earlier tokens only; classifiers then read the last token.
         mean_pooled: Whether classifiers read the mean over all tokens instead of the first one.
         rotary: Whether queries and keys are rotated by their positions between projection and attention.
+        counts_heads: Whether attention divides what its projections return by the number of heads, so that it takes
+            nothing of another width.
         attention_interface: Whether attention is called through transformers' table of attention functions. The
             attention of other models cannot be replaced.
         head_bias: Argument of the attention module's forward with one number for each head and pair of tokens,
@@ -70,6 +72,7 @@ class Architecture:
     causal: bool = False
     mean_pooled: bool = False
     rotary: bool = False
+    counts_heads: bool = False
     attention_interface: bool = True
     head_bias: str | None = None
     window_in_config: bool = False

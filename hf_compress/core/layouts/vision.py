@@ -45,6 +45,7 @@ else:
             "output.dense": (Role.FFN_OUT,),
         },
         pre_norm=True,
+        counts_heads=True,
     )
 
 VISION: dict[str, Architecture] = {"vit": _VIT, "deit": _VIT}

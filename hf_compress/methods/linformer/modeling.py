@@ -134,7 +134,8 @@ def rebuild(model: PreTrainedModel, config: LinformerConfig) -> None:
 def _deferrable(layer: TransformerLayer) -> tuple[str, str] | None:
     """The names of the key and value projections if they can be deferred; empty otherwise."""
     keys, values = layer.projection(Role.KEY), layer.projection(Role.VALUE)
-    if keys.fused or values.fused or layer.architecture.rotary:
+    row = layer.architecture
+    if keys.fused or values.fused or row.rotary or row.counts_heads:
         return None
     return keys.path.rpartition(".")[2], values.path.rpartition(".")[2]
 
