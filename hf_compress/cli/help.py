@@ -24,7 +24,7 @@ def usage() -> str:
         *(f"  {stage.command:{width}s} {stage.summary}" for stage in stages),
         "",
         "hf-compress <command> --help explains the flags of a command; --version prints the version.",
-        "Exit codes: 0 done, 2 bad input (one line says what to change), 1 anything else.",
+        "Exit codes: 0 done, 2 bad input (one line says what to change), 1 anything else, 130 interrupted.",
     ]
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ class StructuredPruningConfig(MethodConfig):
     """Fewer attention heads and feed-forward neurons, chosen and corrected without retraining.
 
     Args:
-        mac_ratio: Fraction of the multiply-accumulates that is **kept**, in (0, 1].
+        mac_ratio: Fraction of the multiply-accumulates that is kept, in (0, 1].
         selection: How heads and neurons are ranked. `interpolative`: pivoted decomposition of their activations;
             `fisher`: mask search on squared gradients (needs labels in the data); `magnitude`: norm of their weights;
             `random`.
@@ -32,7 +32,7 @@ class StructuredPruningConfig(MethodConfig):
         seq_len: Tokens in a sequence, for the MAC count. Left out: the mean unpadded length of the calibration data.
         ridge: Regularisation of the correction, as a fraction of the mean diagonal of the Gram matrix; 0 refuses
             calibration sets with fewer than two tokens per neuron.
-        seed: Random seed of `selection="random"`.
+        seed: Random seed of the selection `random`.
         heads_per_layer, neurons_per_layer: Filled in by `compress`: how many each layer keeps. Heads are counted as
             key-value heads.
         tolerance: Filled in by `compress`: the largest relative residual of a removed unit.

@@ -127,12 +127,12 @@ def groups_of(model: nn.Module, config: WeightPruningConfig) -> list[WeightGroup
 
 
 def _selects_nothing(model: nn.Module, config: WeightPruningConfig) -> str:
-    names = f"op_names={list(config.op_names)}" if config.op_names is not None else "op_names"
+    names = f"op_names={list(config.op_names)}" if config.op_names is not None else "The config"
     without = f", excluded_op_names={list(config.excluded_op_names)}" if config.excluded_op_names else ""
     held = {type(m).__name__ for m in model.modules() if getattr(m._parameters.get("weight"), "ndim", 0) >= 2}
     others = ", ".join(sorted(held - {"Embedding", *config.pruning_op_types})) or "no other class"
     return (
-        f"{names}{without} must select a layer of {', '.join(config.pruning_op_types)} (pruning_op_types) that no "
-        "earlier local config owns, got none; heads and poolers are pruned only when named. The model also holds "
-        f"weights in modules of {others}."
+        f"{names}{without} must select a layer of {', '.join(config.pruning_op_types)} (pruning_op_types), and "
+        "selects none: there is none, an earlier local config owns it, or it is a head or a pooler, which is pruned "
+        f"only when it is named. The model also holds weights in modules of {others}; pruning_op_types can name them."
     )
