@@ -45,7 +45,9 @@ def test_every_flag_of_ours_is_explained(name):
         assert len(option.help.split()) >= 4, f"--{option.name}: {option.help!r} is no sentence"
         assert not option.help.startswith("Of "), f"--{option.name}: {option.help!r} starts in the middle"
         assert option.help.endswith("."), f"--{option.name}: {option.help!r}"
-        assert f"--{option.name} " in command_help(COMMANDS[name])
+        unused = option.name in COMMANDS[name].unused
+        assert (f"--{option.name} " in command_help(COMMANDS[name])) is not unused
+    assert set(COMMANDS[name].unused) <= set(ours(name))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

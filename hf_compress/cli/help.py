@@ -48,7 +48,7 @@ def command_help(stage: Stage) -> str:
     general.add_argument("--traceback", action="store_true", help="Print the Python traceback also for bad input.")
     for topic, group in groups.items():
         section = parser.add_argument_group(topic_title(topic))
-        for option in group.options:
+        for option in (option for option in group.options if option.name not in stage.unused):
             text = f"{option.help} {_default(option, stage)}".replace("%", "%%")
             section.add_argument(f"--{option.name}", metavar=_kind(option), help=text)
     if any(group.training for group in groups.values()):

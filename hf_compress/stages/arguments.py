@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from hf_compress.core.devices import chosen_device
 from hf_compress.core.saving import require_own_folder
+from hf_compress.stages.table import stage_of
 from hf_compress.tasks.inputs import check_draw
 from hf_compress.training.preflight import check_training
 
@@ -99,8 +100,8 @@ class CalibrationArguments:
 class StageArguments:
     """What a stage takes: one dataclass for each topic; their fields are the options of the command.
 
-    Making one checks what holds for all stages: that the training would train something, that it runs where
-    `device` says, and that the result overwrites none of the models that the stage reads.
+    Making one checks what holds for all stages: that every option has a use, that the training would train something,
+    that it runs where `device` says, and that the result overwrites none of the models that the stage reads.
 
     Args:
         given: Names of the options that the user wrote; None: those that differ from their defaults. An option that
@@ -113,12 +114,20 @@ class StageArguments:
     given: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
+        self._require_used()
         training = self.training_arguments
         if training is not None:
             check_training(training)
             _check_device(self.option("device"), training)
         for folder in self.folders_written():
             require_own_folder(folder, self.models_read())
+
+    def _require_used(self) -> None:
+        """Raise `ValueError` for an option that would change nothing in this stage."""
+        stage, changed = stage_of(type(self)), set(self._changed())
+        for name, why in (stage.unused if stage is not None else {}).items():
+            if name in changed:
+                raise ValueError(f"{name} must be left out, got {self.option(name)}: {why}.")
 
     def groups(self) -> dict[str, Any]:
         """Topic -> its filled dataclass."""

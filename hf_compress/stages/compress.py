@@ -12,7 +12,7 @@ from hf_compress.core.cost import count_cost
 from hf_compress.core.method import MethodConfig
 from hf_compress.methods import METHODS
 from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
-from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage, task_for
+from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, save_stage, task_for
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import calibration_batches
 
@@ -53,7 +53,6 @@ def compress_model(arguments: Compress) -> dict[str, Any]:
         ValueError: If the method cannot be applied, or model and data do not fit together.
     """
     method = next(method for method in METHODS.values() if method.config_class is type(arguments.method))
-    require_left_out(arguments.model, ("freeze_embeddings",), f"{method.name} trains nothing")
     reads = method.needs_of(arguments.method).passes > 0
     # A method that looks at no data must not ask for a task.
     task = task_for(arguments.model.model_name_or_path, arguments.data) if reads else None

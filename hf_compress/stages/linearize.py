@@ -25,7 +25,6 @@ from hf_compress.stages.models import (
     fit_labels,
     has_head,
     open_pair,
-    require_left_out,
     save_stage,
 )
 from hf_compress.tasks.arguments import DataArguments
@@ -73,10 +72,6 @@ def linearize(arguments: Linearize) -> dict[str, Any]:
         ValueError: If the model cannot be opened or converted.
     """
     model_args, data, config = arguments.model, arguments.data, arguments.linear_attention
-    reads = "linearize reads the task's labels only"
-    require_left_out(data, ("max_length",), f"{reads}; max_tokens says how long inputs may be")
-    require_left_out(data, ("max_train_samples", "max_eval_samples"), reads)
-    require_left_out(model_args, ("freeze_embeddings",), "linearize trains nothing")
     named = data.task_name or data.data_dir or data.train_file or data.validation_file or data.test_file
     for name in ("text_column", "text_pair_column", "label_column"):
         if getattr(data, name) is not None and not named:

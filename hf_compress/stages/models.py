@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,6 @@ class ModelArguments:
     tokenizer_name: str | None = None
     max_positions: int | None = None
     freeze_embeddings: bool = False
-
-
-def require_left_out(given: Any, names: Sequence[str], why: str) -> None:
-    """Raise `ValueError` when arguments that a stage has no use for are not at their defaults."""
-    for entry in fields(given):
-        if entry.name in names and getattr(given, entry.name) != entry.default:
-            raise ValueError(f"{entry.name} must be left out, got {getattr(given, entry.name)}: {why}.")
 
 
 def _open_config(name: str) -> PretrainedConfig:

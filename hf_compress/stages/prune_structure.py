@@ -15,7 +15,7 @@ from hf_compress.core.cost import count_cost
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
 from hf_compress.methods.structured_pruning.correction import require_tokens
 from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
-from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, require_left_out, save_stage, task_for
+from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, save_stage, task_for
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import calibration_batches
 from hf_compress.tasks.task import Batch
@@ -53,8 +53,6 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
     """
     model_args, data, config = arguments.model, arguments.data, arguments.pruning
     calibration = arguments.calibration
-    require_left_out(model_args, ("freeze_embeddings", "max_positions"), "prune-structure trains nothing")
-    require_left_out(data, ("max_eval_samples",), "prune-structure measures nothing")
     task = task_for(model_args.model_name_or_path, data)
     tokenizer, model = open_pair(model_args, task)
     task = fit_labels(task, model, model_args.model_name_or_path)

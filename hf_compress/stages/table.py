@@ -45,6 +45,7 @@ _TRAINING_WHEN = {
 }
 # The start of linear attention that kept most accuracy (methods/linformer/README.md).
 _LINEAR_START = {"initialization": "pooling", "slot_mask": True, "length_scaling": False}
+_READS_LABELS = "linearize reads only the labels of the task"
 # What goes with the published random start.
 _PUBLISHED_LINEAR_START = {"slot_mask": False, "length_scaling": True}
 
@@ -62,6 +63,8 @@ class Stage:
         defaults: Values that replace the dataclasses' own defaults.
         defaults_when: (option, value) -> further defaults while that option has that value.
         note: What a person should know before the options.
+        unused: Option of a shared dataclass that would change nothing here -> why. Help leaves it out, and giving it
+            is an error.
         method: Where the method of a generic stage is, as an entry point names it; the topic `method` is its config.
     """
 
@@ -73,6 +76,7 @@ class Stage:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     defaults_when: Mapping[tuple[str, Any], Mapping[str, Any]] = field(default_factory=dict)
     note: str = ""
+    unused: Mapping[str, str] = field(default_factory=dict)
     method: str | None = None
 
     @cached_property
@@ -119,6 +123,10 @@ _IN_ORDER = (
     _stage(
         "structured_pruning", "prune-structure", "remove attention heads and neurons without retraining",
         "prune_structure.PruneStructure.prune_structure",
+        unused={
+            **dict.fromkeys(("freeze_embeddings", "max_positions"), "prune-structure trains nothing"),
+            "max_eval_samples": "prune-structure measures nothing",
+        },
     ),
     _training(
         "token_pruning", "prune-tokens", "learn which tokens can be dropped on the way through the layers",
@@ -144,6 +152,11 @@ _IN_ORDER = (
         "short sentences, where the published random start (--initialization normal) reached 64. Linear attention "
         "saves arithmetic only on texts longer than about twice --projected_length; name the task to have them "
         "measured.",
+        unused={
+            "max_length": f"{_READS_LABELS}; max_tokens says how long inputs may be",
+            **dict.fromkeys(("max_train_samples", "max_eval_samples"), _READS_LABELS),
+            "freeze_embeddings": "linearize trains nothing",
+        },
     ),
     _training(
         "snapshot_distill", "snapshot-distill", "train a student with the saved states of a teacher's fine-tuning",
@@ -161,8 +174,14 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in _IN_ORDER}
 def _generic(name: str, method: str) -> Stage:
     return _stage(
         name, name.replace("_", "-"), f"apply the method {name} at once, without training",
-        "compress.Compress.compress_model", method=method,
+        "compress.Compress.compress_model", method=method, unused={"freeze_embeddings": "nothing is trained"},
     )  # fmt: skip
+
+
+def stage_of(arguments: type) -> Stage | None:
+    """The stage that takes arguments of a class; of the generic stages, which share theirs, the first one."""
+    path = f"{arguments.__module__}.{arguments.__qualname__}"
+    return next((stage for stage in all_stages().values() if stage.arguments == path), None)
 
 
 def all_stages() -> dict[str, Stage]:
