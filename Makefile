@@ -31,9 +31,9 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(SPREAD)
 
 # What kernels compute, as on processors without AVX512 and without AVX2, with one thread and with two.
-PROCESSORS := $(addprefix tests/, contract/test_alignment.py contract/test_methods.py $(addsuffix .py, $(addprefix test_, \
-	acceleration cald_goldens combinations decomposition distillation fisher fisher_goldens fisher_tuning guided \
-	linformer linformer_models losses ltp_goldens slimming structured_pruning teacher_cache token_attention \
+PROCESSORS := $(addprefix tests/, contract/test_alignment.py contract/test_alike.py contract/test_methods.py $(addsuffix .py, $(addprefix test_, \
+	acceleration cald_goldens combinations decomposition distillation driver fisher fisher_goldens fisher_tuning guided \
+	images_and_sounds learners linformer linformer_models losses ltp_goldens projections slimming structured_pruning teacher_cache token_attention \
 	token_pruning token_training weight_pruning_calibrated weight_pruning_goldens weight_pruning_one_shot \
 	weight_pruning_training)))
 test-processors: $(VENV)/.installed

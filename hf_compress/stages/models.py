@@ -25,7 +25,7 @@ from hf_compress.core.positions import extend_positions_, most_tokens, position_
 from hf_compress.core.saving import complete_or_absent, write_json
 from hf_compress.folder_card import write_card
 from hf_compress.report.quality import Measured
-from hf_compress.stages.processors import check_vocabulary, open_processor
+from hf_compress.stages.processors import check_vocabulary, no_folder, open_processor
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.kinds import kind_of_model
 from hf_compress.tasks.sequence_classification import SequenceClassification
@@ -104,8 +104,7 @@ def _opening(name: str, noun: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        nowhere = "" if Path(name).exists() else f"there is no folder {name!r} here, and "
-        raise ValueError(f"No {noun} can be opened at {name!r}: {nowhere}{first_line(error)}") from error
+        raise ValueError(f"No {noun} can be opened at {name!r}: {no_folder(name)}{first_line(error)}") from error
 
 
 def open_model(name: str, task: Task | None = None, fresh_head: bool = False, match: bool = True) -> PreTrainedModel:

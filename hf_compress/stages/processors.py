@@ -32,6 +32,11 @@ def has_tokenizer(name: str) -> bool:
     return not Path(name).is_dir() or any((Path(name) / file).exists() for file in _TOKENIZER_FILES)
 
 
+def no_folder(name: str) -> str:
+    """The beginning of an error about a hub name: it may be meant as a folder that does not exist."""
+    return "" if Path(name).exists() else f"there is no folder {name!r} here, and "
+
+
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A fast tokenizer from a hub name or folder; `ValueError` when there is none."""
     if not has_tokenizer(name):
@@ -40,7 +45,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:
         # transformers and tokenizers report a broken file as whatever it breaks first.
-        raise ValueError(f"No tokenizer can be opened at {name!r}: {first_line(error)}") from error
+        raise ValueError(f"No tokenizer can be opened at {name!r}: {no_folder(name)}{first_line(error)}") from error
 
 
 def open_processor(name: str, kind: type[Task]) -> Processor:
@@ -55,7 +60,9 @@ def open_processor(name: str, kind: type[Task]) -> Processor:
         processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]  # of HF
     except Exception as error:
         # transformers reports a broken file as whatever it breaks first.
-        raise ValueError(f"No image processor can be opened at {name!r}: {first_line(error)}") from error
+        raise ValueError(
+            f"No image processor can be opened at {name!r}: {no_folder(name)}{first_line(error)}"
+        ) from error
     return processor
 
 
