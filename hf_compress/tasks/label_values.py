@@ -37,6 +37,15 @@ class Labels:
     declared: bool = False
     first_rows: Mapping[str, Mapping[str, int]] | None = None
 
+    def task_fields(self) -> dict[str, Any]:
+        """The fields of a `LabelledTask` that its column of labels decides."""
+        return {
+            "label_names": self.names,
+            "numbers": self.numbers,
+            "declared": self.declared,
+            "first_rows": self.first_rows or {},
+        }
+
 
 def _refuse(table: Table, column: str, row: int, what: str) -> None:
     raise ValueError(f"{table.where}: {column} {what} in row {table.row_of(row)}.")

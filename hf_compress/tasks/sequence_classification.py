@@ -100,10 +100,7 @@ class SequenceClassification(LabelledTask):
             name=name,
             splits=drawn(splits, args),
             files={split: table.where for split, table in tables.items()},
-            label_names=labels.names,
-            numbers=labels.numbers,
-            declared=labels.declared,
-            first_rows=labels.first_rows or {},
+            **labels.task_fields(),
             text_columns=texts,
             several=several,
         )
