@@ -79,7 +79,7 @@ def _extra(names: Sequence[str], answers: Answers) -> dict[str, float]:
 
 
 def opened_task(data: DataArguments, wanted: str | None, models: Sequence[str]) -> tuple[Task, str]:
-    """A task and the split of it that models are measured on; the first model says of which kind it is."""
+    """The task, and the split that models are measured on; the first model decides the kind of task."""
     task = task_for(models[0], data) if models else load_task(data)
     split = task.measured_split(wanted)
     logger.info("Models are measured on the %s split.", split)

@@ -25,7 +25,7 @@ def load_task(args: DataArguments, model: PretrainedConfig | None = None) -> Tas
     """Read a task and check its columns, texts and labels.
 
     Args:
-        args: Where it is, and of which kind.
+        args: Where the examples are, and the kind of task.
         model: The config of the model that will read it; it decides where the columns fit several kinds.
 
     Returns:

@@ -83,7 +83,7 @@ def _require_intact(file: Path) -> None:
 
 
 def saved_state(checkpoint: Path, name: str) -> Mapping[str, Any] | None:
-    """What a file of `Trainer` holds, its tensors left on disk until somebody reads them; None where it is absent.
+    """Open a file that `Trainer` wrote, without reading its tensors yet; None if there is no such file.
 
     Raises:
         ValueError: If it cannot be read, or holds no names and values.
