@@ -55,8 +55,8 @@ def prepare(
         model_args, data: Where they are.
         seed: Of a new head.
         trains: Whether the model is trained: then it may get a new head, and the task's label names.
-        teacher: Hub name or folder of the model that teaches. It decides the kind of task where the columns fit several,
-            and a new head takes its labels.
+        teacher: Hub name or folder of the model that teaches. It decides the kind of task where the columns fit
+            several, and a new head takes its labels.
 
     Returns:
         The task has the model's label ids.
