@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -94,8 +95,13 @@ def _pieces(kind: str, out: Path) -> tuple[type, type, dict, dict, list]:
 KINDS = ("compression", "distillation", "tokens", "joint", "snapshots")
 
 
-def train(folder: str, kind: str = "distillation", rank: int = 0, port: int | None = None) -> None:
-    """Train (dropout on) to the end, from the last whole checkpoint; with a port, as one of two processes."""
+def train(
+    folder: str, kind: str = "distillation", rank: int = 0, port: int | None = None, endless: bool = False
+) -> None:
+    """Train (dropout on) to the end, from the last whole checkpoint; with a port, as one of two processes.
+
+    An endless training waits after its last update until it is killed: a fast machine could not miss it.
+    """
     torch.set_num_threads(1)
     out = Path(folder)
     if port is not None:
@@ -115,6 +121,8 @@ def train(folder: str, kind: str = "distillation", rank: int = 0, port: int | No
         callbacks=[*callbacks, *([Progress(out / "progress")] if rank == 0 else [])],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=True)
+    while endless:
+        time.sleep(1)
     trainer.save_model()
     if rank:
         return
