@@ -33,6 +33,8 @@ from .training.arguments import SnapshotTeacherArguments as SnapshotTeacherArgum
 from .training.collator import TeacherStudentCollator as TeacherStudentCollator
 from .training.distillation import DistillationTrainer as DistillationTrainer
 from .training.joint_teacher import JointTeacherTrainer as JointTeacherTrainer
+from .training.proximal import ProximalTrainer as ProximalTrainer
+from .training.proximal_arguments import ProximalArguments as ProximalArguments
 from .training.snapshot_teacher import SnapshotTeacherTrainer as SnapshotTeacherTrainer
 from .training.trainer import CompressionTrainer as CompressionTrainer
 

@@ -8,11 +8,11 @@ import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
-from hf_compress.training.compat import follow_cald_
+from hf_compress.training.compat import follow_published_
 
 
 @dataclass
@@ -50,6 +50,9 @@ class DistillationArguments(TrainingArguments):
         ValueError: Names the field, the rule and the value.
     """
 
+    # What `compat` may name.
+    published: ClassVar[tuple[str, ...]] = ("cald",)
+
     alpha_task: float = 1.0
     alpha_output: float = 1.0
     alpha_layer: float = 0.0
@@ -72,24 +75,24 @@ class DistillationArguments(TrainingArguments):
         for name in ("alpha_task", "alpha_output", "alpha_layer"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be zero or positive, got {getattr(self, name)}.")
-        if not self.alpha_task + self.alpha_output + self.alpha_layer:
+        if not self.task_weight + self.alpha_output + self.alpha_layer:
             raise ValueError("alpha_task, alpha_output and alpha_layer must not all be 0: nothing would be learned.")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be positive, got {self.temperature}.")
         if self.max_distill_steps is not None and self.max_distill_steps < 0:
             raise ValueError(f"max_distill_steps must not be negative, got {self.max_distill_steps}.")
-        if self.max_distill_steps is not None and not self.alpha_task:
+        if self.max_distill_steps is not None and not self.task_weight:
             raise ValueError("alpha_task must be above 0 with max_distill_steps: nothing would be learned afterwards.")
         for layer in self.layer_map or ():
             if type(layer) is not int:
                 raise ValueError(
                     f"layer_map must hold one teacher layer (an int) for each student layer, got {layer!r} in it."
                 )
-        for name, choices in (("layer_reduction", ("mean", "sum")), ("compat", (None, "cald"))):
+        for name, choices in (("layer_reduction", ("mean", "sum")), ("compat", (None, *self.published))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
-        if self.compat == "cald":
-            follow_cald_(self)
+        if self.compat is not None:
+            follow_published_(self, self.compat)
         if self.layer_map is not None and not self.alpha_layer:
             raise ValueError(
                 f"layer_map is {self.layer_map}, but alpha_layer is 0: no layers are compared. Set alpha_layer above "
@@ -101,33 +104,31 @@ class DistillationArguments(TrainingArguments):
             raise ValueError("teacher_cache_dir must go with mask_padding=True: padding is not stored.")
 
     @property
+    def task_weight(self) -> float:
+        """Weight of the student's own loss on the labels."""
+        return self.alpha_task
+
+    @property
     def uses_teacher(self) -> bool:
         """Whether any term needs the teacher."""
         return self.alpha_output > 0 or self.alpha_layer > 0
 
 
 @dataclass
-class JointTeacherArguments(DistillationArguments):
-    """Arguments of `JointTeacherTrainer`.
+class LearningTeacherArguments(DistillationArguments):
+    """What the trainers have in common whose teacher learns beside the student.
 
     Args:
         teacher_learning_rate: Peak learning rate of the teacher; with 0 its weights never change.
-        teacher_update_cycle: The teacher learns in one of this many updates of the student.
-        teacher_schedule: How the teacher's learning rate changes. `own`: its warm-up and decay end with the training;
-            `stretched`: the student's schedule, advanced only when the teacher learns, so that the training ends
-            before the decay does (as published, and with `compat=cald`).
         save_teacher: Save the trained teacher to `<output_dir>/teacher`. With `max_distill_steps` the teacher stops
             learning after that update, too, and is saved before its schedule has ended.
-        teacher_dropout: Run the teacher with dropout in training. On by default: a learning teacher runs once for each
-            batch, for its own loss and for the targets, and fine-tuning trains it with dropout.
+        teacher_dropout: Run the teacher with dropout when it learns.
 
     Raises:
         ValueError: Names the field, the rule and the value.
     """
 
     teacher_learning_rate: float = 3e-5
-    teacher_update_cycle: int = 1
-    teacher_schedule: Literal["own", "stretched"] = "own"
     save_teacher: bool = True
     teacher_dropout: bool = True
 
@@ -138,8 +139,6 @@ class JointTeacherArguments(DistillationArguments):
         super().check()
         if not 0 <= self.teacher_learning_rate < float("inf"):
             raise ValueError(f"teacher_learning_rate must be zero or positive, got {self.teacher_learning_rate}.")
-        if self.teacher_update_cycle < 1:
-            raise ValueError(f"teacher_update_cycle must be at least 1, got {self.teacher_update_cycle}.")
         if self.label_smoothing_factor:
             raise ValueError(
                 "label_smoothing_factor must be 0: the teacher learns from its own loss, which is not smoothed, "
@@ -149,6 +148,32 @@ class JointTeacherArguments(DistillationArguments):
             raise ValueError(
                 f"lr_scheduler_type must not depend on a metric: the teacher has none, got {self.lr_scheduler_type}."
             )
+
+
+@dataclass
+class JointTeacherArguments(LearningTeacherArguments):
+    """Arguments of `JointTeacherTrainer`.
+
+    Args:
+        teacher_update_cycle: The teacher learns in one of this many updates of the student.
+        teacher_schedule: How the teacher's learning rate changes. `own`: its warm-up and decay end with the training;
+            `stretched`: the student's schedule, advanced only when the teacher learns, so that the training ends
+            before the decay does (as published, and with `compat=cald`).
+        teacher_dropout: Run the teacher with dropout in training. On by default: this teacher runs once for each
+            batch, for its own loss and for the targets, and fine-tuning trains it with dropout.
+
+    Raises:
+        ValueError: Names the field, the rule and the value.
+    """
+
+    teacher_update_cycle: int = 1
+    teacher_schedule: Literal["own", "stretched"] = "own"
+
+    def check(self) -> None:
+        """Raise `ValueError` when values are out of range or contradict each other."""
+        super().check()
+        if self.teacher_update_cycle < 1:
+            raise ValueError(f"teacher_update_cycle must be at least 1, got {self.teacher_update_cycle}.")
         if self.teacher_schedule not in ("own", "stretched"):
             raise ValueError(f"teacher_schedule must be 'own' or 'stretched', got {self.teacher_schedule!r}.")
 

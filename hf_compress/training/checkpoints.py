@@ -26,6 +26,9 @@ _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 # In a checkpoint: the run that wrote it and the files that belong to it. In an output folder that holds checkpoints
 # of several runs: the run that trained there last.
 RUN_FILE = "training_run.json"
+# Where a teacher is saved, below its student. A name that holds "optimizer" or "pytorch_model" would change how
+# transformers reads a checkpoint.
+TEACHER_FOLDER = "teacher"
 _BINARY = {".safetensors", ".pt", ".pth", ".bin"}
 
 

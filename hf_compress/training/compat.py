@@ -1,6 +1,7 @@
-"""How a training counts and weighs: our arithmetic, and that of the published code of CALD (`compat="cald"`).
+"""How a training counts and weighs: our arithmetic, and that of published code (`compat`).
 
-Everything that `compat` changes is in this file.
+Everything that `compat="cald"` changes is in this file. Of `compat="prokt"`, `proximal_teacher.py` has the order
+within a window and `published_adamw.py` the optimizer.
 """
 
 from __future__ import annotations
@@ -14,16 +15,25 @@ from hf_compress.training.layer_matching import match_layers
 from hf_compress.training.windows import Window
 
 
-# What `compat="cald"` sets, in the arguments that have these fields: the constants of that code.
-_CALD_SETTINGS: dict[str, Any] = {
-    "layer_reduction": "sum",
-    "layer_normalize": False,
-    "layer_map": None,
-    "mask_padding": False,
-    "teacher_dropout": True,
-    "teacher_cache_dir": None,
-    "teacher_schedule": "stretched",
-    "max_grad_norm": 0.0,
+# What `compat` sets, in the arguments that have these fields: the constants of that code.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "cald": {
+        "layer_reduction": "sum",
+        "layer_normalize": False,
+        "layer_map": None,
+        "mask_padding": False,
+        "teacher_dropout": True,
+        "teacher_cache_dir": None,
+        "teacher_schedule": "stretched",
+        "max_grad_norm": 0.0,
+    },
+    "prokt": {
+        "alpha_layer": 0.0,
+        "temperature": 1.0,
+        "student_ce_weight": 0.0,
+        "proximal_direction": "student_teacher",
+        "max_distill_steps": None,
+    },
 }
 
 
@@ -95,25 +105,25 @@ class CaldArithmetic(Arithmetic):
         return [(i, i) for i in range(num_student + 1)]
 
 
-def arithmetic_of(compat: Literal["cald"] | None) -> Arithmetic:
+def arithmetic_of(compat: Literal["cald", "prokt"] | None) -> Arithmetic:
     """The arithmetic that an argument `compat` names."""
     return CaldArithmetic() if compat == "cald" else Arithmetic()
 
 
-def follow_cald_(args: TrainingArguments) -> None:
-    """Set what `compat="cald"` fixes.
+def follow_published_(args: TrainingArguments, compat: Literal["cald", "prokt"]) -> None:
+    """Set what `compat` fixes.
 
     Raises:
         ValueError: If a field was given another value.
     """
     defaults = {entry.name: entry.default for entry in dataclasses.fields(args)}
-    for name, published in _CALD_SETTINGS.items():
+    for name, published in _SETTINGS[compat].items():
         if name not in defaults:
             continue
         given = getattr(args, name)
         if given not in (defaults[name], published):
             raise ValueError(
-                f"{name} must be left out or {published!r} with compat='cald', which trains as the published code "
+                f"{name} must be left out or {published!r} with compat={compat!r}, which trains as the published code "
                 f"does, got {given!r}."
             )
         setattr(args, name, published)

@@ -161,12 +161,12 @@ class DistillationTrainer(CompressionTrainer):
         args, session, read = self.args, self._guiding_session(), self._student_inputs(inputs)
         if session is None:
             terms, outputs = super().loss_terms(model, read)
-            return {"task": args.alpha_task * terms["task"]}, outputs
+            return {"task": args.task_weight * terms["task"]}, outputs
         if session.layer_term is not None:
             read["output_hidden_states"] = True
-        if "labels" in read or args.alpha_task:
+        if "labels" in read or args.task_weight:
             terms, outputs = super().loss_terms(model, read)
-            terms = {"task": args.alpha_task * terms["task"]} if args.alpha_task else {}
+            terms = {"task": args.task_weight * terms["task"]} if args.task_weight else {}
         else:
             terms, outputs = {}, model(**read)
         targets = session.answer(inputs, model.training)

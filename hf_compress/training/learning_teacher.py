@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
@@ -12,7 +10,6 @@ from hf_compress.core.batches import accepted_arguments
 from hf_compress.training.compat import Arithmetic
 from hf_compress.training.signals import Batch, Signals, SignalsOf, WantedSignals
 from hf_compress.training.teachers import Learner
-from hf_compress.training.trained_model import TrainedModel
 from hf_compress.training.windows import Window
 
 
@@ -23,14 +20,11 @@ class LearningTeacher(Learner):
     before the student begins, and keeps its answers until the student has used them.
 
     Args:
-        model: Trained in place.
-        wanted: Which of its outputs and hidden states become targets.
-        learning_rate: Peak of its schedule.
+        model: As for `Learner`, like `wanted`, `learning_rate` and `seed`.
         cycle: T_u: the teacher learns in one of this many student updates; it is not trained on the other batches.
         stretched: Use the student's schedule, advanced only when the teacher learns, so that it never ends.
         dropout: Run it in train mode, for the targets too.
         arithmetic: Decides when its turn is, and how its micro-batches are weighed.
-        seed: Seed of its own random numbers, so that the student does not influence the teacher's training.
 
     Source:
         CALD specification 3.2 and 6.10-6.12 (arXiv 2410.06846).
@@ -48,12 +42,9 @@ class LearningTeacher(Learner):
         arithmetic: Arithmetic | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(model.train(dropout), wanted)
-        self.trained = TrainedModel(model, seed)
-        self.peak = learning_rate
+        super().__init__(model, wanted, learning_rate=learning_rate, dropout=dropout, seed=seed)
         self.cycle = cycle
         self.stretched = stretched
-        self.dropout = dropout
         self.arithmetic = arithmetic or Arithmetic()
 
     def begin(self, trainer: Trainer, num_updates: int) -> None:
@@ -61,16 +52,9 @@ class LearningTeacher(Learner):
         warmup = trainer.args.get_warmup_steps(num_updates)
         self.trained.prepare(trainer, self.peak, num_updates // share, warmup // share)
 
-    @property
-    def learning_rate(self) -> float:
-        return self.trained.learning_rate
-
     def forward(self, batch: Batch, training: bool = False) -> Signals:
-        arguments = accepted_arguments(self.model, batch)
-        arguments.pop("labels", None)
         # Evaluations compare with targets without dropout.
-        self.model.train(self.dropout and training)
-        return self.wanted.of(self.trained(**arguments, **self.wanted.arguments))
+        return self.answer(batch, self.dropout and training)
 
     def learn(self, window: Window, student: SignalsOf) -> dict[str, Tensor]:
         losses = self._computed_gradients(window) if self.arithmetic.learns(window, self.cycle) else []
@@ -87,25 +71,8 @@ class LearningTeacher(Learner):
             arguments = accepted_arguments(self.model, batch.teacher)
             with self.trained.micro_batch(last=index == len(window.batches)) as model:
                 outputs = model(**arguments, **self.wanted.arguments)
-                loss = self._required_loss(outputs.get("loss"), arguments, window.update)
+                loss = self.own_loss(outputs, arguments, window.update)
                 self.trained.accelerator.backward(loss / divisor)
             losses.append(loss.detach())
             window.answers.append(self.wanted.of(outputs))
         return losses
-
-    def _required_loss(self, loss: Tensor | None, arguments: Batch, update: int) -> Tensor:
-        if loss is None:
-            raise ValueError(
-                f"A teacher that learns needs a loss, but {type(self.model).__name__} gave none for the columns "
-                f"{', '.join(sorted(arguments))}. Use a teacher with a head, and data with its labels."
-            )
-        # On an accelerator this would wait for the device; there the trainer checks the averages that it logs.
-        if loss.device.type == "cpu" and not torch.isfinite(loss).all():
-            raise ValueError(f"The teacher's loss must be finite, got {loss} at step {update}.")
-        return loss
-
-    def save(self, folder: Path, process: int, shared: bool) -> None:
-        self.trained.save(folder, process, shared)
-
-    def load(self, folder: Path, process: int) -> None:
-        self.trained.load(folder, process)

@@ -9,15 +9,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerState
 
+from hf_compress.training.checkpoints import TEACHER_FOLDER
 from hf_compress.training.layer_term import LayerTerm
 from hf_compress.training.signals import Batch, Signals, SignalsOf
 from hf_compress.training.teacher_fit import read_by_both
 from hf_compress.training.teachers import Learner, Teacher
 from hf_compress.training.windows import Window
-
-
-# A folder whose name holds "optimizer" or "pytorch_model" would change how transformers reads the checkpoint.
-_FOLDER = "teacher"
 
 
 class TeacherSession:
@@ -93,9 +90,9 @@ class TeacherSession:
     def save(self, checkpoint: Path, process: int, shared: bool) -> None:
         if self.layer_term is not None and shared:
             self.layer_term.save(checkpoint)
-        self.teacher.save(checkpoint / _FOLDER, process, shared)
+        self.teacher.save(checkpoint / TEACHER_FOLDER, process, shared)
 
     def load(self, checkpoint: Path, process: int) -> None:
-        self.teacher.load(checkpoint / _FOLDER, process)
+        self.teacher.load(checkpoint / TEACHER_FOLDER, process)
         if self.layer_term is not None:
             self.layer_term.load(checkpoint)

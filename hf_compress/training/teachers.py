@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
+from transformers.utils.generic import ModelOutput
 
 from hf_compress.core.batches import accepted_arguments
 from hf_compress.core.forward_state import forward_state
@@ -15,6 +16,7 @@ from hf_compress.training.cache import TeacherCache
 from hf_compress.training.fingerprints import example_keys
 from hf_compress.training.given_teacher import move_
 from hf_compress.training.signals import Batch, Signals, SignalsOf, WantedSignals
+from hf_compress.training.trained_model import TrainedModel
 from hf_compress.training.windows import Window
 
 
@@ -63,7 +65,67 @@ class Teacher:
 
 
 class Learner(Teacher):
-    """A teacher that is trained beside its student."""
+    """A teacher that is trained beside its student.
+
+    Args:
+        model: Trained in place.
+        wanted: Which of its outputs and hidden states become targets.
+        learning_rate: Peak of its schedule.
+        dropout: Run it in train mode when it learns.
+        seed: Seed of its own random numbers, so that the student does not influence the teacher's training.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        wanted: WantedSignals | None = None,
+        *,
+        learning_rate: float,
+        dropout: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model.train(dropout), wanted)
+        self.trained = TrainedModel(model, seed)
+        self.peak = learning_rate
+        self.dropout = dropout
+
+    def begin(self, trainer: Trainer, num_updates: int) -> None:
+        self.trained.prepare(trainer, self.peak, num_updates, trainer.args.get_warmup_steps(num_updates))
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of its next step."""
+        return self.trained.learning_rate
+
+    def answer(self, batch: Batch, dropout: bool) -> Signals:
+        """Compute the targets for a batch with the present weights; as for `forward`."""
+        arguments = accepted_arguments(self.model, batch)
+        arguments.pop("labels", None)
+        self.model.train(dropout)
+        return self.wanted.of(self.trained(**arguments, **self.wanted.arguments))
+
+    def own_loss(self, outputs: ModelOutput, arguments: Batch, update: int) -> Tensor:
+        """Take the teacher's own loss on the labels from its outputs.
+
+        Raises:
+            ValueError: If there is none, or, where looking does not wait for a device, it is not finite.
+        """
+        loss: Tensor | None = outputs.get("loss")
+        if loss is None:
+            raise ValueError(
+                f"A teacher that learns needs a loss, but {type(self.model).__name__} gave none for the columns "
+                f"{', '.join(sorted(arguments))}. Use a teacher with a head, and data with its labels."
+            )
+        # On an accelerator this would wait for the device; there the trainer checks the averages that it logs.
+        if loss.device.type == "cpu" and not torch.isfinite(loss).all():
+            raise ValueError(f"The teacher's loss must be finite, got {loss} at step {update}.")
+        return loss
+
+    def save(self, folder: Path, process: int, shared: bool) -> None:
+        self.trained.save(folder, process, shared)
+
+    def load(self, folder: Path, process: int) -> None:
+        self.trained.load(folder, process)
 
     def learn(self, window: Window, student: SignalsOf) -> dict[str, Tensor]:
         """Learn from the micro-batches of one update, before the student does.
@@ -78,11 +140,6 @@ class Learner(Teacher):
         Returns:
             Name -> [N] values to average and log, for instance one for each micro-batch.
         """
-        raise NotImplementedError
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate of its next step."""
         raise NotImplementedError
 
 

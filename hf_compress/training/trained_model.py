@@ -69,12 +69,13 @@ class TrainedModel:
             {"params": [p for name, p in named if name in decayed], "weight_decay": args.weight_decay},
             {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
         ]
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, self.model)
+        kind, options = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(args, self.model)
+        optimizer = kind(groups, **options | {"lr": learning_rate})
         # Clipping, scaling and the flag of a skipped step act on everything that an accelerator has prepared, so this
         # model has one of its own; device, precision and processes are shared between them anyway.
         plugin = GradientAccumulationPlugin(**trainer.accelerator.gradient_state.plugin_kwargs)
         self._accelerator = Accelerator(gradient_accumulation_plugin=plugin)
-        self._wrapped, self._optimizer = self._accelerator.prepare(self.model, kind(groups, **options))
+        self._wrapped, self._optimizer = self._accelerator.prepare(self.model, optimizer)
         self._schedule = get_scheduler(
             args.lr_scheduler_type,
             self._optimizer,
@@ -176,6 +177,16 @@ class TrainedModel:
             folder / _STATE,
         )
 
+    def load_weights(self, folder: Path) -> None:
+        """Read the weights that `save` wrote, and nothing else.
+
+        Raises:
+            ValueError: If they cannot be read.
+        """
+        with readable(folder, "teacher"):
+            accept_saved_names_(self.model)
+            load_model(self.model, folder / SAFE_WEIGHTS_NAME)
+
     def load(self, folder: Path, process: int) -> None:
         """Read what `save` wrote.
 
@@ -184,10 +195,9 @@ class TrainedModel:
         """
         if not (folder / _STATE).exists():
             raise ValueError(f"resume_from_checkpoint must hold the teacher's state, got no {folder / _STATE}.")
+        self.load_weights(folder)
         with readable(folder, "teacher"):
             state = torch.load(folder / _STATE, weights_only=True, map_location="cpu")
-            accept_saved_names_(self.model)
-            load_model(self.model, folder / SAFE_WEIGHTS_NAME)
             self._optimizer.load_state_dict(state["optimizer"])
             self._schedule.load_state_dict(state["scheduler"])
             # Checkpoints of earlier versions hold the first process's state alone.
