@@ -116,12 +116,16 @@ class TrainedModel:
 
     def step(self) -> None:
         """Make one step with the accumulated gradients."""
+        scaler = self.accelerator.scaler
         with self._as_a_whole_window():
-            if self._max_grad_norm > 0:
-                self.accelerator.clip_grad_norm_(self._wrapped.parameters(), self._max_grad_norm)
-            self._optimizer.step()
-            if not self.accelerator.optimizer_step_was_skipped:
-                self._schedule.step()
+            # A loss scale refuses a turn without gradients, which published arithmetic has.
+            if scaler is None or any(p.grad is not None for p in self.model.parameters()):
+                if self._max_grad_norm > 0:
+                    self.accelerator.clip_grad_norm_(self._wrapped.parameters(), self._max_grad_norm)
+                self._optimizer.step()
+                if self.accelerator.optimizer_step_was_skipped:
+                    return
+            self._schedule.step()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
