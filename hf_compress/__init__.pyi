@@ -1,5 +1,6 @@
 """The public names. `hf_compress/__init__.py` reads this list; nothing else repeats it."""
 
+from . import students as students
 from .api import compress as compress
 from .api import rebuild as rebuild
 from .api import steps_of as steps_of
@@ -8,6 +9,7 @@ from .core.cost import Cost as Cost
 from .core.cost import count_cost as count_cost
 from .core.record import CompressionConfig as CompressionConfig
 from .methods import METHODS as METHODS
+from .methods.layer_selection import LayerSelectionConfig as LayerSelectionConfig
 from .methods.linformer import LinformerConfig as LinformerConfig
 from .methods.structured_pruning import StructuredPruningConfig as StructuredPruningConfig
 from .methods.token_pruning import TokenPruningConfig as TokenPruningConfig

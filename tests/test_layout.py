@@ -22,7 +22,7 @@ FLOORS = {
     "hf_compress.core": 0,
     "hf_compress.core.surgery": 1,
     "hf_compress.methods": 2,
-    "hf_compress.students": 2,
+    "hf_compress.students": 4,
     "hf_compress.api": 3,
     "hf_compress.loading": 3,
     "hf_compress.folder_card": 3,

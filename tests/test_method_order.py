@@ -19,6 +19,11 @@ IMPOSSIBLE = {
     ("token_pruning", "token_pruning"): "Steps must not repeat token_pruning",
     ("linformer", "token_pruning"): "token_pruning cannot follow linformer: it needs softmax attention",
     ("token_pruning", "linformer"): "linformer cannot follow token_pruning: it needs ordinary layers",
+    ("layer_selection", "layer_selection"): "Steps must not repeat layer_selection",
+} | {
+    (first, "layer_selection"): f"layer_selection cannot follow {first}: it must be the first step"
+    for first in METHOD_CONFIGS
+    if first != "layer_selection"
 }
 
 
@@ -69,18 +74,20 @@ def test_every_pair(model, batches, architecture, tmp_path):
 
 
 @pytest.mark.parametrize("pair", list(IMPOSSIBLE))
-def test_impossible_pairs_say_why(model, pair):
+def test_impossible_pairs_say_why(model, batches, pair):
     first, second = (METHOD_CONFIGS[name]() for name in pair)
+    dense = model("bert")
     with pytest.raises(ValueError, match=IMPOSSIBLE[pair]):
-        hc.compress(model("bert"), first, second)
+        hc.compress(dense, first, second, data=batches(dense.config))
 
 
 @pytest.mark.parametrize("pair", list(IMPOSSIBLE))
-def test_impossible_records_do_not_open(model, pair, tmp_path):
-    dense = hc.compress(model("bert"), METHOD_CONFIGS[pair[0]]())
-    dense.save_pretrained(tmp_path)
+def test_impossible_records_do_not_open(model, batches, pair, tmp_path):
+    first, other = (
+        hc.compress(model("bert"), METHOD_CONFIGS[name](), data=batches(model("bert").config)) for name in pair
+    )
+    first.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    other = hc.compress(model("bert"), METHOD_CONFIGS[pair[1]]())
     config.update({name: getattr(other.config, name) for name in hc.METHODS[pair[1]].config_class.flat})
     config["quantization_config"]["steps"] += other.config.quantization_config.to_dict()["steps"]
     (tmp_path / "config.json").write_text(json.dumps(config))

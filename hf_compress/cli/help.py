@@ -84,7 +84,10 @@ def _training(stage: Stage, groups: dict[str, Group]) -> str:
 
 
 def _kind(option: Option) -> str:
-    kind = option.kind.removesuffix(" | None")
+    return "|".join(_written(kind) for kind in option.kind.removesuffix(" | None").split(" | "))
+
+
+def _written(kind: str) -> str:
     if kind.startswith("Literal["):
         return "|".join(part.strip().strip("'\"") for part in kind[len("Literal[") : -1].split(","))
     if kind.startswith(("list[", "tuple[")):

@@ -8,9 +8,9 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -50,8 +50,17 @@ class _Parser(HfArgumentParser):
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
-        """As the parent, which knows lists only: a tuple is one or more values, a dict among them is JSON."""
+        """As the parent, which knows lists only: a tuple is one or more values, a dict among them is JSON.
+
+        A word or a list (`Literal["all"] | list[int]`) is one of the words, or one or more values.
+        """
         if field.metadata.get("output"):
+            return
+        words = [word for choice in _choices(field.type) if get_origin(choice) is Literal for word in get_args(choice)]
+        many = [get_args(choice)[0] for choice in _choices(field.type) if get_origin(choice) is list]
+        if words and many:
+            kind = _word_or(words, many[0])
+            parser.add_argument(f"--{field.name}", type=kind, nargs="+", action=_OneWord, default=field.default)
             return
         item = next((get_args(choice)[0] for choice in _choices(field.type) if get_origin(choice) is tuple), None)
         if item is None:
@@ -59,6 +68,31 @@ class _Parser(HfArgumentParser):
             return
         kind = json.loads if get_origin(item) is dict else item
         parser.add_argument(f"--{field.name}", type=kind, nargs="+", default=field.default)
+
+
+def _word_or(words: Sequence[str], kind: type) -> Callable[[str], Any]:
+    """A reader of one value of an option that takes a word or several values."""
+
+    def read(text: str) -> Any:
+        if text in words:
+            return text
+        try:
+            return kind(text)
+        except ValueError as error:
+            allowed = f"{', '.join(words)} or one or more values of type {kind.__name__}"
+            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}") from error
+
+    return read
+
+
+class _OneWord(argparse.Action):
+    """Stores a single word as it is, and anything else as a list; words stand alone."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        words = [value for value in values if isinstance(value, str)]
+        if words and len(values) > 1:
+            raise argparse.ArgumentError(self, f"{words[0]!r} must stand alone, got {len(values)} values")
+        setattr(namespace, self.dest, words[0] if words else values)
 
 
 def build_parser(kinds: Sequence[type]) -> HfArgumentParser:

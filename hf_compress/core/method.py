@@ -50,6 +50,7 @@ class Method:
             modules, or `ValueError` that says which layer prevents it. None: never expressible.
         data_needs: `(config) -> DataNeeds`; how `compress` reads its data. None: not at all.
         repeatable: Whether a model may go through it more than once.
+        first: Whether it must be the first step of a model.
         needs: Parts of a dense model that must still be there.
         replaces: Parts of a dense model that it replaces; no method that needs one of them may follow.
         implied: `(model config) -> config or None`; the method config that flat fields written by hand ask for, for
@@ -70,6 +71,7 @@ class Method:
     plain: Callable[[PreTrainedModel, Any], dict[str, Any]] | None = None
     data_needs: Callable[[Any], DataNeeds] | None = None
     repeatable: bool = True
+    first: bool = False
     needs: frozenset[ModelPart] = frozenset()
     replaces: frozenset[ModelPart] = frozenset()
     implied: Callable[[PretrainedConfig], MethodConfig | None] | None = None
@@ -95,11 +97,16 @@ def check_order(earlier: Sequence[Method], method: Method) -> None:
         method: The method to apply next.
 
     Raises:
-        ValueError: If it may not be repeated, or needs a part of the model that was replaced.
+        ValueError: If it may not be repeated, must come first, or needs a part of the model that was replaced.
     """
     for before in earlier:
         if before is method and not method.repeatable:
             raise ValueError(f"Steps must not repeat {method.name}: a model goes through it once.")
+        if method.first:
+            raise ValueError(
+                f"{method.name} cannot follow {before.name}: it must be the first step of a model. Apply it to the "
+                "dense model."
+            )
         for part in sorted(method.needs & before.replaces, key=lambda part: part.value):
             raise ValueError(
                 f"{method.name} cannot follow {before.name}: it needs {part.value}, which {before.name} has replaced."

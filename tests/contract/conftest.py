@@ -16,6 +16,7 @@ METHOD_CONFIGS = {
     "linformer": lambda: hc.LinformerConfig(projected_length=8, seed=3),
     "token_pruning": lambda: hc.TokenPruningConfig(final_token_threshold=0.012),
     "structured_pruning": lambda: hc.StructuredPruningConfig(mac_ratio=0.55),
+    "layer_selection": hc.LayerSelectionConfig,
     "weight_pruning": lambda: hc.WeightPruningConfig(
         target_sparsity=0.6, criterion="magnitude", pruning_op_types=("Linear", "Conv1D")
     ),
@@ -32,9 +33,9 @@ REFUSED |= {
 # Sounds have any length.
 REFUSED |= {("linformer", name): "max_tokens must be given for wav2vec2" for name in ("wav2vec2", "wav2vec2-stable")}
 # Methods that add to the dense shapes instead of changing them: without the import such a model opens as a dense one.
-KEEPS_DENSE_SHAPES = {"linformer", "token_pruning", "weight_pruning"}
-# Methods that change values only: a skeleton without the record has the same modules.
-KEEPS_DENSE_MODULES = {"weight_pruning"}
+KEEPS_DENSE_SHAPES = {"linformer", "token_pruning", "weight_pruning", "layer_selection"}
+# Methods that change values only, or what any config can say: a skeleton without the record has the same modules.
+KEEPS_DENSE_MODULES = {"weight_pruning", "layer_selection"}
 
 
 def precise(name):
