@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,24 +42,28 @@ def output_layer_of(model: PreTrainedModel) -> nn.Linear:
 
 
 @torch.no_grad()
-def zero_output_layer_(model: PreTrainedModel, part: str) -> None:
-    """Set the layer that computes the logits to zero, so that every output is uniform (0 in regression).
+def zero_output_layers_(models: Mapping[str, PreTrainedModel]) -> None:
+    """Set the layers that compute the logits to zero, so that every output is uniform (0 in regression).
 
     Args:
-        model: As for `output_layer_of`.
-        part: What the model is, for messages.
+        models: What each model is, for messages -> the model, as for `output_layer_of`.
 
     Raises:
-        ValueError: If the layer is not trained, or shares its weights with the embeddings: it would stay zero, or
-            the embeddings would be lost.
+        ValueError: If a layer is not trained, or shares its weights with the embeddings: it would stay zero, or the
+            embeddings would be lost. Then nothing is changed.
     """
-    layer = output_layer_of(model)
-    embeddings = model.get_input_embeddings()
+    layers = [_trained_output_layer(part, model) for part, model in models.items()]
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.zero_()
+
+
+def _trained_output_layer(part: str, model: PreTrainedModel) -> nn.Linear:
+    layer, embeddings = output_layer_of(model), model.get_input_embeddings()
     if getattr(embeddings, "weight", None) is layer.weight:
         raise ValueError(f"zero_init_heads must be False: the output layer of the {part} is its word embeddings.")
     if not all(parameter.requires_grad for parameter in layer.parameters()):
         raise ValueError(
             f"zero_init_heads must be False, or the output layer of the {part} trained: frozen, it would stay zero."
         )
-    for parameter in layer.parameters():
-        parameter.zero_()
+    return layer

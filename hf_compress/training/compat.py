@@ -33,6 +33,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "student_ce_weight": 0.0,
         "proximal_direction": "student_teacher",
         "max_distill_steps": None,
+        "optim_args": None,
     },
 }
 

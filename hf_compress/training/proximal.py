@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_compress.core.batches import accepted_arguments
-from hf_compress.core.output_layer import zero_output_layer_
+from hf_compress.core.output_layer import zero_output_layers_
 from hf_compress.training.learner_trainer import LearningTeacherTrainer
 from hf_compress.training.proximal_arguments import ProximalArguments
 from hf_compress.training.proximal_teacher import DualHold, FixedHold, ProximalTeacher
@@ -56,8 +56,8 @@ class ProximalTrainer(LearningTeacherTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, teacher_model, args, **kwargs)
-        # The student whose training began with zeros: a second training of it must not forget the first.
-        self._zeroed: PreTrainedModel | None = None
+        # The student whose training has begun: a second training of it must not forget the first.
+        self._begun: PreTrainedModel | None = None
         self._evaluates_teacher = False
 
     def make_teacher(self, model: PreTrainedModel, wanted: WantedSignals, label_order: list[int] | None) -> Teacher:
@@ -82,12 +82,10 @@ class ProximalTrainer(LearningTeacherTrainer):
     def begin_training(self, num_updates: int, updates_per_epoch: int) -> None:
         super().begin_training(num_updates, updates_per_epoch)
         student = self._core()
-        if not self.args.zero_init_heads or self._resumed is not None or self._zeroed is student:
-            return
-        zero_output_layer_(student, "student")
-        if self.learner is not None:
-            zero_output_layer_(self.learner.model, "teacher")
-        self._zeroed = student
+        if self.args.zero_init_heads and self._begun is not student and self._resumed is None:
+            models = {"student": student} | ({} if self.learner is None else {"teacher": self.learner.model})
+            zero_output_layers_(models)
+        self._begun = student
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: PreTrainedModel | None = None) -> tuple[Any, Any]:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from transformers.training_args import OptimizerNames
+
 from hf_compress.training.arguments import LearningTeacherArguments
 
 
@@ -91,6 +93,10 @@ class ProximalArguments(LearningTeacherArguments):
                         f"{name} must be left out with prox_mode='fixed', which has no use for it, got "
                         f"{getattr(self, name)} (default {unused}): set prox_mode='dual'."
                     )
+        if self.compat == "prokt" and self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
+            raise ValueError(
+                f"optim must be left out with compat='prokt', which has its own AdamW, got {self.optim!r}."
+            )
         if self.evaluate_teacher and not self.teacher_learning_rate:
             raise ValueError(
                 "evaluate_teacher must be left out when teacher_learning_rate is 0: the teacher does not change."
