@@ -14,6 +14,7 @@ KINDS = {
     "fixed": (hc.DistillationTrainer, hc.DistillationArguments),
     "joint": (hc.JointTeacherTrainer, hc.JointTeacherArguments),
     "snapshots": (hc.SnapshotTeacherTrainer, hc.SnapshotTeacherArguments),
+    "proximal": (hc.ProximalTrainer, hc.ProximalArguments),
 }
 
 
@@ -39,7 +40,8 @@ class Watch(TrainerCallback):
         self.look(state.global_step)
 
 
-def trainer_of(kind, folder, student, teacher=None, look=None, ordered=False, init=None, **options):
+def trainer_of(kind, folder, student, teacher=None, look=None, ordered=False, init=None, rows=ROWS, collator=pad,
+               **options):  # fmt: skip
     """8, 8, 8 and 6 rows an epoch; three epochs; accumulation 3 makes groups of 3 and 1, so six updates."""
     trainer_class, arguments_class = KINDS[kind]
 
@@ -51,12 +53,15 @@ def trainer_of(kind, folder, student, teacher=None, look=None, ordered=False, in
                 "use_cpu": True, "save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-2, "alpha_output": 0.0,
                 "alpha_layer": 1.0, "gradient_accumulation_steps": 3, "dataloader_pin_memory": False,
                 "seed": 3}  # fmt: skip
-    if kind == "joint":
+    if kind in ("joint", "proximal"):
         defaults |= {"save_teacher": False, "teacher_learning_rate": 3e-3}
+    if kind == "proximal":
+        defaults |= {"alpha_output": 1.0, "alpha_layer": 0.0}
     args = arguments_class(str(folder), **{**defaults, **options})
     given = {} if teacher is None else {"teacher_model": teacher}
     return (InOrder if ordered else trainer_class)(
-        model=student, model_init=init, args=args, train_dataset=ROWS, eval_dataset=ROWS[:8], data_collator=pad,
+        model=student, model_init=init, args=args, train_dataset=rows, eval_dataset=rows[:8],
+        data_collator=collator,
         callbacks=[Watch(look)] if look else [], **given,
     )  # fmt: skip
 

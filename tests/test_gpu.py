@@ -24,7 +24,7 @@ place = places(pytest.mark.slow)
 # How far a training may end from the one in single precision on the CPU, as a share of its way; three to five times
 # what the CPU itself gives in that precision.
 TOLERANCE = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 2e-1}
-KINDS = ["plain", "fixed", "joint", "snapshots"]
+KINDS = ["plain", "fixed", "joint", "proximal", "snapshots"]
 # Gradients as they are: Adam makes the signs of tiny ones into whole steps.
 PLAIN = {"optim": "sgd", "learning_rate": 0.05, "alpha_task": 1.0, "alpha_output": 1.0, "alpha_layer": 0.1}
 
@@ -41,8 +41,10 @@ def fitted(kind, folder, saved_states, **options):
     elif kind == "snapshots":
         trainer = trainer_of(kind, folder, linear(0), teacher_snapshots=saved_states, **options)
     else:
-        more = {"teacher_learning_rate": 0.02} if kind == "joint" else {}
-        trainer = trainer_of(kind, folder, linear(0), dense(1), **options, **more)
+        more = {"teacher_learning_rate": 0.02} if kind != "fixed" else {}
+        if kind == "proximal":
+            more |= {"alpha_task": 0.0, "zero_init_heads": False}
+        trainer = trainer_of(kind, folder, linear(0), dense(1), **{**options, **more})
     trainer.train()
     return trainer
 
@@ -60,7 +62,7 @@ def test_trainings_end_where_the_cpu_ends(tmp_path, place, kind, precision, save
     trainer = fitted(kind, tmp_path / "there", saved_states, **PLAIN, **training_on(place, precision))
     assert trainer.model.device.type == place
     pairs = [(trainer.model, reference.model, linear(0))]
-    if kind == "joint":
+    if kind in ("joint", "proximal"):
         assert trainer.teacher_model.device.type == place
         pairs.append((trainer.teacher_model, reference.teacher_model, dense(1)))
     for found, expected, before in pairs:

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from tests.guided_setup import dense, linear, same, trainer_of, weights
 from tests.half_precision import places, training_on
@@ -12,7 +13,12 @@ place = places()
 
 # Plain AdamW: the fused one skips steps inside its kernel, which no schedule hears of.
 OPTIONS = {"optim": "adamw_torch", "alpha_task": 1.0, "alpha_output": 1.0, "alpha_layer": 0.0}
-LEARNERS = ["joint"]
+LEARNERS = ["joint", "proximal"]
+
+
+def options_of(kind):
+    """A proximal trainer fixes the weight of the labels."""
+    return {**OPTIONS, "alpha_task": 0.0} if kind == "proximal" else OPTIONS
 
 
 def overflow(trainer, model, update):
@@ -33,7 +39,7 @@ def run(kind, folder, whose, place, **options):
         seen["student"].append(weights(student))
         seen["teacher"].append(weights(teacher))
 
-    options = {**OPTIONS, **training_on(place, "fp16"), **options}
+    options = {**options_of(kind), **training_on(place, "fp16"), **options}
     trainer = trainer_of(kind, folder, student, teacher, look, **options)
     if whose:
         overflow(trainer, {"student": student, "teacher": teacher}[whose], 2)
@@ -86,7 +92,7 @@ def test_the_fused_optimizer_stands_still_too(tmp_path, place, whose):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_resumed_like_unbroken(tmp_path, place, kind, precision):
     """With dropout in both, mid-epoch, after both overflowed: weights, loss scales and schedules."""
-    options = {**OPTIONS, **training_on(place, precision), "save_strategy": "steps", "save_steps": 3}
+    options = {**options_of(kind), **training_on(place, precision), "save_strategy": "steps", "save_steps": 3}
 
     def made(folder, seeds):
         student, teacher = linear(seeds[0], 0.1), dense(seeds[1], 0.1)
@@ -112,3 +118,29 @@ def test_a_published_turn_without_gradients_is_no_error(tmp_path, place):
     trainer = trainer_of("joint", tmp_path, linear(0), dense(1), per_device_train_batch_size=4, **options)
     trainer.train()
     assert counts(trainer) == {"student": (2.0**16, 9), "teacher": (2.0**16, 6)}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_fixed_teacher_computes_as_its_student_does(tmp_path, place, precision):
+    """Otherwise it would take several times as long as the student on a GPU."""
+    student, teacher, seen = linear(0), dense(1), set()
+    for network in (student, teacher):
+        network.bert.encoder.layer[1].output.dense.register_forward_hook(lambda m, i, out: seen.add(out.dtype))
+    options = {**OPTIONS, "alpha_layer": 1.0, "max_steps": 1, **training_on(place, precision)}
+    trainer = trainer_of("fixed", tmp_path / "run", student, teacher, **options)
+    trainer.train()
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    assert seen == {half}
+    trainer.evaluate()
+    assert seen == {half}
+
+
+def test_a_cache_holds_the_answers_of_one_precision(tmp_path, place):
+    options = {**OPTIONS, "teacher_cache_dir": str(tmp_path / "cache"), "max_steps": 1}
+    half, whole = training_on(place, "bf16"), training_on(place)
+    trainer_of("fixed", tmp_path / "run", linear(0), dense(1), **options, **half).train()
+    again = trainer_of("fixed", tmp_path / "run", linear(0), dense(1), **options, **half)
+    again.train()
+    assert (again.teacher_cache.hits > 0, again.teacher_cache.misses) == (True, 0)
+    with pytest.raises(ValueError, match="teacher_cache_dir .* set of outputs"):
+        trainer_of("fixed", tmp_path / "run", linear(0), dense(1), **options, **whole)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -82,7 +83,7 @@ class DistillationTrainer(CompressionTrainer):
             wanted: Which of its outputs and hidden states become targets.
             label_order: As from `teacher_label_order`.
         """
-        folder, layout = self.args.teacher_cache_dir, {"states": list(wanted.states), "logits": wanted.logits}
+        folder, layout = self.args.teacher_cache_dir, _stored(wanted, self.accelerator)
         cache = TeacherCache.of(model, folder, layout) if folder else None
         return FixedTeacher(model, wanted, self.args.teacher_dropout, cache, label_order)
 
@@ -175,3 +176,9 @@ class DistillationTrainer(CompressionTrainer):
             # Evaluation gathers every output field; these were asked for by this loss alone.
             outputs = {name: value for name, value in outputs.items() if name != "hidden_states"}
         return terms, outputs
+
+
+def _stored(wanted: WantedSignals, accelerator: Accelerator) -> dict[str, Any]:
+    """What a cache holds for each example; half precision gives other answers."""
+    precision = {"precision": accelerator.mixed_precision} if accelerator.native_amp else {}
+    return {"states": list(wanted.states), "logits": wanted.logits, **precision}

@@ -56,7 +56,7 @@ def open_session(
         layer_term.prepare(lambda maps: accelerator.prepare_model(maps.to(args.device)))
     wanted = WantedSignals(layer_term.teacher_states if layer_term else (), logits=args.alpha_output > 0)
     made = make_teacher(move_(teacher, args.device), wanted, label_order)
-    return TeacherSession(made, student, layer_term, args.max_distill_steps)
+    return TeacherSession(made, student, layer_term, args.max_distill_steps, accelerator.autocast)
 
 
 def _layer_term(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments) -> LayerTerm:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from accelerate.utils import send_to_device
@@ -25,6 +26,7 @@ class TeacherSession:
         student: The model that learns from it, without wrappers.
         layer_term: Compares hidden states; None when they are not compared.
         last_update: The number of updates after which the teacher no longer guides; None: it always does.
+        precision: Gives the context in which the teacher answers: the half precision in which the student computes.
     """
 
     def __init__(
@@ -33,11 +35,13 @@ class TeacherSession:
         student: PreTrainedModel,
         layer_term: LayerTerm | None = None,
         last_update: int | None = None,
+        precision: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.teacher = teacher
         self.student = student
         self.layer_term = layer_term
         self.last_update = last_update
+        self._precision = precision
         self._window: Window | None = None
         self._accumulation = self._updates_per_epoch = 1
 
@@ -85,7 +89,9 @@ class TeacherSession:
         """
         if training and self._window is not None and self._window.answers:
             return self._window.answers[0]
-        return self.teacher.forward(read_by_both(batch, self.student, self.teacher.model).teacher, training)
+        read = read_by_both(batch, self.student, self.teacher.model).teacher
+        with self._precision():
+            return self.teacher.forward(read, training)
 
     def save(self, checkpoint: Path, process: int, shared: bool) -> None:
         if self.layer_term is not None and shared:
