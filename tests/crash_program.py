@@ -81,6 +81,10 @@ def _pieces(kind: str, out: Path) -> tuple[type, type, dict, dict, list]:
     if kind == "joint":
         models = {"model": student, "teacher_model": teacher}
         return hc.JointTeacherTrainer, hc.JointTeacherArguments, distils, models, []
+    if kind == "proximal":
+        fields = {"teacher_learning_rate": 1e-3, "prox_mode": "dual", "dual_epsilon": 0.01, "dual_learning_rate": 0.5}
+        models = {"model": student, "teacher_model": teacher}
+        return hc.ProximalTrainer, hc.ProximalArguments, {**distils, **fields}, models, []
     saved_states = [str(out.parent / f"saved_states-{seed}") for seed in (1, 2, 3)]
     for seed, place in enumerate(saved_states):
         if not Path(place).exists():
@@ -92,7 +96,7 @@ def _pieces(kind: str, out: Path) -> tuple[type, type, dict, dict, list]:
     )  # fmt: skip
 
 
-KINDS = ("compression", "distillation", "tokens", "joint", "snapshots")
+KINDS = ("compression", "distillation", "tokens", "joint", "proximal", "snapshots")
 
 
 def train(
@@ -130,7 +134,7 @@ def train(
     if getattr(trainer, "projectors", None) is not None:
         projectors = trainer.accelerator.unwrap_model(trainer.projectors).state_dict()
         weights.update({f"map.{name}": value for name, value in projectors.items()})
-    if kind == "joint":
+    if kind in ("joint", "proximal"):
         weights.update({f"teacher.{name}": value for name, value in trainer.teacher_model.state_dict().items()})
     for name, parameter in trainer.model.named_parameters():
         state = trainer.optimizer.state[parameter]

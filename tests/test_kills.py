@@ -27,7 +27,8 @@ def server():
     """A clean server process that has imported everything; each training forks from it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.crash_program", "transformers.trainer", "hf_compress.training.joint_teacher"]
+        ["tests.crash_program", "transformers.trainer", "hf_compress.training.joint_teacher",
+         "hf_compress.training.proximal"]
     )  # fmt: skip
     return context
 
