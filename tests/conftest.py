@@ -35,6 +35,7 @@ from tokenizers.processors import TemplateProcessing  # noqa: E402
 
 from tests import images_and_sounds  # noqa: E402
 from tests.guided_setup import dense  # noqa: E402
+from tests.two_processes import TwoProcesses  # noqa: E402
 
 
 transformers.logging.set_verbosity_error()
@@ -284,3 +285,11 @@ def small_disk(tmp_path):
     yield mount
     if place.is_mount():
         subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """Two ranks of one job; they start when a test first runs something in them."""
+    processes = TwoProcesses()
+    yield processes
+    processes.close()

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainerCallb
 import hf_compress as hc
 from hf_compress.core.saving import complete_or_absent
 from hf_compress.training.trainer import CompressionTrainer
+from tests.two_processes import become_rank
 
 
 class Rows(Dataset):
@@ -109,10 +110,7 @@ def train(
     torch.set_num_threads(1)
     out = Path(folder)
     if port is not None:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )  # fmt: skip
+        become_rank(rank, port)
     trainer_class, arguments, fields, models, callbacks = _pieces(kind, out)
     args = arguments(
         str(out), num_train_epochs=3, per_device_train_batch_size=8 if port is None else 4,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
-import socket
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_compress.training.checkpoints import checkpoints_of, defect
 from tests import crash_program
+from tests.two_processes import fork_server, free_port
 
 
 # More rounds by hand: KILL_ROUNDS=8 KILL_SEED=1 pytest -m slow tests/test_kills.py
@@ -24,22 +23,14 @@ SEED = int(os.environ.get("KILL_SEED", "0"))
 
 @pytest.fixture(scope="module")
 def server():
-    """A clean server process that has imported everything; each training forks from it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["tests.crash_program", "transformers.trainer", "hf_compress.training.joint_teacher",
-         "hf_compress.training.proximal"]
-    )  # fmt: skip
-    return context
+    return fork_server()
 
 
 def _start(server, folder: Path, kind: str, processes: int, endless: bool = False) -> list:
     folder.mkdir(parents=True, exist_ok=True)
     port = None
     if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
     started = [
         server.Process(target=crash_program.train, args=(str(folder), kind, rank, port, endless))
         for rank in range(processes)

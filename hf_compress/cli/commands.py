@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_compress.cli.output import print_results
 from hf_compress.cli.parsing import parse
+from hf_compress.core.launcher import check_launcher
 from hf_compress.methods import METHODS
 from hf_compress.stages.arguments import StageArguments
 from hf_compress.stages.table import Stage
@@ -30,6 +31,7 @@ def run(stage: Stage, arguments: Sequence[str]) -> None:
     kinds = kinds_of(stage)
     defaults = dict(stage.defaults)
     if any(issubclass(kind, TrainingArguments) for kind in kinds.values()):
+        check_launcher()
         # Pinned memory only exists beside an accelerator; asking for it elsewhere warns at every epoch.
         defaults["dataloader_pin_memory"] = torch.accelerator.is_available()
         defaults["disable_tqdm"] = not sys.stderr.isatty()

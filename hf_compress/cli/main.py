@@ -13,6 +13,7 @@ from importlib import import_module
 from hf_compress import __version__
 from hf_compress.cli.errors import describe, fail, is_bad_input
 from hf_compress.cli.help import command_help, usage
+from hf_compress.core.launcher import LostProcess
 from hf_compress.stages.table import all_stages
 
 
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(f"hf-compress: interrupted{hint}", file=sys.stderr)
         return 130
+    except LostProcess as error:
+        print(f"hf-compress: {describe(error)}", file=sys.stderr)
+        return 1
     except Exception as error:
         bad = is_bad_input(error)
         if with_traceback or not bad:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
+from hf_compress.core.launcher import check_launcher
 from hf_compress.training.compat import follow_published_
 
 
@@ -67,6 +68,8 @@ class DistillationArguments(TrainingArguments):
     compat: Literal["cald"] | None = None
 
     def __post_init__(self) -> None:
+        # Before processes wait for each other.
+        check_launcher()
         super().__post_init__()  # type: ignore[no-untyped-call]  # of transformers
         self.check()
 

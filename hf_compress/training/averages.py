@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 
@@ -35,16 +36,19 @@ class Averages:
 
     def take(self, accelerator: Accelerator | None = None) -> dict[str, float]:
         """The averages since the last call, over all processes of `accelerator`."""
-        found = {}
+        sums: dict[str, tuple[float, float]] = {}
         for name, pairs in self._pairs.items():
             # Not every accelerator has double precision.
-            sums = torch.stack(pairs).cpu().double().sum(0)
-            if accelerator is not None and accelerator.num_processes > 1:
-                sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum")
-            amount, reference = sums.tolist()
-            found[name] = round(amount / max(reference, 1e-12), 6)
+            amount, reference = torch.stack(pairs).cpu().double().sum(0).tolist()
+            sums[name] = (amount, reference)
         self._pairs.clear()
-        return found
+        if accelerator is not None and accelerator.num_processes > 1:
+            # By name: a process may have seen nothing of what others have, such as the rows of a short evaluation.
+            everywhere: list[dict[str, tuple[float, float]]] = gather_object([sums])
+            names = dict.fromkeys(name for each in everywhere for name in each)
+            seen = {name: [each[name] for each in everywhere if name in each] for name in names}
+            sums = {name: (sum(a for a, _ in pairs), sum(r for _, r in pairs)) for name, pairs in seen.items()}
+        return {name: round(amount / max(reference, 1e-12), 6) for name, (amount, reference) in sums.items()}
 
     def clear(self) -> None:
         """Forget all of them."""

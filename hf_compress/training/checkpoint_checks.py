@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import CONFIG_NAME
 
 from hf_compress.core.weight_files import require_fit
-from hf_compress.training.checkpoints import binary_files, intact, missing_part, readable
+from hf_compress.training.checkpoints import binary_files, intact, missing_part, readable, require_same_processes
 
 
 _OPTIMIZER = "optimizer and schedule"
@@ -37,10 +37,11 @@ def require_complete(checkpoint: Path, num_processes: int = 1) -> None:
         num_processes: Number of processes of the resumed training; each reads its own random state.
 
     Raises:
-        ValueError: If this is no checkpoint, or a file of it is missing.
+        ValueError: If this is no checkpoint, one of another number of processes, or a file of it is missing.
     """
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         raise ValueError(f"resume_from_checkpoint must be true or a checkpoint folder, got {str(checkpoint)!r}.")
+    require_same_processes(checkpoint, num_processes)
     reason = missing_part(checkpoint, num_processes)
     # The reader of an inner folder reports what it lacks.
     if reason is not None and "/" not in reason:

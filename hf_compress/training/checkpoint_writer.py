@@ -201,7 +201,8 @@ class CheckpointWriter(TrainerCallback):
 
     def _sign(self, checkpoint: Path) -> None:
         """Note in a complete checkpoint which run wrote it and which files belong to it."""
-        write_json(checkpoint / RUN_FILE, {"run": self.run, "files": binary_files(checkpoint)})
+        note = {"run": self.run, "processes": self.args.world_size, "files": binary_files(checkpoint)}
+        write_json(checkpoint / RUN_FILE, note)
 
     def _publish(self, written: Path, state: TrainerState) -> None:
         """Move a checkpoint to its name and remove the oldest."""

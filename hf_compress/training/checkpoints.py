@@ -76,11 +76,32 @@ def missing_part(checkpoint: Path, num_processes: int = 1) -> str | None:
         # `Trainer` itself writes this file last.
         return f"{TRAINER_STATE_NAME} is missing or damaged"
     files = binary_files(checkpoint)
-    expected = set(run_note(checkpoint).get("files", ()))
-    if num_processes > 1 and any(name.startswith("rng_state_") for name in files):
+    note = run_note(checkpoint)
+    expected = set(note.get("files", ()))
+    # In checkpoints of earlier versions. Later ones are listed whole: a machine with a disk of its own may hold the
+    # part of its processes alone.
+    if num_processes > 1 and "processes" not in note and any(name.startswith("rng_state_") for name in files):
         expected |= {f"rng_state_{rank}.pth" for rank in range(num_processes)}
     missing = sorted(expected - set(files))
     return f"{missing[0]} is missing" if missing else None
+
+
+def require_same_processes(checkpoint: Path, num_processes: int) -> None:
+    """Refuse a checkpoint that another number of processes wrote: each goes on with random numbers of its own.
+
+    Raises:
+        ValueError: Says how many there were.
+    """
+    written = run_note(checkpoint).get("processes")
+    if written is None:
+        # Of an earlier version of this package, or of a stock `Trainer`.
+        written = len(list(checkpoint.glob("rng_state_*.pth"))) or int((checkpoint / "rng_state.pth").is_file())
+    if written not in (0, num_processes):
+        raise ValueError(
+            f"resume_from_checkpoint {str(checkpoint)!r} was written by {written} process{'es' * (written > 1)}, and "
+            f"this training has {num_processes}: it would read other batches. Start {written}, or begin a new "
+            "training with the weights of the checkpoint as its model."
+        )
 
 
 def defect(checkpoint: Path, num_processes: int = 1) -> str | None:
@@ -101,6 +122,9 @@ def last_whole_checkpoint(folder: str | os.PathLike[str], num_processes: int = 1
 
     Returns:
         Its folder, or None where the training has none yet.
+
+    Raises:
+        ValueError: If it was a training of another number of processes.
     """
     folder, note = Path(folder), run_note(Path(folder))
     found = checkpoints_of(folder)
@@ -112,6 +136,7 @@ def last_whole_checkpoint(folder: str | os.PathLike[str], num_processes: int = 1
         elif others and not found:
             logger.warning("%s in %s belong to earlier trainings: name one to resume from it.", others, folder)
     for checkpoint in reversed(found):
+        require_same_processes(checkpoint, num_processes)
         reason = defect(checkpoint, num_processes)
         if reason is None:
             return checkpoint

@@ -8,9 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_compress.training.checkpoint_checks import random_states_of
 from hf_compress.training.checkpoints import readable
+
+
+def _draw_alike(loader: Any, args: TrainingArguments, epoch: int) -> None:
+    """Let all processes draw one order, if it comes from a process's own random numbers."""
+    sampler = getattr(loader, "batch_sampler", None)
+    while sampler is not None and not isinstance(sampler, LengthGroupedSampler):
+        # What accelerate and torch wrap around it.
+        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+    if sampler is not None:
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler.generator = torch.Generator().manual_seed(seed + epoch)
 
 
 class EpochOrder(TrainerCallback):
@@ -18,7 +30,8 @@ class EpochOrder(TrainerCallback):
 
     `train_sampling_strategy="group_by_length"` draws the order from torch's own random numbers. `Trainer` does not
     save their state at the beginning of the epoch, so a training resumed in any epoch but the first would read other
-    batches.
+    batches. Of several processes each would draw an order of its own, and some rows would be read twice and others
+    never: there the order of an epoch follows from the seed and the number of the epoch.
     """
 
     def __init__(self) -> None:
@@ -55,6 +68,8 @@ class EpochOrder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the random numbers from which the order is drawn, and remember them."""
+        if args.world_size > 1:
+            _draw_alike(kwargs.get("train_dataloader"), args, int(float(state.epoch or 0) + 1e-6))
         if self._resumed is not None:
             checkpoint, process = self._resumed
             # From the end of an epoch `Trainer` goes on with the random numbers of the checkpoint: it is about to set

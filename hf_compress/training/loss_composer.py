@@ -14,12 +14,17 @@ from transformers.trainer_pt_utils import find_batch_size
 from hf_compress.training.averages import Averages
 
 
+# The whole loss of an evaluation.
+_EVALUATED = "loss"
+
+
 class LossComposer:
     """Adds up the terms of a loss, and averages each of them in training and in each evaluation."""
 
     def __init__(self) -> None:
         self.averages = {"train": Averages(), "eval": Averages()}
         self.evaluating = False
+        self._counting = True
 
     def total(self, terms: Mapping[str, Tensor], training: bool, num_examples: int, update: int) -> Tensor:
         """Add up the terms of a micro-batch, and note them for the averages.
@@ -37,6 +42,10 @@ class LossComposer:
         # On an accelerator this would wait for the device at every batch; there `require_finite` checks the averages.
         if loss.device.type == "cpu" and not torch.isfinite(loss):
             raise _not_finite({name: float(value.detach()) for name, value in terms.items()}, update)
+        if not self._counting:
+            return loss
+        if not training:
+            self._seen(training).add(_EVALUATED, loss, num_examples)
         if training or len(terms) > 1:
             # As in `Trainer`: micro-batches of a training count alike, batches of an evaluation by their examples.
             weight = 1 if training else num_examples
@@ -52,7 +61,7 @@ class LossComposer:
             training: Whether the student is trained on the batch; otherwise it is evaluated.
         """
         prefix = "prune/" if training else ""
-        for name, parts in measures.items():
+        for name, parts in measures.items() if self._counting else ():
             self._seen(training).add_quotient(f"{prefix}{name}", *parts)
 
     def note_each(self, values: Mapping[str, Tensor]) -> None:
@@ -81,8 +90,23 @@ class LossComposer:
         self.averages["eval"].clear()
 
     def evaluated(self, accelerator: Accelerator, prefix: str) -> dict[str, float]:
-        """Return the averages of an evaluation over all processes, with its prefix before each name."""
-        return {f"{prefix}_{name}": value for name, value in self.averages["eval"].take(accelerator).items()}
+        """Return the averages of an evaluation over all processes, with its prefix before each name.
+
+        Of several processes the loss is among them: `Trainer` counts rows twice that fill up the last batches.
+        """
+        found = self.averages["eval"].take(accelerator)
+        if accelerator.num_processes == 1:
+            found.pop(_EVALUATED, None)
+        return {f"{prefix}_{name}": value for name, value in found.items()}
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave what is computed inside the `with` statement out of all averages."""
+        self._counting = False
+        try:
+            yield
+        finally:
+            self._counting = True
 
     def require_finite(self, logs: Mapping[str, float], update: int) -> None:
         """Raise `ValueError` if a loss term among the values to be logged is NaN or infinite."""

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCall
 
 from hf_compress.api import apply_implied, trainings_of
 from hf_compress.core.architectures import base_of
-from hf_compress.core.forward_state import ForwardState, carries_state, forward_state
+from hf_compress.core.forward_state import ForwardState, forward_state
 from hf_compress.core.method_training import MethodCallback, MethodTraining, ParameterGroup
 from hf_compress.core.record import quantized_by_another
 from hf_compress.training.adapters import warn_of_unsaved_base
@@ -29,19 +29,6 @@ class MethodsInTraining:
         self._callbacks: list[TrainerCallback] = []
         if isinstance(self.core, PreTrainedModel) and not quantized_by_another(apply_implied(self.core).config):
             self.trainings = trainings_of(self.core)
-
-    def require_one_device(self, num_devices: int) -> None:
-        """Refuse a model whose layers share a state under `nn.DataParallel`.
-
-        Raises:
-            ValueError: If there are several GPUs in one process.
-        """
-        if num_devices > 1 and isinstance(self.core, PreTrainedModel) and carries_state(self.core):
-            raise ValueError(
-                f"n_gpu must be 1 for a model that drops tokens, got {num_devices} in one process: layers share "
-                "what nn.DataParallel would leave on the first GPU. Start one process for each (torchrun "
-                f"--nproc_per_node={num_devices} ...) or set CUDA_VISIBLE_DEVICES to one."
-            )
 
     def begin(self, trainer: Trainer) -> None:
         """Prepare the model for a training; gives its trainer the callbacks of the methods.

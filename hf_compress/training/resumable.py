@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_compress.core.architectures import base_of
 from hf_compress.core.errors import one_line
+from hf_compress.core.launcher import lost_process_named
 from hf_compress.core.saving import complete_or_absent
 from hf_compress.folder_card import FILE as CARD
 from hf_compress.folder_card import add_compression, may_be_replaced, write_card
@@ -27,6 +28,7 @@ from hf_compress.training.checkpoint_checks import (
 )
 from hf_compress.training.checkpoint_parts import CheckpointPart
 from hf_compress.training.checkpoint_writer import CheckpointWriter, replace_pickled_arguments
+from hf_compress.training.data_parallel import forget_evaluation_
 from hf_compress.training.epoch_order import EpochOrder
 from hf_compress.training.saved_names import accept_saved_names_
 
@@ -110,12 +112,19 @@ class ResumableTrainer(Trainer):
 
         Raises:
             ValueError: If `output_dir` cannot be written or is used by a running training, holds the model or the
-                teacher, or lies on a disk too small for the checkpoints; or if a checkpoint is damaged.
+                teacher, or lies on a disk too small for the checkpoints; or if a checkpoint is damaged or of another
+                number of processes.
+            LostProcess: If another process of the training has ended.
         """
         # A search makes its models.
         origin = "" if self.model is None else getattr(self._core(), "name_or_path", "")
         folder = self._get_output_dir(trial)
-        with self.checkpoints.training(folder, resume_from_checkpoint, origin, self.teacher_origins()) as checkpoint:
+        if self.args.world_size > 1 and not self._engine and self.model is not None:
+            forget_evaluation_(self.model)
+        with (
+            lost_process_named(self.args.world_size),
+            self.checkpoints.training(folder, resume_from_checkpoint, origin, self.teacher_origins()) as checkpoint,
+        ):
             self._resumed = checkpoint
             if self.model_init is None:
                 self.require_resumable(self._core())

@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.generic import ModelOutput
 
 from hf_compress.training.checkpoints import readable
+from hf_compress.training.data_parallel import forget_evaluation_
 from hf_compress.training.saved_names import accept_saved_names_
 
 
@@ -74,7 +75,13 @@ class TrainedModel:
         # Clipping, scaling and the flag of a skipped step act on everything that an accelerator has prepared, so this
         # model has one of its own; device, precision and processes are shared between them anyway.
         plugin = GradientAccumulationPlugin(**trainer.accelerator.gradient_state.plugin_kwargs)
-        self._accelerator = Accelerator(gradient_accumulation_plugin=plugin)
+        # `ddp_find_unused_parameters` and its like are for this model, too.
+        handler = trainer.accelerator.ddp_handler
+        self._accelerator = Accelerator(
+            gradient_accumulation_plugin=plugin, kwargs_handlers=None if handler is None else [handler]
+        )
+        if self._accelerator.num_processes > 1:
+            forget_evaluation_(self.model)
         self._wrapped, self._optimizer = self._accelerator.prepare(self.model, optimizer)
         self._schedule = get_scheduler(
             args.lr_scheduler_type,

@@ -7,21 +7,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
 from hf_compress.core.architectures import base_of
 from hf_compress.core.errors import one_line
 from hf_compress.core.forward_state import state_in
+from hf_compress.training.data_parallel import require_one_device
+from hf_compress.training.evaluation import EvaluatingTrainer
 from hf_compress.training.loss_composer import LossComposer, batch_size_of
 from hf_compress.training.methods_in_training import MethodsInTraining, logged_values, tell_of_model
 from hf_compress.training.own_loss import OwnLoss
 from hf_compress.training.parameter_groups import OutsideGradients, add_groups_, clip_apart_, clipped_apart
 from hf_compress.training.preflight import Preflight, check_training, missing_labels_named
-from hf_compress.training.resumable import ResumableTrainer
 
 
-class CompressionTrainer(ResumableTrainer):
+class CompressionTrainer(EvaluatingTrainer):
     """A `Trainer` whose loss is a sum of named terms, each logged as `loss/<term>`.
 
     Subclasses override `loss_terms`. Without that, it trains like `Trainer`, and saves so that a crash never leaves
@@ -40,7 +41,7 @@ class CompressionTrainer(ResumableTrainer):
         self.methods = MethodsInTraining(kwargs.get("model", args[0] if args else None))
         self.losses = LossComposer()
         super().__init__(*args, **kwargs)
-        self.methods.require_one_device(self.args.n_gpu)
+        require_one_device(self.args.n_gpu)
         # The same for releases before `loss_is_scaled_for_ga`, which ask the model's signature only.
         self.model_accepts_loss_kwargs = False
         self.add_callback(OutsideGradients(self.extra_parameter_groups))
@@ -114,30 +115,6 @@ class CompressionTrainer(ResumableTrainer):
             logs.update(logged_values(self.callback_handler.callbacks))
         self.losses.require_finite(logs, self.state.global_step)
         super().log(logs, start_time)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `Trainer.evaluate`; loss terms and measures come under the prefix of this evaluation."""
-        with self.losses.evaluation():
-            return super().evaluate(*args, **kwargs)
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Every evaluation and prediction has its own averages of loss terms and measures among its metrics."""
-        self.losses.begin_evaluation()
-        # Reading batches draws random numbers. Training must not depend on it: resumed after the last update of an
-        # epoch, it does not repeat the evaluation that followed.
-        with torch.random.fork_rng(devices=[]):
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        cast("dict[str, float]", output.metrics).update(self.losses.evaluated(self.accelerator, metric_key_prefix))
-        return output
 
     def extra_parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters outside the model that the optimizer trains too."""
