@@ -26,8 +26,13 @@ from .report.latency import measure_latency as measure_latency
 from .report.quality import evaluate_model as evaluate_model
 from .report.tokens import trace_tokens as trace_tokens
 from .report.tokens import write_token_page as write_token_page
+from .students.bilstm import BiLSTMForSequenceClassification as BiLSTMForSequenceClassification
+from .students.bilstm_config import BiLSTMConfig as BiLSTMConfig
 from .tasks.arguments import DataArguments as DataArguments
 from .tasks.inputs import calibration_batches as calibration_batches
+from .tasks.pair_inputs import PairCollator as PairCollator
+from .tasks.pair_inputs import encode_pairs as encode_pairs
+from .tasks.pair_inputs import read_pairs_separately_ as read_pairs_separately_
 from .tasks.sources import load_task as load_task
 from .training.arguments import DistillationArguments as DistillationArguments
 from .training.arguments import JointTeacherArguments as JointTeacherArguments

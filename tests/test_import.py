@@ -26,6 +26,23 @@ ORDERS = {
     "loader first": "import hf_compress.loading",
 }
 
+STUDENT = """
+from transformers import AutoConfig, AutoModelForSequenceClassification
+config = AutoConfig.for_model("bilstm", vocab_size=9, hidden_size=3)
+assert type(AutoModelForSequenceClassification.from_config(config)).__module__ == "hf_compress.students.bilstm"
+"""
+
+STUDENT_ORDERS = {
+    "package first": "import hf_compress",
+    "registry first": "import transformers.models.auto.modeling_auto\nimport hf_compress",
+    "student first": "import hf_compress.students.bilstm",
+}
+
+
+@pytest.mark.parametrize("order", list(STUDENT_ORDERS))
+def test_the_student_joins_the_auto_classes_in_any_order(order):
+    run(STUDENT_ORDERS[order] + STUDENT)
+
 
 @pytest.mark.parametrize("order", list(ORDERS))
 def test_registered_in_any_order(order):

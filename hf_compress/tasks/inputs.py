@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_compress.tasks.pair_inputs import SECOND_IDS, PairCollator
 from hf_compress.tasks.task import Batch, Processor
 
 
@@ -35,10 +36,11 @@ def tokenizer_for(processor: Processor, max_length: int | None = None) -> PreTra
 
 
 def row_lengths(rows: Dataset) -> list[int]:
-    """The tokens of each encoded row; 1 where rows are images, which all have one size."""
+    """The tokens of each encoded row, in both texts of a pair; 1 where rows are images, which all have one size."""
     if "input_ids" not in rows.column_names:
         return [1] * len(rows)
-    return [len(ids) for ids in rows["input_ids"]]
+    texts = [rows[name] for name in ("input_ids", SECOND_IDS) if name in rows.column_names]
+    return [sum(map(len, both)) for both in zip(*texts, strict=True)]
 
 
 def length_sorted(rows: Dataset, batch_size: int, processor: Processor) -> Iterator[Batch]:
@@ -66,6 +68,8 @@ def collated(features: Sequence[Mapping[str, Any]], processor: Processor) -> Bat
         features: Encoded rows; columns that no model takes are left out.
         processor: That encoded them. It may have no padding token.
     """
+    if SECOND_IDS in features[0]:
+        return dict(PairCollator(tokenizer_for(processor))(features))
     taken = {*processor.model_input_names, *_TEXT_INPUTS}
     inputs = [{name: value for name, value in row.items() if name in taken} for row in features]
     batch: Batch

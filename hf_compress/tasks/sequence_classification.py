@@ -36,6 +36,7 @@ from hf_compress.tasks.label_matching import match_labels
 from hf_compress.tasks.label_values import read_labels, without_unlabelled_test
 from hf_compress.tasks.labelled import LabelledTask
 from hf_compress.tasks.metrics import main_metric, multi_label_metrics, task_metrics
+from hf_compress.tasks.pair_inputs import PairCollator, encode_pairs, reads_separately
 from hf_compress.tasks.published import PUBLISHED
 from hf_compress.tasks.table_files import Table
 from hf_compress.tasks.task import Array, Batch, Collator, Processor, Task, drawn
@@ -114,6 +115,12 @@ class SequenceClassification(LabelledTask):
     def encode(self, split: str, processor: Processor, max_length: int) -> Dataset:
         """Token ids and masks with `labels`, unpadded."""
         rows, tokenizer = self.split(split), tokenizer_for(processor, max_length)
+        separate = reads_separately(tokenizer)
+        if separate and len(self.text_columns) < 2:
+            raise ValueError(
+                f"The task {self.name!r} has one text column ({self.text_columns[0]}), and the tokenizer belongs to a "
+                "model that reads two texts separately: take one with pair_mode='joint', or a task of pairs."
+            )
 
         def target(label: Any) -> Any:
             if self.several:
@@ -121,7 +128,11 @@ class SequenceClassification(LabelledTask):
             return float(label) if self.is_regression else int(label)
 
         def encoded(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            inputs = tokenizer(*(batch[c] for c in self.text_columns), truncation=True, max_length=max_length)
+            texts = [batch[column] for column in self.text_columns]
+            if separate:
+                inputs = encode_pairs(tokenizer, *texts, max_length=max_length)
+            else:
+                inputs = dict(tokenizer(*texts, truncation=True, max_length=max_length))
             return {**inputs, "labels": [target(label) for label in batch["label"]]}
 
         return rows.map(encoded, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
@@ -143,7 +154,8 @@ class SequenceClassification(LabelledTask):
 
     def collator(self, processor: Processor) -> Collator:
         """Pads to the longest row."""
-        return DataCollatorWithPadding(tokenizer_for(processor))
+        tokenizer = tokenizer_for(processor)
+        return PairCollator(tokenizer) if reads_separately(tokenizer) else DataCollatorWithPadding(tokenizer)
 
     def row_outputs(self, outputs: Any, batch: Batch) -> Sequence[Tensor]:
         """The logits [C] of each row."""
