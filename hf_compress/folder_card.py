@@ -114,10 +114,17 @@ def compression_section(model: PreTrainedModel, has_tokenizer: bool) -> str:
     steps = steps_with_settings(model.config)
     auto = _auto_class(model)
     if not steps:
-        return (
-            "The model has not been compressed, or plain transformers opens its compressed form.\n\n"
-            f'```python\nfrom transformers import {auto}\n\nmodel = {auto}.from_pretrained("path or name")\n```\n'
+        # A class of ours is unknown to transformers alone.
+        ours = type(model).__module__.startswith("hf_compress.")
+        what = (
+            f"A student of hf_compress: `{type(model).__name__}`, which transformers knows after the import."
+            if ours
+            else "The model has not been compressed, or plain transformers opens its compressed form."
         )
+        imports = (
+            "import hf_compress  # makes the class known\n" if ours else ""
+        ) + f"from transformers import {auto}"
+        return f'{what}\n\n```python\n{imports}\n\nmodel = {auto}.from_pretrained("path or name")\n```\n'
     lines = []
     for number, (name, settings) in enumerate(steps, start=1):
         paper = METHODS[name].paper

@@ -26,7 +26,6 @@ FLOORS = {
     "hf_compress.api": 3,
     "hf_compress.loading": 3,
     "hf_compress.folder_card": 3,
-    "hf_compress.students": 4,
     "hf_compress.training": 4,
     "hf_compress.tasks": 4,
     "hf_compress.report": 5,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
@@ -24,9 +25,9 @@ class Cost:
     Args:
         params: Number of parameters, shared ones once.
         nonzero_params: Those that are not exactly zero.
-        macs: Multiply-accumulates of one forward pass of the given batch through the transformer layers, without
-            LayerNorm, softmax, embeddings (those of patches and the feature encoder of sounds are such) and task head;
-            None where they were not counted. DeBERTa projects its embeddings of distances once a batch, and is counted
+        macs: Multiply-accumulates of one forward pass of the given batch through the layers, without LayerNorm,
+            softmax, embeddings (those of patches and the feature encoder of sounds are such) and task head; None
+            where they were not counted. DeBERTa projects its embeddings of distances once a batch, and is counted
             so; on real data they count once a sequence.
         bytes: Memory of the parameters in their dtype.
         macs_by_layer: The MACs of each layer, in order; they sum to `macs`.
@@ -40,6 +41,17 @@ class Cost:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@runtime_checkable
+class CountsItself(Protocol):
+    """A model that is no stack of transformer layers and knows its own arithmetic."""
+
+    def macs_by_layer(self, tokens: float) -> list[float]:
+        """Multiply-accumulates of each layer for one sequence of that many tokens, which may be an average."""
+
+    def tokens_read(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """[B] the tokens of each sequence of a batch that the layers read."""
 
 
 def count_size(model: PreTrainedModel) -> dict[str, int]:
@@ -68,6 +80,17 @@ def layer_macs(layer: TransformerLayer, seq_len: float, batch_size: int = 1) -> 
     """Multiply-accumulates of one layer for a batch of equally long sequences, from the shapes of its projections."""
     each = seq_len * sum(projection_macs(layer)) + layer.attention_macs(seq_len)
     return batch_size * each + layer.position_macs
+
+
+def _own_macs(model: CountsItself, seq_len: float, data: Iterable[Mapping[str, Any]] | None) -> list[float]:
+    """Mean multiply-accumulates a sequence in each layer, as the model counts them."""
+    if data is None:
+        return model.macs_by_layer(seq_len)
+    lengths = [length for batch in data for length in model.tokens_read(batch).tolist()]
+    if not lengths:
+        raise ValueError("data must hold at least one batch, got none.")
+    counted = [model.macs_by_layer(length) for length in lengths]
+    return [sum(layer) / len(lengths) for layer in zip(*counted, strict=True)]
 
 
 @torch.no_grad()
@@ -101,8 +124,9 @@ def count_cost(
     """Count parameters, non-zeros, bytes and multiply-accumulates of a model.
 
     Args:
-        model: A supported architecture, compressed or not.
-        seq_len: Tokens of a sequence that the layers see, without padding; may be an average. Of an image these are
+        model: A supported architecture, compressed or not, or a `BiLSTMForSequenceClassification`.
+        seq_len: Tokens of a sequence that the layers see, without padding, of both texts where a model reads two; may
+            be an average. Of an image these are
             its patches and the class token, of a sound the frames of the feature encoder, not its samples.
         batch_size: Sequences.
         data: Batches of inputs: texts, images or sounds. When given, the model runs on them, what it drops is not
@@ -126,6 +150,9 @@ def count_cost(
         raise ValueError("Weights must be loaded to be counted, got a model on the meta device.")
     if data is not None:
         data = readable_data(model, data, 1)
+    if isinstance(model, CountsItself):
+        by_layer = [batch_size * macs for macs in _own_macs(model, seq_len, data)]
+        return Cost(**count_size(model), macs=sum(by_layer), macs_by_layer=by_layer)
     layers = layers_of(model)
     if data is None:
         by_layer = [float(layer_macs(layer, seq_len, batch_size)) for layer in layers]

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from hf_compress.core.architectures import ARCHITECTURES, TransformerLayer, layers_of
 from hf_compress.core.batches import base_inputs, seen_tokens
-from hf_compress.core.cost import Cost, count_cost, count_size
+from hf_compress.core.cost import Cost, CountsItself, count_cost, count_size
 from hf_compress.core.forward_state import carries_state
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.saving import write_json
@@ -30,6 +30,7 @@ from hf_compress.report.sparsity import Matrix, has_zeros, matrices_of
 from hf_compress.report.table import Entry, build_report, bytes_on_disk
 from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.inputs import length_sorted, padded_batch, row_lengths
+from hf_compress.tasks.task import Batch
 
 
 logger = logging.getLogger(__name__)
@@ -162,11 +163,15 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
         baseline = baseline or answers
         layers = _counted_layers(each.model, name)
         seq_len = _mean_length(each)
-        counted = list(length_sorted(each.rows, 32, each.processor)) if drops and layers else None
+        counted = (
+            list(length_sorted(each.rows, 32, each.processor))
+            if drops and (layers or isinstance(each.model, CountsItself))
+            else None
+        )
         yield Entry(
             name=name,
             metrics=answers.metrics(),
-            cost=count_cost(each.model, seq_len, data=counted) if layers else _size_alone(each.model),
+            cost=_cost(each.model, seq_len, counted, bool(layers)),
             latencies=[],
             folder=folders.get(name),
             disk_bytes=bytes_on_disk(folders.get(name)),
@@ -193,12 +198,16 @@ def _inputs_of(method: str) -> set[str]:
     return {field.name for field in fields if not field.metadata.get("output")}
 
 
-def _size_alone(model: PreTrainedModel) -> Cost:
+def _cost(model: PreTrainedModel, seq_len: float, data: list[Batch] | None, has_layers: bool) -> Cost:
+    if has_layers or isinstance(model, CountsItself):
+        return count_cost(model, seq_len, data=data)
     size = count_size(model)
     return Cost(params=size["params"], nonzero_params=size["nonzero_params"], macs=None, bytes=size["bytes"])
 
 
 def _counted_layers(model: PreTrainedModel, name: str) -> list[TransformerLayer]:
+    if isinstance(model, CountsItself):
+        return []
     try:
         return layers_of(model)
     except ValueError as error:

@@ -29,6 +29,7 @@ from hf_compress.stages.models import (
 from hf_compress.stages.processors import check_vocabulary, has_tokenizer, open_tokenizer
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import row_lengths
+from hf_compress.tasks.pair_inputs import reads_separately
 from hf_compress.tasks.sources import load_task
 from hf_compress.tasks.task import Processor, Task
 from hf_compress.training.collator import TEACHER_PREFIX, TeacherStudentCollator
@@ -165,7 +166,9 @@ def evaluation_results(trainer: CompressionTrainer, task: Task) -> dict[str, Any
 
 
 def add_teacher_columns(common: dict[str, Any], task: Task, data: DataArguments, teacher_name: str) -> None:
-    """Encode every example a second time for a teacher that has another tokenizer; otherwise change nothing.
+    """Encode every example a second time for a teacher that reads other tokens; otherwise change nothing.
+
+    It has another tokenizer, or reads pairs as one sequence where the student reads the texts one by one.
 
     A folder without tokenizer (plain `save_pretrained`) holds a teacher that reads the student's tokens.
 
@@ -175,14 +178,22 @@ def add_teacher_columns(common: dict[str, Any], task: Task, data: DataArguments,
         teacher_name: Hub name or folder of the teacher and its tokenizer.
 
     Raises:
-        ValueError: If that tokenizer belongs to another model.
+        ValueError: If that tokenizer belongs to another model, or is missing where it is needed.
     """
+    separate = isinstance(common["processing_class"], PreTrainedTokenizerBase) and reads_separately(
+        common["processing_class"]
+    )
     if not has_tokenizer(teacher_name):
+        if separate:
+            raise ValueError(
+                f"No tokenizer can be opened at {teacher_name!r}: the teacher reads pairs as one sequence, which the "
+                "student's tokenizer does not encode. Save the teacher's tokenizer there."
+            )
         logger.info("%s has no tokenizer: it reads the student's tokens.", teacher_name)
         return
     tokenizer = open_tokenizer(teacher_name)
     check_vocabulary(AutoConfig.from_pretrained(teacher_name), tokenizer)
-    if tokenizer.get_vocab() == common["processing_class"].get_vocab():
+    if not separate and tokenizer.get_vocab() == common["processing_class"].get_vocab():
         return
     common["data_collator"] = TeacherStudentCollator(common["data_collator"], DataCollatorWithPadding(tokenizer))
     for name, column in (("train", "train_dataset"), (task.evaluation_split, "eval_dataset")):

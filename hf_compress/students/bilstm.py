@@ -9,7 +9,8 @@ H width of one direction, C labels.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from hf_compress.students.bilstm_config import BiLSTMConfig
 from hf_compress.students.live_lstm import LiveTokens, run_lstm
 
 
-class BiLSTMPreTrainedModel(PreTrainedModel):
+class BiLSTMPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]  # of transformers
     """How new weights of a BiLSTM are drawn."""
 
     config_class = BiLSTMConfig
@@ -40,10 +41,10 @@ class BiLSTMPreTrainedModel(PreTrainedModel):
             # Here padding is read, and has a vector that no training changes.
             initialization.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         else:
-            super()._init_weights(module)
+            super()._init_weights(module)  # type: ignore[no-untyped-call]  # of transformers
 
 
-class BiLSTMModel(BiLSTMPreTrainedModel):
+class BiLSTMModel(BiLSTMPreTrainedModel):  # type: ignore[no-untyped-call]  # of transformers
     """Reads tokens in both directions; the largest value of each state over the tokens is the text's vector.
 
     Args:
@@ -63,7 +64,7 @@ class BiLSTMModel(BiLSTMPreTrainedModel):
         self.layers = nn.ModuleList(
             nn.LSTM(width, config.hidden_size, batch_first=True, bidirectional=True) for width in widths
         )
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # of transformers
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -102,7 +103,7 @@ class BiLSTMModel(BiLSTMPreTrainedModel):
         collected = [states]
         states = states if live is None else live.to_front(states)
         for layer in self.layers:
-            states = run_lstm(layer, self.dropout(states), None if live is None else live.lengths)
+            states = run_lstm(cast(nn.LSTM, layer), self.dropout(states), None if live is None else live.lengths)
             collected.append(states if live is None else live.back(states))
         pooled = states.amax(1) if live is None else live.largest(collected[-1])
         outputs = BaseModelOutputWithPooling(
@@ -113,6 +114,20 @@ class BiLSTMModel(BiLSTMPreTrainedModel):
             else None,
         )
         return outputs if _chosen(return_dict, self.config.return_dict) else outputs.to_tuple()
+
+    def macs_by_layer(self, tokens: float) -> list[float]:
+        """Multiply-accumulates of each layer: four gates a direction, from the token and from the state before it."""
+        widths = [(layer.input_size, layer.hidden_size) for layer in self.layers if isinstance(layer, nn.LSTM)]
+        return [tokens * 2 * 4 * hidden * (size + hidden) for size, hidden in widths]
+
+    def tokens_read(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """[B] the tokens that the layers read of each text of a batch; of padding only with `mask_padding=False`."""
+        states, mask = batch.get("input_ids", batch.get("inputs_embeds")), batch.get("attention_mask")
+        if states is None:
+            raise ValueError(f"data must hold dicts with input_ids, got the keys {sorted(batch)}.")
+        if mask is None or not self.config.mask_padding:
+            mask = torch.ones(states.shape[:2], dtype=torch.int64)
+        return mask.bool().sum(1)
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -130,11 +145,15 @@ class BiLSTMModel(BiLSTMPreTrainedModel):
         return embedded
 
 
-def _chosen(given: bool | None, default: bool) -> bool:
-    return default if given is None else given
+def _given(view: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: value for name, value in view.items() if value is not None}
 
 
-class BiLSTMForSequenceClassification(BiLSTMPreTrainedModel):
+def _chosen(given: bool | None, default: bool | None) -> bool:
+    return bool(default) if given is None else given
+
+
+class BiLSTMForSequenceClassification(BiLSTMPreTrainedModel):  # type: ignore[no-untyped-call]  # of transformers
     """A BiLSTM with a linear classifier; with `pair_mode="separate"` it compares two texts that it reads separately.
 
     The vectors u and v of two texts become [u; v; |u - v|; u * v], then a linear map, then the classifier.
@@ -154,12 +173,12 @@ class BiLSTMForSequenceClassification(BiLSTMPreTrainedModel):
 
     def __init__(self, config: BiLSTMConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = len(config.id2label or ())
         self.bilstm = BiLSTMModel(config)
         if config.pair_mode == "separate":
             self.pair_projection = nn.Linear(8 * config.hidden_size, 2 * config.hidden_size)
-        self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
-        self.post_init()
+        self.classifier = nn.Linear(2 * config.hidden_size, self.num_labels)
+        self.post_init()  # type: ignore[no-untyped-call]  # of transformers
 
     # No **kwargs: a Trainer takes them for a sign that the loss divides by the labels of a whole update, which that
     # of scores and of several labels does not.
@@ -221,6 +240,18 @@ class BiLSTMForSequenceClassification(BiLSTMPreTrainedModel):
             )
         result = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=states)
         return result if _chosen(return_dict, self.config.return_dict) else result.to_tuple()
+
+    def macs_by_layer(self, tokens: float) -> list[float]:
+        """Multiply-accumulates of each layer for so many tokens, of both texts together."""
+        return self.bilstm.macs_by_layer(tokens)
+
+    def tokens_read(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """[B] the tokens that the layers read of each text or pair of a batch."""
+        views = [{"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}]
+        if self.config.pair_mode == "separate":
+            second = (batch.get(f"second_{name}") for name in ("input_ids", "attention_mask"))
+            views = self._views({**views[0], "inputs_embeds": None}, batch.get("token_type_ids"), *second)
+        return torch.stack([self.bilstm.tokens_read(_given(view)) for view in views]).sum(0)
 
     def _views(
         self,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PAIR_MODES = ("joint", "separate")
 
 
-class BiLSTMConfig(PretrainedConfig):
+class BiLSTMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # of transformers
     """Settings of a bidirectional LSTM over word-piece embeddings.
 
     Args:

@@ -130,7 +130,7 @@ class SequenceClassification(LabelledTask):
         def encoded(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             texts = [batch[column] for column in self.text_columns]
             if separate:
-                inputs = encode_pairs(tokenizer, *texts, max_length=max_length)
+                inputs = encode_pairs(tokenizer, texts[0], texts[1], max_length)
             else:
                 inputs = dict(tokenizer(*texts, truncation=True, max_length=max_length))
             return {**inputs, "labels": [target(label) for label in batch["label"]]}
