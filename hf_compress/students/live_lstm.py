@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 
+# Above any position in a row.
+_BEHIND = 2**31
+
+
 class LiveTokens(NamedTuple):
     """Where the live tokens of a batch are.
 
@@ -30,7 +34,7 @@ class LiveTokens(NamedTuple):
         """Find them in a mask of any shape of padding: right, left, or holes."""
         mask = mask.bool()
         places = torch.arange(mask.shape[1], device=mask.device)
-        order = torch.argsort(places + mask.shape[1] * ~mask, dim=1)
+        order = torch.argsort(torch.where(mask, places, places + _BEHIND), dim=1)
         # A recorded graph cannot depend on values.
         moved = torch.compiler.is_exporting() or not torch.equal(order, places.expand_as(order))
         return cls(mask, order if moved else None, mask.sum(1))
@@ -69,6 +73,8 @@ def run_lstm(lstm: nn.LSTM, inputs: Tensor, lengths: Tensor | None) -> Tensor:
     Source:
         Hochreiter and Schmidhuber 1997; rows of different lengths are packed, sorted by length.
     """
+    if torch.onnx.is_in_onnx_export() and hasattr(torch.onnx, "ops"):
+        return _onnx_node(lstm, inputs, lengths)
     if lengths is None:
         return cast(Tensor, lstm(inputs)[0])
     if torch.compiler.is_exporting():
@@ -96,3 +102,31 @@ def _one_direction(lstm: nn.LSTM, inputs: Tensor, suffix: str) -> Tensor:
     zeros = inputs.new_zeros(1, inputs.shape[0], lstm.hidden_size)
     states: Tensor = torch.lstm(inputs, [zeros, zeros], weights, True, 1, 0.0, False, False, True)[0]
     return states
+
+
+def _onnx_node(lstm: nn.LSTM, inputs: Tensor, lengths: Tensor | None) -> Tensor:
+    """The same as ONNX's own operator, which reads the lengths of rows: torch's would be recorded for one length."""
+    sides = ("", "_reverse")
+    weights = [
+        torch.stack([_in_onnx_order(getattr(lstm, f"{name}_l0{side}")) for side in sides])
+        for name in ("weight_ih", "weight_hh")
+    ]
+    biases = [
+        torch.cat([_in_onnx_order(getattr(lstm, f"{name}_l0{side}")) for name in ("bias_ih", "bias_hh")])
+        for side in sides
+    ]
+    given = [inputs.transpose(0, 1), *weights, torch.stack(biases)]
+    if lengths is not None:
+        given.append(lengths.clamp(min=1).to(torch.int32))
+    size, rows = inputs.shape[1], inputs.shape[0]
+    states: Tensor = torch.onnx.ops.symbolic(
+        "LSTM", given, {"hidden_size": lstm.hidden_size, "direction": "bidirectional"},
+        dtype=inputs.dtype, shape=(size, 2, rows, lstm.hidden_size),
+    )  # fmt: skip
+    return states.permute(2, 0, 1, 3).flatten(2)
+
+
+def _in_onnx_order(weight: Tensor) -> Tensor:
+    """Rows of torch's gates (input, forget, cell, output) in the order of ONNX: input, output, forget, cell."""
+    size = weight.shape[0] // 4
+    return torch.cat([weight.narrow(0, gate * size, size) for gate in (0, 3, 1, 2)])
