@@ -50,7 +50,8 @@ def test_torchrun_ends_a_training_when_one_of_its_processes_dies(tmp_path, how):
         cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 1
-    assert "(local_rank: 1)" in done.stderr or "SIGKILL" in done.stderr, done.stderr
+    # In torchrun's list of failures, first or not.
+    assert "(local_rank: 1)" in done.stderr, done.stderr
 
 
 def test_errors_that_are_not_about_processes_stay_as_they_are():

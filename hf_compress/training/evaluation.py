@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_compress.core.launcher import lost_process_named
 from hf_compress.training.data_parallel import first_rows, real_rows
 from hf_compress.training.loss_composer import LossComposer, batch_size_of
 from hf_compress.training.resumable import ResumableTrainer
@@ -38,7 +39,7 @@ class EvaluatingTrainer(ResumableTrainer):
         self.losses.begin_evaluation()
         # Reading batches draws random numbers. Training must not depend on it: resumed after the last update of an
         # epoch, it does not repeat the evaluation that followed.
-        with torch.random.fork_rng(devices=[]):
+        with lost_process_named(self.args.world_size), torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )

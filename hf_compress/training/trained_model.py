@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, get_scheduler
@@ -75,11 +75,12 @@ class TrainedModel:
         # Clipping, scaling and the flag of a skipped step act on everything that an accelerator has prepared, so this
         # model has one of its own; device, precision and processes are shared between them anyway.
         plugin = GradientAccumulationPlugin(**trainer.accelerator.gradient_state.plugin_kwargs)
-        # `ddp_find_unused_parameters` and its like are for this model, too.
-        handler = trainer.accelerator.ddp_handler
-        self._accelerator = Accelerator(
-            gradient_accumulation_plugin=plugin, kwargs_handlers=None if handler is None else [handler]
+        # `ddp_find_unused_parameters` and its like are for this model, too. Earlier releases of `Trainer` give the
+        # student a handler later than now.
+        handler = trainer.accelerator.ddp_handler or DistributedDataParallelKwargs(
+            find_unused_parameters=not self.model.is_gradient_checkpointing
         )
+        self._accelerator = Accelerator(gradient_accumulation_plugin=plugin, kwargs_handlers=[handler])
         if self._accelerator.num_processes > 1:
             forget_evaluation_(self.model)
         self._wrapped, self._optimizer = self._accelerator.prepare(self.model, optimizer)
