@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.core.architectures import base_of
+from hf_compress.core.engines import is_sharded
 from hf_compress.core.record import quantized_by_another, record_of
 from hf_compress.methods import METHODS
 
@@ -80,8 +81,11 @@ def _dense_parameters(model: PreTrainedModel) -> int:
 
 def _sizes(model: PreTrainedModel) -> str:
     parameters = list(model.parameters())
-    now, nonzero = sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in parameters)
-    rows = [f"| this model | {now:,} | {nonzero:,} |"]
+    now = sum(parameter.numel() for parameter in parameters)
+    # One process writes the card: it cannot count what others hold.
+    counted = not any(is_sharded(parameter) for parameter in parameters)
+    nonzero = f"{sum(int(parameter.count_nonzero()) for parameter in parameters):,}" if counted else ""
+    rows = [f"| this model | {now:,} | {nonzero} |"]
     # A class outside transformers may need more than a config.
     if type(model).__module__.startswith("transformers."):
         rows.insert(0, f"| the dense model | {_dense_parameters(model):,} | |")

@@ -149,29 +149,18 @@ class CheckpointWriter(TrainerCallback):
         return int(strategy == SaveStrategy.BEST and begun < end)
 
     @contextmanager
-    def written(self, state: TrainerState, aside: bool) -> Iterator[Path]:
+    def written(self, state: TrainerState) -> Iterator[Path]:
         """Give the folder into which the block writes a checkpoint; afterwards it is complete in `self.folder`.
 
         All processes of the training enter and leave together.
 
         Args:
             state: The training's state. Its best checkpoint is given the name that it has in the end.
-            aside: Write into another folder first. DeepSpeed and FSDP lay their folders out themselves, in place.
 
         Raises:
             ValueError: If the disk is full or the folder cannot be written.
         """
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if aside:
-            with self._written_aside(state, name) as folder:
-                yield folder
-            return
-        yield self.folder
-        if self.args.should_save:
-            self._sign(self.folder / name)
-
-    @contextmanager
-    def _written_aside(self, state: TrainerState, name: str) -> Iterator[Path]:
         root, staging = self.folder, self.folder / _STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.core.method_training import ParameterGroup
 
@@ -56,29 +55,3 @@ def clip_apart_(
     norm: Tensor | None = accelerator.clip_grad_norm_(weights, max_norm)
     torch.nn.utils.clip_grad_norm_(apart, max_norm)
     return norm
-
-
-class OutsideGradients(TrainerCallback):
-    """Clips and clears the gradients of trained parameters outside the model: `Trainer` does so for the model alone.
-
-    Args:
-        groups: Gives their optimizer groups.
-    """
-
-    def __init__(self, groups: Callable[[], list[dict[str, Any]]]) -> None:
-        self.groups = groups
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.groups() for parameter in group["params"]]
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if args.max_grad_norm > 0 and (parameters := self._parameters()):
-            torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for parameter in self._parameters():
-            parameter.grad = None

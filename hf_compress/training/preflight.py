@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_compress.core.engines import refuse_deepspeed
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.ranges import check_ranges
 
@@ -30,6 +31,7 @@ def check_training(args: TrainingArguments) -> None:
     Raises:
         ValueError: Names the field, the value and the rule.
     """
+    refuse_deepspeed(args)
     check_ranges(args)
     if isinstance(args, DistillationArguments):
         args.check()

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,11 +29,15 @@ from hf_compress.training.checkpoint_checks import (
 from hf_compress.training.checkpoint_parts import CheckpointPart
 from hf_compress.training.checkpoint_writer import CheckpointWriter, replace_pickled_arguments
 from hf_compress.training.data_parallel import forget_evaluation_
+from hf_compress.training.engines import check_engine
 from hf_compress.training.epoch_order import EpochOrder
+from hf_compress.training.outside_parameters import OutsideParameters
 from hf_compress.training.saved_names import accept_saved_names_
 
 
 logger = logging.getLogger(__name__)
+
+Part = TypeVar("Part", EpochOrder, OutsideParameters)
 
 
 class ResumableTrainer(Trainer):
@@ -44,10 +48,11 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_engine(self)
         self.checkpoints = CheckpointWriter(self.args, lambda: self.accelerator.wait_for_everyone())
         self.add_callback(self.checkpoints)
-        self._epoch_order = EpochOrder()
-        self.add_callback(self._epoch_order)
+        self._parts: list[CheckpointPart] = []
+        self.add_part(EpochOrder())
         # The checkpoint from which the running training went on.
         self._resumed: Path | None = None
 
@@ -56,14 +61,15 @@ class ResumableTrainer(Trainer):
         core: PreTrainedModel = base_of(self.accelerator.unwrap_model(self.model))
         return core
 
-    @property
-    def _engine(self) -> bool:
-        """Whether DeepSpeed or FSDP hold the weights, and lay out checkpoints in their own way."""
-        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
-
     def checkpoint_parts(self) -> Sequence[CheckpointPart]:
         """The state to save into every checkpoint besides the files that `Trainer` writes."""
-        return [self._epoch_order]
+        return list(self._parts)
+
+    def add_part(self, part: Part) -> Part:
+        """Add a callback whose state goes into every checkpoint."""
+        self.add_callback(part)
+        self._parts.append(part)
+        return part
 
     def teacher_origins(self) -> dict[str, str]:
         """Name of each teacher -> the folder or the name on the Hub that it came from."""
@@ -72,15 +78,21 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model and tokenizer; the directory is complete or does not load."""
         folder = output_dir or str(self.args.output_dir)
-        if self.checkpoints.staging or not self.args.should_save or self._engine:
+        if self.checkpoints.staging or not (self.args.should_save or self.is_fsdp_enabled):
             super().save_model(folder, _internal_call)
             if self.args.should_save:
                 replace_pickled_arguments(folder, self.checkpoints.args)
             return
-        with complete_or_absent(folder) as staged:
-            super().save_model(str(staged), _internal_call=True)
-            replace_pickled_arguments(staged, self.args)
-            write_card(staged, self._core(), folder)
+        # All processes take part where each holds a shard. `Trainer` saves nothing there with SHARDED_STATE_DICT.
+        gathered = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        if self.args.should_save:
+            with complete_or_absent(folder) as staged:
+                if gathered is None:
+                    super().save_model(str(staged), _internal_call=True)
+                else:
+                    self._save(str(staged), state_dict=gathered)
+                replace_pickled_arguments(staged, self.args)
+                write_card(staged, self._core(), folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -119,7 +131,7 @@ class ResumableTrainer(Trainer):
         # A search makes its models.
         origin = "" if self.model is None else getattr(self._core(), "name_or_path", "")
         folder = self._get_output_dir(trial)
-        if self.args.world_size > 1 and not self._engine and self.model is not None:
+        if self.args.world_size > 1 and not self.is_fsdp_enabled and self.model is not None:
             forget_evaluation_(self.model)
         with (
             lost_process_named(self.args.world_size),
@@ -149,7 +161,7 @@ class ResumableTrainer(Trainer):
         if config is not None:
             self.require_same_training(model.config, config)
         require_readable(self._resumed, self.args.process_index, self.args.world_size)
-        if not self._engine:
+        if not self.is_fsdp_enabled:
             require_fitting_weights(self._resumed, model)
 
     def require_same_training(self, config: PretrainedConfig, saved: PretrainedConfig) -> None:
@@ -170,7 +182,7 @@ class ResumableTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """As `Trainer.create_scheduler`; a checkpoint of another optimizer is refused before it is read."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self._resumed is not None and self.optimizer is not None and not self._engine:
+        if self._resumed is not None and self.optimizer is not None and not self.is_fsdp_enabled:
             require_fitting_optimizer(self._resumed, self.optimizer)
         return scheduler
 
@@ -178,7 +190,7 @@ class ResumableTrainer(Trainer):
         # Private: `Trainer` has no public hook around the writing of a checkpoint. `on_save` comes afterwards, when a
         # crash would already have left half of one under its name.
         given, name = self.args, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with self.checkpoints.written(self.state, aside=not self._engine) as folder:
+        with self.checkpoints.written(self.state) as folder:
             checkpoint = folder / name
             checkpoint.mkdir(parents=True, exist_ok=True)
             # First: the state that `Trainer` writes last marks a checkpoint as whole.

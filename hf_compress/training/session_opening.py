@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 from hf_compress.api import apply_implied
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.compat import arithmetic_of
+from hf_compress.training.engines import refuse_learner_in_shards, wrapping_of
 from hf_compress.training.given_teacher import TeacherSource, move_
 from hf_compress.training.layer_term import LayerTerm
 from hf_compress.training.signals import WantedSignals
 from hf_compress.training.teacher_fit import require_one_stack_of_layers, require_own_weights, teacher_label_order
 from hf_compress.training.teacher_session import TeacherSession
-from hf_compress.training.teachers import Teacher
+from hf_compress.training.teachers import Learner, Teacher
 
 
 # (opened model, wanted signals, for each of the student's labels its index among the teacher's) -> teacher
@@ -53,9 +54,12 @@ def open_session(
     layer_term = _layer_term(student, teacher, args) if args.alpha_layer else None
     if layer_term is not None:
         # The maps are no part of the student, so they are wrapped too: processes must average their gradients.
-        layer_term.prepare(lambda maps: accelerator.prepare_model(maps.to(args.device)))
+        wrap = wrapping_of(accelerator)
+        layer_term.prepare(lambda maps: wrap(maps.to(args.device)))
     wanted = WantedSignals(layer_term.teacher_states if layer_term else (), logits=args.alpha_output > 0)
     made = make_teacher(move_(teacher, args.device), wanted, label_order)
+    if isinstance(made, Learner):
+        refuse_learner_in_shards(accelerator)
     return TeacherSession(made, student, layer_term, args.max_distill_steps, accelerator.autocast)
 
 

@@ -17,8 +17,9 @@ from hf_compress.training.data_parallel import require_one_device
 from hf_compress.training.evaluation import EvaluatingTrainer
 from hf_compress.training.loss_composer import LossComposer, batch_size_of
 from hf_compress.training.methods_in_training import MethodsInTraining, logged_values, tell_of_model
+from hf_compress.training.outside_parameters import OutsideParameters
 from hf_compress.training.own_loss import OwnLoss
-from hf_compress.training.parameter_groups import OutsideGradients, add_groups_, clip_apart_, clipped_apart
+from hf_compress.training.parameter_groups import add_groups_, clip_apart_, clipped_apart
 from hf_compress.training.preflight import Preflight, check_training, missing_labels_named
 
 
@@ -44,7 +45,7 @@ class CompressionTrainer(EvaluatingTrainer):
         require_one_device(self.args.n_gpu)
         # The same for releases before `loss_is_scaled_for_ga`, which ask the model's signature only.
         self.model_accepts_loss_kwargs = False
-        self.add_callback(OutsideGradients(self.extra_parameter_groups))
+        self.outside = self.add_part(OutsideParameters(self.extra_parameter_groups))
         self.add_callback(Preflight(self, CompressionTrainer))
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -125,13 +126,13 @@ class CompressionTrainer(EvaluatingTrainer):
         with one_line(f"optim is {OptimizerNames(self.args.optim).value}, which cannot be used", ImportError):
             optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if fresh:
-            add_groups_(optimizer, self.methods.parameter_groups(), self.extra_parameter_groups())
+            add_groups_(optimizer, self.methods.parameter_groups(), self.outside.joining(self))
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         # Private: `Trainer` has no public hook between the backward pass and the clipping.
         apart = clipped_apart(self.methods.parameter_groups())
-        if not apart or self._engine:
+        if not apart:
             return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]  # of transformers
         return clip_apart_(self.accelerator, model, apart, self.args.max_grad_norm)
 

@@ -115,6 +115,11 @@ def required_thresholds(model: PreTrainedModel, asking: str) -> TokenThresholds:
     Raises:
         ValueError: If it has none.
     """
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{asking} must train a model without adapters, which would not save the thresholds. Let them "
+            "learn first; then freeze them (masking_mode='hard') and add adapters."
+        )
     thresholds = thresholds_of(model)
     if thresholds is None:
         raise ValueError(

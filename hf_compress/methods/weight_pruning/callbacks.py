@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_compress.core.engines import refuse_deepspeed
 from hf_compress.core.method_training import MethodCallback
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.criteria import CRITERIA
@@ -82,6 +83,7 @@ class WeightPruningCallback(MethodCallback):
     ) -> None:
         assert model is not None
         assert optimizer is not None
+        refuse_deepspeed(args)
         self._forget()
         # As `Trainer` counts: data without a length are one epoch.
         steps_per_epoch = state.max_steps

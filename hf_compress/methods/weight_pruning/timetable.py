@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
+from hf_compress.core.engines import is_sharded
 from hf_compress.core.schedules import SparsitySchedule
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
 from hf_compress.methods.weight_pruning.groups import groups_of
@@ -130,11 +131,16 @@ def scheduled_groups(
         if not weights:
             raise ValueError(
                 f"op_names must select weights that are trained, got {[w.name for w in group.weights]}, "
-                "which the optimizer does not have (frozen, or sharded by FSDP or DeepSpeed)."
+                "which the optimizer does not have (frozen, or flattened by FSDP1 or DeepSpeed)."
             )
         if len(weights) < len(group.weights) and isinstance(group.config.parsed_pattern, HeadPattern):
             frozen = ", ".join(prunable.name for prunable in group.weights if prunable not in weights)
             raise ValueError(f"pattern='mha' must find all attention projections trained, frozen: {frozen}.")
+        if any(is_sharded(prunable.weight) for prunable in weights):
+            raise ValueError(
+                f"Weight pruning in training must see whole weights, got those of {weights[0].name} in shards (FSDP). "
+                "Prune without fsdp (torchrun alone trains with DDP); the pruned model keeps its zeros under FSDP2."
+            )
         warn_of_spared(group, weights, "not trained")
         alone = WeightGroup(group.config, weights)
         check_reachable(alone)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_compress.core.architectures import base_of
+from hf_compress.core.engines import own_part
 from hf_compress.core.record import record_of
 from hf_compress.methods.weight_pruning.config import NAME
 from hf_compress.methods.weight_pruning.groups import selected
@@ -66,13 +67,13 @@ class Zeros:
         self._kept_bits: dict[PrunableWeight, Tensor] = {}
 
     def hold(self, prunable: PrunableWeight, mask: Tensor) -> None:
-        """From now on a weight is zero where the mask, of its shape, is True."""
+        """From now on a weight is zero where the mask, of its own part, is True."""
         self._kept_bits[prunable] = (~mask).to(_BITS[prunable.weight.element_size()]).neg_()
 
     def hold_recorded(self, model: nn.Module, decided: Container[nn.Parameter] = frozenset()) -> None:
         """Hold what is zero now in the trained weights that recorded steps chose from, but for those decided anew."""
         for prunable in _recorded_weights(base_of(model)):
-            mask = prunable.weight.detach() == 0
+            mask = own_part(prunable.weight.detach()) == 0
             if prunable.weight.requires_grad and prunable.weight not in decided and bool(mask.any()):
                 self.hold(prunable, mask)
 
@@ -85,7 +86,7 @@ class Zeros:
         # All bits of what stays, none of what goes: ten times as fast as `masked_fill_` on the CPU, and 0 times NaN or
         # a negative number is a plain zero, too.
         for prunable, bits in self._kept_bits.items():
-            prunable.weight.data.view(bits.dtype).bitwise_and_(bits)
+            own_part(prunable.weight.data).view(bits.dtype).bitwise_and_(bits)
 
 
 class HeldZerosCallback(TrainerCallback):
