@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pandas
+from transformers import BertForSequenceClassification
 
 from hf_compress.cli.options import REQUIRED, Option, stage_groups
 from hf_compress.stages.table import STAGES
@@ -24,6 +25,7 @@ GOOD = {
     "distill": f"distill {TRAINED} --teacher_name_or_path other",
     "joint-distill": f"joint-distill {TRAINED} --teacher_name_or_path other",
     "snapshot-distill": f"snapshot-distill {TRAINED} --teacher_snapshots other",
+    "proximal": f"proximal {TRAINED} --teacher_name_or_path other",
     "prune-structure": f"prune-structure --model_name_or_path model --output_dir out {DATA} --calibration_samples 64",
     "prune-tokens": f"prune-tokens {TRAINED}",
     "prune-weights": f"prune-weights {TRAINED} --max_steps 8 --pruning_frequency 1 --target_sparsity 0.5",
@@ -66,6 +68,21 @@ OUT_OF_RANGE = {
     "max_distill_steps": ("-1",),
     "teacher_learning_rate": ("-1", "nan", "inf"),
     "teacher_update_cycle": ("0", "-1"),
+    "student_layers": ("0", "-1", "2", "99", "2 --layers 0", "1 --layers 0 1"),
+    "layers": ("middle", "2", "-1", "1 0", "0 0", "first last", "0 1"),
+    "bilstm_hidden_size": ("0", "-1", "64"),
+    "bilstm_embedding_size": ("0", "-1", "64"),
+    "bilstm_layers": ("0", "2"),
+    "bilstm_dropout": ("-0.1", "1", "nan"),
+    "bilstm_mask_padding": ("false",),
+    "bilstm_embeddings": ("teacher",),
+    "pair_mode": ("separate",),
+    "baselines": ("nothing", "hard_labels nothing", "hard_labels hard_labels"),
+    "proximal_weight": ("-0.1", "1", "nan", "inf"),
+    "student_ce_weight": ("-1", "nan", "inf"),
+    "dual_epsilon": ("-1", "nan", "0.5"),
+    "dual_beta": ("-1", "nan", "0.5"),
+    "dual_learning_rate": ("-1", "nan", "0.5"),
     "target_sparsity": ("1", "-0.1", "1.5", "nan"),
     "start_step": ("-1",),
     "end_step": ("-1",),
@@ -157,6 +174,16 @@ CONTRADICTIONS = {
     ),
     "joint-distill": ("--teacher_cache_dir cache", "--label_smoothing_factor 0.1", "--lr_scheduler_type greedy"),
     "snapshot-distill": ("--teacher_cache_dir cache", "--teacher_snapshots model data"),
+    "proximal": (
+        "--teacher_learning_rate 0 --baselines distillation", "--teacher_learning_rate 0 --prox_mode dual",
+        "--teacher_learning_rate 0 --evaluate_teacher", "--alpha_task 1", "--alpha_output 1",
+        "--teacher_cache_dir cache", "--label_smoothing_factor 0.1", "--max_distill_steps 1", "--compat cald",
+        "--text_pair_column nothing --text_column sentence", "--model_name_or_path bilstm --student_layers 1",
+        "--model_name_or_path bilstm --max_positions 64", "--model_name_or_path bilstm --layers first",
+        "--model_name_or_path bilstm --pair_mode separate", "--model_name_or_path bilstm --bilstm_hidden_size 0",
+        "--model_name_or_path bilstm --bilstm_dropout 1", "--model_name_or_path bilstm --tokenizer_name nowhere",
+        "--teacher_name_or_path base --teacher_learning_rate 0",
+    ),
     "prune-structure": (
         "--prune_heads false --prune_neurons false", "--selection fisher --order sequential",
         "--selection fisher --round_to 2", "--route sketch", "--heads_per_layer 1 1", "--tolerance 0.1",
@@ -270,6 +297,7 @@ def write_place(root: Path) -> None:
     """Models, data and files that the command lines name."""
     write_model(root / "model")
     write_model(root / "other")
+    _write_base(root / "base")
     rows = [f"{'good' if i % 2 else 'bad'} w{i % 90} w{i % 7}\t{i % 2}" for i in range(300)]
     (root / "data").mkdir()
     for split in ("train", "validation"):
@@ -282,6 +310,12 @@ def write_place(root: Path) -> None:
         (root / "yaml" / f"{name}.yaml").write_text(content)
     _write_bad_data(root / "rows")
     _write_bad_models(root)
+
+
+def _write_base(folder: Path) -> None:
+    """A pretrained encoder without a head for any task."""
+    write_model(folder)
+    BertForSequenceClassification.from_pretrained(folder).bert.save_pretrained(folder)
 
 
 GOOD_ROWS = "".join(f"{'good' if i % 2 else 'bad'} w{i},{i % 2}\n" for i in range(40))

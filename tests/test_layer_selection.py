@@ -189,7 +189,7 @@ REFUSED = {
     "all": ({"num_layers": 4}, "num_layers must be smaller than the number of the model's layers, 4, got 4"),
     "all listed": ({"layers": [0, 1, 2, 3]}, "must be smaller than the number of the model's layers, 4, got 4"),
     "a word": ({"layers": "middle"}, "layers must be one of 'even', 'first', 'last' or list.int., got 'middle'"),
-    "behind the end": ({"layers": [0, 4]}, r"layers must be layers of the model, 0..3, got 4"),
+    "behind the end": ({"layers": [0, 4]}, r"layers must be indices of the model's layers 0..3, got 4"),
     "negative": ({"layers": [-1]}, r"layers must be ascending indices from 0, got \[-1\]"),
     "twice": ({"layers": [1, 1]}, r"layers must be ascending indices from 0, got \[1, 1\]"),
     "backwards": ({"layers": [2, 1]}, r"layers must be ascending indices from 0, got \[2, 1\]"),

@@ -122,6 +122,43 @@ def _print_linearized(arguments: StageArguments, results: Mapping[str, Any]) -> 
     _print_saved(arguments, "; train it with distill, joint-distill or snapshot-distill")
 
 
+def _print_proximal(arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    _print_metrics({name: value for name, value in results.items() if name != "baselines"})
+    if "baselines" in results:
+        print(results_table({"proximal": results, **results["baselines"]}))
+    _print_saved(arguments)
+
+
+def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write the metrics of several trainings on one data set as a table.
+
+    Args:
+        results: Name -> results of a training.
+
+    Example:
+        >>> print(results_table({"proximal": {"eval_accuracy": 0.9, "eval_loss": 0.3}, "hard_labels": {}}))
+                              accuracy      loss
+        proximal                0.9000    0.3000
+        hard_labels                  -         -
+    """
+    first = next(iter(results.values()))
+    left_out = ("runtime", "per_second", "time")
+    columns = [
+        name
+        for name, value in first.items()
+        if name.startswith("eval_") and isinstance(value, float) and not name.endswith(left_out) and "/" not in name
+        if not name.startswith("eval_teacher_")
+    ]
+    # What a task is judged by comes first.
+    columns.sort(key=lambda name: name == "eval_loss")
+    width = max([10, *(len(name) - len("eval_") + 2 for name in columns)])
+    lines = [f"{'':20s}" + "".join(f"{name.removeprefix('eval_'):>{width}s}" for name in columns)]
+    for title, found in results.items():
+        cells = (f"{found[name]:{width}.4f}" if name in found else f"{'-':>{width}s}" for name in columns)
+        lines.append(f"{title:20s}" + "".join(cells))
+    return "\n".join(lines)
+
+
 def _print_evaluated(arguments: StageArguments, results: Mapping[str, Any]) -> None:
     for name, metrics in results.items():
         print(name)
@@ -175,6 +212,7 @@ _PRINTERS: dict[str, Callable[[StageArguments, Mapping[str, Any]], None]] = {
     "weight_pruning": _print_pruned_weights,
     "linformer": _print_linearized,
     "evaluate": _print_evaluated,
+    "proximal": _print_proximal,
     "report": _print_report,
     "demo": _print_demo,
 }

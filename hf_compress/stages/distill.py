@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_compress.core.positions import most_tokens
 from hf_compress.stages.arguments import DeviceArguments, StageArguments, TeacherArguments
-from hf_compress.stages.models import ModelArguments, lengthen_, open_model
+from hf_compress.stages.models import ModelArguments, open_model
+from hf_compress.stages.students import ShallowStudentArguments, long_enough_
 from hf_compress.stages.training import add_teacher_columns, prepare, run_training, trainer_arguments
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.training.arguments import DistillationArguments, JointTeacherArguments, SnapshotTeacherArguments
@@ -27,14 +27,14 @@ class Distill(StageArguments):
     """What `distill` takes.
 
     Args:
-        model: The student.
+        model: The student, or the deeper model that it is cut out of.
         teacher: The teacher. When it has another tokenizer, each example is encoded twice.
         data: The task.
         device: Where the training runs.
         distillation: Weights of the losses and everything else about training.
     """
 
-    model: ModelArguments
+    model: ShallowStudentArguments
     teacher: TeacherArguments
     data: DataArguments
     device: DeviceArguments = DeviceArguments()
@@ -91,7 +91,7 @@ def distill(arguments: Distill) -> dict[str, Any]:
     """
     args, name = arguments.distillation, arguments.teacher.teacher_name_or_path
     teaches = name if args.uses_teacher else None
-    task, tokenizer, student, rows = prepare(arguments.model, arguments.data, args.seed, teacher=teaches)
+    task, tokenizer, student, rows = prepare(arguments.model.beside(name), arguments.data, args.seed, teacher=teaches)
     common = trainer_arguments(task, student, tokenizer, args, rows)
     teacher = None
     if args.uses_teacher:
@@ -116,11 +116,7 @@ def joint_distill(arguments: JointDistill) -> dict[str, Any]:
     if args.uses_teacher:
         teacher = open_model(name, task, fresh_head=True)
         _share_new_head_(teacher, student, name)
-        longest, limit = most_tokens(student), most_tokens(teacher)
-        if longest is not None and limit is not None and limit < longest:
-            # It is fine-tuned here, so it learns the positions that it was not pretrained for.
-            logger.info("The teacher's %d positions are continued periodically up to %d.", limit, longest)
-            lengthen_(teacher, longest)
+        long_enough_(teacher, student)
         add_teacher_columns(common, task, arguments.data, name)
     return run_training(JointTeacherTrainer(teacher_model=teacher, **common), task, student, tokenizer, args)
 

@@ -53,6 +53,18 @@ class ModelArguments:
     max_positions: int | None = None
     freeze_embeddings: bool = False
 
+    def describing(self) -> str:
+        """Hub name or folder of the model that decides what the data are read for."""
+        return self.model_name_or_path
+
+    def head_config(self, task: Task) -> PretrainedConfig | None:
+        """The config of the model if it has a head for a task already."""
+        return head_config(self.model_name_or_path, task)
+
+    def open(self, task: Task | None = None, fresh_head: bool = False) -> tuple[Processor, PreTrainedModel]:
+        """Tokenizer (or image processor) and model that the stage starts from; as `open_pair`."""
+        return open_pair(self, task, fresh_head)
+
 
 def _open_config(name: str) -> PretrainedConfig:
     try:

@@ -40,6 +40,7 @@ _TRAINING = {
 # The published codes' own constants, and where a training runs.
 _TRAINING_WHEN = {
     ("compat", "cald"): {"weight_decay": 0.0, "train_sampling_strategy": "random"},
+    ("compat", "prokt"): {"weight_decay": 0.0, "train_sampling_strategy": "random", "warmup_steps": 0},
     ("compat", "ltp"): {"weight_decay": 0.0, "train_sampling_strategy": "random", "warmup_steps": 0},
     ("device", "cpu"): {"use_cpu": True},
 }
@@ -110,8 +111,8 @@ def _stage(name: str, command: str, summary: str, path: str, **more: Any) -> Sta
     return Stage(name, command, summary, f"{place}.{arguments}", f"{place}.{run}", **more)
 
 
-def _training(name: str, command: str, summary: str, path: str) -> Stage:
-    return _stage(name, command, summary, path, defaults=_TRAINING, defaults_when=_TRAINING_WHEN)
+def _training(name: str, command: str, summary: str, path: str, **more: Any) -> Stage:
+    return _stage(name, command, summary, path, **{"defaults": _TRAINING, "defaults_when": _TRAINING_WHEN, **more})
 
 
 _IN_ORDER = (
@@ -161,6 +162,20 @@ _IN_ORDER = (
     _training(
         "snapshot_distill", "snapshot-distill", "train a student with the saved states of a teacher's fine-tuning",
         "distill.SnapshotDistill.snapshot_distill",
+    ),
+    _training(
+        "proximal", "proximal", "train a student and a teacher that stays near it, both from the start (ProKT)",
+        "proximal.Proximal.proximal",
+        defaults=_TRAINING | {"learning_rate": 1e-4},
+        defaults_when=_TRAINING_WHEN | {("model_name_or_path", "bilstm"): {"learning_rate": 1e-3}},
+        note="Teacher and student begin with pretrained models that were not yet trained on the task. The student is "
+        "a model of its own (--model_name_or_path), some layers of the teacher (--student_layers 6), or a new BiLSTM "
+        "(--model_name_or_path bilstm, with a default learning rate of 0.001).",
+        unused={
+            "alpha_task": "student_ce_weight weighs the student's own loss on the labels",
+            "alpha_output": "it is always 1: the other terms are weighed against it",
+            "teacher_cache_dir": "a learning teacher's outputs change all the time",
+        },
     ),
     _stage("evaluate", "evaluate", "measure saved models on a task", "evaluate.Evaluate.evaluate"),
     _stage(

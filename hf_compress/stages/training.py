@@ -22,7 +22,6 @@ from hf_compress.stages.models import (
     fit_labels,
     freeze_embeddings_,
     head_config,
-    open_pair,
     save_stage,
     task_for,
 )
@@ -65,17 +64,17 @@ def prepare(
     Raises:
         ValueError: If they do not fit together.
     """
-    task = task_for(teacher or model_args.model_name_or_path, data)
+    task = task_for(teacher or model_args.describing(), data)
     if trains and teacher is None and not task.has_own_loss:
         # A sentence encoder may be about to learn classes.
         task = _with_own_loss(load_task(data))
     task.require_trainable()
-    without_head = head_config(model_args.model_name_or_path, task) is None
+    without_head = model_args.head_config(task) is None
     taught = head_config(teacher, task) if teacher and without_head else None
     if taught is not None:
         task = task.matched(taught)
     set_seed(seed)
-    processor, model = open_pair(model_args, task, fresh_head=trains)
+    processor, model = model_args.open(task, fresh_head=trains)
     task = fit_labels(task, model, model_args.model_name_or_path)
     if trains:
         model.config.update(task.names_for(model.config))
