@@ -9,15 +9,24 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import hf_compress as hc
+from hf_compress.cli.main import main
 from hf_compress.core.architectures import architecture_of, layers_of
 from hf_compress.methods.layer_selection.spread import even_layers
 from tests.conftest import ARCHITECTURES, HEADS, _batches
 from tests.contract.conftest import assert_same_outputs, logits_of
 from tests.images_and_sounds import cast
 from tests.rounding import assert_equal_to_rounding, differ_beyond_rounding
+from tests.test_bad_input import write_model
 
 
 LAYERS = 4
@@ -237,3 +246,21 @@ def test_a_record_that_does_not_fit(tmp_path, change):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         HEADS["base"].from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "masked words", "classifier"])
+def test_command(tmp_path, kind, capsys):
+    write_model(tmp_path / "model")
+    names = {"encoder": BertModel, "masked words": BertForMaskedLM, "classifier": BertForSequenceClassification}
+    teacher = names[kind](AutoConfig.from_pretrained(tmp_path / "model"))
+    teacher.save_pretrained(tmp_path / "model")
+    line = ["layer-selection", "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    assert main([*line, "--layers", "1"]) == 0
+    assert '"kept_layers": [1]' in capsys.readouterr().out
+    student = names[kind].from_pretrained(tmp_path / "out")
+    expected = hc.students.from_teacher(teacher, layers=[1])
+    assert student.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in student.state_dict().items())
+    assert main([*line[:-1], str(tmp_path / "bad"), "--layers", "1", "first"]) == 2
+    assert "'first' must stand alone, got 2 values" in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()

@@ -12,7 +12,15 @@ from hf_compress.core.cost import count_cost
 from hf_compress.core.method import MethodConfig
 from hf_compress.methods import METHODS
 from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
-from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, save_stage, task_for
+from hf_compress.stages.models import (
+    ModelArguments,
+    fit_labels,
+    has_head,
+    open_pair,
+    open_pretrained,
+    save_stage,
+    task_for,
+)
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import calibration_batches
 
@@ -56,7 +64,10 @@ def compress_model(arguments: Compress) -> dict[str, Any]:
     reads = method.needs_of(arguments.method).passes > 0
     # A method that looks at no data must not ask for a task.
     task = task_for(arguments.model.model_name_or_path, arguments.data) if reads else None
-    tokenizer, model = open_pair(arguments.model, task)
+    if task is None and not has_head(arguments.model.model_name_or_path):
+        tokenizer, model = open_pretrained(arguments.model)
+    else:
+        tokenizer, model = open_pair(arguments.model, task)
     arguments.device.place_(model)
     results: dict[str, Any] = {}
     batches = None

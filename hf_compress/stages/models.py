@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -161,6 +163,24 @@ def _may_be_new(inside: str, kind: type[Task], new_head: bool) -> Callable[[str]
     if not new_head:
         return None
     return lambda key: not key.startswith(inside) or key.startswith(f"{inside}pooler.")
+
+
+def open_pretrained(model_args: ModelArguments) -> tuple[Processor, PreTrainedModel]:
+    """Tokenizer (or image processor) and a model without a head for any task, as its files hold it.
+
+    Raises:
+        ValueError: If they cannot be opened, or do not belong together.
+    """
+    name = model_args.model_name_or_path
+    with _opening(name, "model"):
+        config = _open_config(name)
+        kind: Any = getattr(transformers, (config.architectures or [""])[0], AutoModel)
+        model, loaded = kind.from_pretrained(name, output_loading_info=True)
+        require_complete(loaded, lambda key: key.startswith("pooler."))
+    check_finite(model)
+    processor = open_processor(model_args.tokenizer_name or name, _kind(config, None))
+    check_vocabulary(config, processor)
+    return processor, apply_implied(model)
 
 
 def fit_labels(task: Task, model: PreTrainedModel, name: str) -> Task:
