@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_compress.core.output_layer import zero_output_layer_
+from hf_compress.core.output_layer import zero_output_layers_
 from hf_compress.stages.models import ModelArguments, head_config, open_model
 from hf_compress.stages.students import StudentArguments, long_enough_
 from hf_compress.stages.training import add_teacher_columns, prepare, run_training, trainer_arguments
@@ -82,7 +82,7 @@ class Pair:
         """Train the student alone, on the labels."""
         task, processor, student, rows = self._prepared(args)
         if args.zero_init_heads and args.resume_from_checkpoint is None:
-            zero_output_layer_(student, "student")
+            zero_output_layers_({"student": student})
         trainer = CompressionTrainer(**trainer_arguments(task, student, processor, args, rows))
         return run_training(trainer, task, student, processor, args)
 
@@ -146,7 +146,8 @@ class BaselineTrainings:
         # Not built again from their fields, which were completed when they were made.
         found = copy.copy(self.args)
         folder = self._folder(name)
-        started = self._resumes() and folder.is_dir() and get_last_checkpoint(str(folder)) is not None
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None  # type: ignore[no-untyped-call]  # of HF
+        started = self._resumes() and last is not None
         own = {"output_dir": str(folder), "push_to_hub": False, "resume_from_checkpoint": "true" if started else None}
         for field, value in {**own, **changes}.items():
             setattr(found, field, value)

@@ -38,6 +38,7 @@ from hf_compress.stages.finetune import Finetune, finetune
 from hf_compress.stages.models import ModelArguments, open_model
 from hf_compress.stages.prune_structure import PruneStructure, prune_structure
 from hf_compress.stages.report import Report, ReportArguments, report
+from hf_compress.stages.students import ShallowStudentArguments
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.training.arguments import DistillationArguments
 
@@ -209,7 +210,7 @@ def demo(arguments: Demo) -> dict[str, Any]:
     _run_stage(
         recovered, inputs["recovered"], "3/4 Recovering by distillation from the teacher.",
         lambda: distill(Distill(
-            model=ModelArguments(str(pruned), freeze_embeddings=True), teacher=TeacherArguments(str(dense)),
+            model=ShallowStudentArguments(str(pruned), freeze_embeddings=True), teacher=TeacherArguments(str(dense)),
             data=data, device=device,
             distillation=DistillationArguments(
                 **_training(arguments, recovered, args.recovery_epochs, 1e-4), alpha_layer=1.0

@@ -59,6 +59,10 @@ class ModelArguments:
         """Hub name or folder of the model that decides what the data are read for."""
         return self.model_name_or_path
 
+    def beside(self, teacher: str) -> ModelArguments:
+        """These arguments where a teacher is named; some students are made of it."""
+        return self
+
     def head_config(self, task: Task) -> PretrainedConfig | None:
         """The config of the model if it has a head for a task already."""
         return head_config(self.model_name_or_path, task)

@@ -59,7 +59,7 @@ def compress(model: PreTrainedModel, config: LayerSelectionConfig, data: Data | 
         for module in modules[index].modules():
             # Where a layer finds its keys and values in a cache.
             if hasattr(module, "layer_idx"):
-                module.layer_idx = place
+                setattr(module, "layer_idx", place)  # noqa: B010  # mypy takes attributes of modules for tensors
     _keep_state_weights_(model, [0, *(index + 1 for index in kept)])
     _cut_config_(model.config, kept)
     return dataclasses.replace(config, num_layers=len(kept), kept_layers=kept)
