@@ -15,6 +15,7 @@ from pathlib import Path
 import onnxruntime
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -47,18 +48,21 @@ class OnnxModel(nn.Module):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         with tempfile.TemporaryDirectory() as folder:
-            plain, small = Path(folder, "model.onnx"), Path(folder, "int8.onnx")
+            plain, folded, small = (Path(folder, f"{name}.onnx") for name in ("model", "folded", "int8"))
             with torch.inference_mode():
                 torch.onnx.export(
                     model.eval(), (), str(plain), dynamo=True, opset_version=18, kwargs=inputs, verbose=False,
                     dynamic_shapes=dict.fromkeys(inputs, sizes), input_names=list(inputs), output_names=["logits"],
+                    external_data=False,
                 )  # fmt: skip
             self._session = onnxruntime.InferenceSession(str(plain), options)
             difference = (self(**inputs).logits - model(**inputs).logits).abs().max()
             if difference > _TOLERANCE:
                 raise ValueError(f"The exported model differs by {difference:.2g} from PyTorch's.")
             if int8:
-                quantize_dynamic(str(plain), str(small), weight_type=QuantType.QInt8, per_channel=True)
+                # Only weights that stand in the file are quantised, not those that are computed from them.
+                quant_pre_process(str(plain), str(folded), skip_symbolic_shape=True)
+                quantize_dynamic(str(folded), str(small), weight_type=QuantType.QInt8, per_channel=True)
                 self._session = onnxruntime.InferenceSession(str(small), options)
 
     def forward(
