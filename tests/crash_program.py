@@ -82,7 +82,12 @@ def _pieces(kind: str, out: Path) -> tuple[type, type, dict, dict, list]:
     if kind == "joint":
         models = {"model": student, "teacher_model": teacher}
         return hc.JointTeacherTrainer, hc.JointTeacherArguments, distils, models, []
-    if kind == "proximal":
+    if kind.startswith("proximal"):
+        if kind == "proximal-bilstm":
+            torch.manual_seed(0)
+            student, distils = hc.BiLSTMForSequenceClassification(hc.BiLSTMConfig(
+                vocab_size=99, embedding_size=16, hidden_size=8, num_layers=2, pad_token_id=0,
+            )), {}  # fmt: skip
         fields = {"teacher_learning_rate": 1e-3, "prox_mode": "dual", "dual_epsilon": 0.01, "dual_learning_rate": 0.5}
         models = {"model": student, "teacher_model": teacher}
         return hc.ProximalTrainer, hc.ProximalArguments, {**distils, **fields}, models, []
@@ -97,7 +102,7 @@ def _pieces(kind: str, out: Path) -> tuple[type, type, dict, dict, list]:
     )  # fmt: skip
 
 
-KINDS = ("compression", "distillation", "tokens", "joint", "proximal", "snapshots")
+KINDS = ("compression", "distillation", "tokens", "joint", "proximal", "proximal-bilstm", "snapshots")
 
 
 def train(
@@ -132,7 +137,7 @@ def train(
     if getattr(trainer, "projectors", None) is not None:
         projectors = trainer.accelerator.unwrap_model(trainer.projectors).state_dict()
         weights.update({f"map.{name}": value for name, value in projectors.items()})
-    if kind in ("joint", "proximal"):
+    if kind == "joint" or kind.startswith("proximal"):
         weights.update({f"teacher.{name}": value for name, value in trainer.teacher_model.state_dict().items()})
     for name, parameter in trainer.model.named_parameters():
         state = trainer.optimizer.state[parameter]

@@ -229,7 +229,6 @@ BILSTM = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(not hasattr(hc, "BiLSTMConfig"), reason="no BiLSTM students yet")
 @pytest.mark.parametrize(("run", "dtype"), [
     *((run, torch.float64) for run in BILSTM), ("bilstm_pair_lam0.3", torch.float32),
 ])  # fmt: skip

@@ -90,7 +90,6 @@ def check_beginning(folder, student, teacher, layers, rows):
         assert any(not torch.equal(end[name], after[name]) for name in end.keys() - changed)
 
 
-@pytest.mark.skipif(not hasattr(hc, "BiLSTMConfig"), reason="no BiLSTM students yet")
 def test_a_bilstm_and_its_teacher_begin_with_the_same_answer(tmp_path, model, batches):
     teacher = model("bert", "sequence_classification")
     config = hc.BiLSTMConfig(vocab_size=99, embedding_size=16, hidden_size=8, dropout=0.0, pad_token_id=0)

@@ -63,8 +63,6 @@ def ends(folder, mode, stops):
 ])  # fmt: skip
 @pytest.mark.parametrize("patterns", [FEW, pytest.param(MORE, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_interruptions_leave_no_trace(tmp_path, mode, patterns):
-    if mode == "bilstm" and not hasattr(hc, "BiLSTMConfig"):
-        pytest.skip("no BiLSTM students yet")
     whole, logged = ends(tmp_path / "whole", mode, [])
     assert any(name.startswith("teacher ") for name in whole)
     for stops in patterns:

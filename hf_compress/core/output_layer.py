@@ -59,9 +59,13 @@ def zero_output_layers_(models: Mapping[str, PreTrainedModel]) -> None:
 
 
 def _trained_output_layer(part: str, model: PreTrainedModel) -> nn.Linear:
-    layer, embeddings = output_layer_of(model), model.get_input_embeddings()
-    if getattr(embeddings, "weight", None) is layer.weight:
-        raise ValueError(f"zero_init_heads must be False: the output layer of the {part} is its word embeddings.")
+    layer = output_layer_of(model)
+    # Not `get_input_embeddings`: a model that reads no tokens need not have it.
+    names = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is layer.weight]
+    if len(names) > 1:
+        raise ValueError(
+            f"zero_init_heads must be False: the output layer of the {part} shares its weights ({', '.join(names)})."
+        )
     if not all(parameter.requires_grad for parameter in layer.parameters()):
         raise ValueError(
             f"zero_init_heads must be False, or the output layer of the {part} trained: frozen, it would stay zero."
