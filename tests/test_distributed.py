@@ -50,11 +50,17 @@ def test_two_processes_train_as_one(tmp_path, pair, kind):
 @pytest.mark.parametrize("kind", ["stock", "stock tokens", "compression", "distillation"])
 def test_two_processes_train_as_one_with_the_batch_of_both(tmp_path, pair, kind):
     """Rows of one length in the order that `Trainer` draws; those of a stock `Trainer` count alike only there."""
-    data, options = program.rows(24, 8), {"train_sampling_strategy": "random", "gradient_accumulation_steps": 1}
+    data = program.rows(24, 8)
+    # The last two updates are in no entry of the log but the last one, that of the whole training.
+    options = {"train_sampling_strategy": "random", "gradient_accumulation_steps": 1, "logging_steps": 4}
     found = pair.run(program.train, kind, str(tmp_path / "two"), data, **options)
     one = program.train(kind, str(tmp_path / "one"), data, per_device_train_batch_size=2 * program.BATCH, **options)
+    if kind.startswith("stock"):
+        # There it is a mean over the rows of each process.
+        for each in (*found, one):
+            del each["logs"][-1]["train_loss"]
     assert_agree(found, one)
-    assert len(one["logs"]) == 7
+    assert len(one["logs"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 
@@ -48,6 +49,12 @@ def real_rows(accelerator: Accelerator, batch_size: int) -> int:
         return batch_size
     ours: int = state.remainder - accelerator.process_index * batch_size
     return min(max(ours, 0), batch_size)
+
+
+def mean_over_processes(accelerator: Accelerator, value: float) -> float:
+    """The mean of a number that each process has."""
+    found: list[float] = gather_object([value]) if accelerator.num_processes > 1 else [value]
+    return sum(found) / len(found)
 
 
 def first_rows(inputs: Mapping[str, Any], number: int, batch_size: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from hf_compress.core.architectures import base_of
 from hf_compress.core.errors import one_line
 from hf_compress.core.forward_state import state_in
-from hf_compress.training.data_parallel import require_one_device
+from hf_compress.training.data_parallel import mean_over_processes, require_one_device
 from hf_compress.training.evaluation import EvaluatingTrainer
 from hf_compress.training.loss_composer import LossComposer, batch_size_of
 from hf_compress.training.methods_in_training import MethodsInTraining, logged_values, tell_of_model
@@ -110,6 +110,9 @@ class CompressionTrainer(EvaluatingTrainer):
             return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs:
+            # In what was not logged yet, `Trainer` counts the rows of this process alone.
+            logs["train_loss"] = mean_over_processes(self.accelerator, logs["train_loss"])
         if not self.losses.evaluating:
             logs.update(self.losses.logged(self.accelerator))
             # Loggers were registered before a user's callbacks: what those add in `on_log` would come too late.
