@@ -2,10 +2,11 @@
 
     python benchmarks/training_overhead.py --model MODEL --data_dir DATA/sst2_sentences --out benchmarks/results/x.json
 
-The student is the model pruned to half its multiply-accumulates, the teacher the model itself. Five ratios:
+The student is the model pruned to half its multiply-accumulates, the teacher the model itself. Six ratios:
 `output` and `layer`: trainer step / (student step + teacher forward by hand); `output_cached` and `layer_cached`:
 trainer step with all of the teacher's outputs on disk / student step alone by hand; `joint`: step of
-`JointTeacherTrainer` with hidden states / (student step + teacher step by hand). Hand and trainer alternate in
+`JointTeacherTrainer` with hidden states / (student step + teacher step by hand); `proximal`: step of
+`ProximalTrainer` / (its four forward and two backward passes and two updates by hand). Hand and trainer alternate in
 blocks of steps on the same batches, in one run; a ratio is the median over the blocks.
 """
 
@@ -20,10 +21,9 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
+from hand_loop import CLIP, HALF, LEARNING_RATE, PROXIMAL_WEIGHT, TEMPERATURE, HandLoop
 from header import arguments_of, commit, machine
-from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
@@ -35,8 +35,11 @@ from hf_compress.tasks.inputs import calibration_batches
 from hf_compress.tasks.sources import DataArguments, load_task
 
 
-TEMPERATURE, LEARNING_RATE, CLIP = 2.0, 5e-5, 1.0
-MODES = ("output", "layer", "output_cached", "layer_cached", "joint")
+MODES = ("output", "layer", "output_cached", "layer_cached", "joint", "proximal")
+KINDS = {
+    "joint": (hc.JointTeacherTrainer, hc.JointTeacherArguments),
+    "proximal": (hc.ProximalTrainer, hc.ProximalArguments),
+}
 
 
 def parse() -> argparse.Namespace:
@@ -52,62 +55,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mac_ratio", type=float, default=0.5)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--freeze_embeddings", action="store_true")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out")
     return parser.parse_args()
 
 
-def layer_loss(teacher: tuple[Tensor, ...], student: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-    """What a careful person would write: mean square over width, live positions, examples and layers."""
-    mask = mask.float()
-    per_layer = [
-        (((s - t) ** 2).mean(-1) * mask).sum(1) / mask.sum(1) for t, s in zip(teacher[1:], student[1:], strict=True)
-    ]
-    return torch.stack(per_layer).mean()
-
-
-class HandLoop:
-    """The same training as the trainer's, as directly as it can be written."""
-
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, mode: str) -> None:
-        self.student, self.teacher, self.with_layers = student.train(), teacher, mode in ("layer", "joint")
-        self.learner = None
-        if mode == "joint":
-            self.learner = torch.optim.AdamW(teacher.train().parameters(), lr=LEARNING_RATE, fused=True)
-        trained = [p for p in student.parameters() if p.requires_grad]
-        self.parameters = trained
-        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-        self.losses: list[float] = []
-
-    def step(self, batch: dict[str, Tensor]) -> None:
-        outputs = self.student(**batch, output_hidden_states=self.with_layers)
-        loss = outputs.loss
-        if self.teacher is not None:
-            targets = self.ask_teacher(batch)
-            if self.with_layers:
-                hidden = tuple(state.detach() for state in targets.hidden_states)
-                loss = loss + layer_loss(hidden, outputs.hidden_states, batch["attention_mask"])
-            else:
-                log_p = F.log_softmax(targets.logits / TEMPERATURE, -1)
-                log_q = F.log_softmax(outputs.logits / TEMPERATURE, -1)
-                loss = loss + TEMPERATURE**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.losses.append(float(loss.detach()))
-
-    def ask_teacher(self, batch: dict[str, Tensor]):
-        if self.learner is not None:
-            targets = self.teacher(**batch, output_hidden_states=True)
-            targets.loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.teacher.parameters(), CLIP)
-            self.learner.step()
-            self.learner.zero_grad()
-            return targets
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with torch.no_grad():
-            return self.teacher(**inputs, output_hidden_states=self.with_layers)
+def now() -> float:
+    """The clock, once the accelerator has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 class Alternate(TrainerCallback):
@@ -122,16 +81,16 @@ class Alternate(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if self._ended is not None:
-            self.between_seconds.append(time.perf_counter() - self._ended)
+            self.between_seconds.append(now() - self._ended)
         if state.global_step % self.block == 0:
             for step in range(state.global_step, state.global_step + self.block):
-                start = time.perf_counter()
+                start = now()
                 self.hand(step)
-                self.hand_seconds.append(time.perf_counter() - start)
-        self._start = time.perf_counter()
+                self.hand_seconds.append(now() - start)
+        self._start = now()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self._ended = time.perf_counter()
+        self._ended = now()
         self.trainer_seconds.append(self._ended - self._start)
 
     def summary(self) -> dict:
@@ -152,6 +111,7 @@ def measure(
     mode: str, args: argparse.Namespace, student: PreTrainedModel, teacher: PreTrainedModel, rows: Dataset,
     collator: DataCollatorWithPadding, folder: str,
 ) -> dict:  # fmt: skip
+    """Time a trainer against the loop by hand; both models run where they are."""
     kind, cached = mode.removesuffix("_cached"), mode.endswith("_cached")
     order = [rows[start : start + args.batch_size] for start in range(0, len(rows), args.batch_size)]
     batches = [
@@ -159,20 +119,27 @@ def measure(
         for chunk in order
     ]
     torch.manual_seed(args.seed)
-    guide = None if cached else copy.deepcopy(teacher).requires_grad_(kind == "joint").eval()
-    hand = HandLoop(copy.deepcopy(student), guide, kind)
+    guide = None if cached else copy.deepcopy(teacher).requires_grad_(kind in KINDS).eval()
+    hand = HandLoop(copy.deepcopy(student), guide, kind, args.precision)
     alternate = Alternate(lambda step: hand.step(batches[step % len(batches)]), args.block)
-    joint = {"teacher_learning_rate": LEARNING_RATE, "save_teacher": False} if kind == "joint" else {}
-    arguments = (hc.JointTeacherArguments if joint else hc.DistillationArguments)(
-        folder, alpha_task=1.0, alpha_output=float(kind == "output"), alpha_layer=float(kind != "output"), **joint,
-        temperature=TEMPERATURE, teacher_cache_dir=f"{folder}/cache-{kind}" if cached else None,
+    trainer_class, arguments_class = KINDS.get(kind, (hc.DistillationTrainer, hc.DistillationArguments))
+    options = {"alpha_task": 1.0, "alpha_output": float(kind == "output"), "alpha_layer": float(kind != "output")}
+    options |= {"temperature": TEMPERATURE}
+    if kind == "proximal":
+        # Heads that begin with zeros would leave the encoders without gradients at first.
+        options = {"proximal_weight": PROXIMAL_WEIGHT, "zero_init_heads": False}
+    if kind in KINDS:
+        options |= {"teacher_learning_rate": LEARNING_RATE, "save_teacher": False}
+    arguments = arguments_class(
+        folder, **options, teacher_cache_dir=f"{folder}/cache-{kind}" if cached else None,
         max_steps=args.block * args.blocks, per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
         weight_decay=0.0, max_grad_norm=CLIP, optim="adamw_torch_fused", train_sampling_strategy="sequential",
         save_strategy="no", logging_steps=50, report_to="none", disable_tqdm=True, seed=args.seed,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=False, use_cpu=student.device.type == "cpu",
+        **({args.precision: True} if args.precision in HALF else {}),
     )  # fmt: skip
-    trainer = (hc.JointTeacherTrainer if joint else hc.DistillationTrainer)(
+    trainer = trainer_class(
         model=copy.deepcopy(student), teacher_model=copy.deepcopy(teacher), args=arguments, train_dataset=rows,
         eval_dataset=rows, data_collator=collator, callbacks=[alternate],
     )  # fmt: skip
@@ -212,10 +179,12 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for mode in args.modes:
-            results[mode] = measure(mode, args, student, teacher, rows, DataCollatorWithPadding(tokenizer), folder)
+            models = student.to(args.device), teacher.to(args.device)
+            results[mode] = measure(mode, args, *models, rows, DataCollatorWithPadding(tokenizer), folder)
             found = results[mode]
             against = "student step alone" if mode.endswith("_cached") else "student step + teacher forward"
             against = "student step + teacher step" if mode == "joint" else against
+            against = "four forwards and two backwards" if mode == "proximal" else against
             print(
                 f"{mode:14s} {found['ratio']:.3f} x {against} "
                 f"(quartiles {found['ratio_quartiles'][0]:.3f} to {found['ratio_quartiles'][1]:.3f}; trainer "
