@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from hf_compress.core.data_needs import Data, checked_data
 from hf_compress.core.method import Method, MethodConfig, check_order
 from hf_compress.core.method_training import MethodTraining
 from hf_compress.core.own_config import own_config_
+from hf_compress.core.processes import first_told, make_equal_, require_same_model, together
 from hf_compress.core.record import append_step, quantized_by_another, record_of, write_flat_fields
 from hf_compress.core.rollback import restored_on_failure
 from hf_compress.methods import METHODS
@@ -95,13 +96,19 @@ def compress(model: PreTrainedModel, *configs: MethodConfig, data: Data | None =
             tokenized `datasets.Dataset` or lists of ids are padded into batches of eight. An iterator is enough for a
             single pass; a list, a data set or a `DataLoader` can be read as often as needed.
 
+            Where `torch.distributed` runs several processes, all of them call this function with the same model,
+            configs and data: each reads its share of the batches (batch i is read by process i modulo their number;
+            loaders from `accelerator.prepare` or with a `DistributedSampler` are shares already), and all end with the
+            same model, equal to that of one process to rounding.
+
     Returns:
         The same model. If anything fails on the way, Ctrl-C included, the model is as it was before, down to the
         parameter objects. The memory of what the steps replace is freed when all of them are done.
 
     Raises:
         ValueError: Before the model is changed, if a config is impossible for it or cannot follow the steps before,
-            if data are missing, cannot be read often enough or have no labels, or if a weight is not finite.
+            if data are missing, cannot be read often enough or have no labels, or if a weight is not finite. If one of
+            several processes fails, all of them do.
 
     Example:
         >>> import hf_compress as hc
@@ -118,21 +125,31 @@ def compress(model: PreTrainedModel, *configs: MethodConfig, data: Data | None =
     if not configs:
         raise ValueError("configs must name at least one step, got none.")
     steps = [(method_of(config), config) for config in configs]
-    earlier = [method for method, _ in _parsed(model.config)]
-    check_finite(model)
-    for method, config in steps:
-        check_order(earlier, method)
-        _check(method, model, config)
-        earlier.append(method)
-    batches = checked_data(model, data, [method.needs_of(config) for method, config in steps])
+    needs = [method.needs_of(config) for method, config in steps]
+    reading = [need.adds_up for need in needs if need.passes]
+    with together(model, bool(reading) and all(reading)):
+        earlier = [method for method, _ in _parsed(model.config)]
+        check_finite(model)
+        for method, config in steps:
+            check_order(earlier, method)
+            _check(method, model, config)
+            earlier.append(method)
+        require_same_model(model, *configs)
+        _apply(model, steps, checked_data(model, data, needs))
+    return model
+
+
+def _apply(model: PreTrainedModel, steps: Sequence[tuple[Method, MethodConfig]], batches: Data | None) -> None:
     with restored_on_failure(model):
         own_config_(model)
         for position, (method, config) in enumerate(steps):
             if position:
                 # Checked once more, because the earlier steps have changed the model.
                 _check(method, model, config)
-            append_step(model.config, method.name, method.compress(model, config, batches))
-    return model
+            completed = first_told(method.compress(model, config, batches))
+            assert completed is not None
+            append_step(model.config, method.name, completed)
+        make_equal_(model)
 
 
 def _check(method: Method, model: PreTrainedModel, config: MethodConfig) -> None:

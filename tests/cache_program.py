@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.utils.data import IterableDataset
 
 import hf_compress as hc
 from tests.crash_program import Rows, build, pad
+from tests.two_processes import become_rank
 
 
 def teacher():
@@ -32,6 +34,37 @@ def train(folder: Path, seed: int, cache: str | None) -> dict[str, torch.Tensor]
     )
     trainer.train()
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+class Stream(IterableDataset):
+    """The same rows, one after the other."""
+
+    def __iter__(self):
+        yield from (Rows()[index] for index in range(64))
+
+
+def train_as(folder: str, name: str, rank: int, count: int, port: int, stream: bool, cache: str | None) -> None:
+    """One of `count` processes of a training; writes its weights and how often its teacher ran in each epoch."""
+    become_rank(rank, port, count)
+    transformers.logging.set_verbosity_error()
+    args = hc.DistillationArguments(
+        f"{folder}/{name}", max_steps=16, per_device_train_batch_size=8 // count, learning_rate=1e-3, alpha_layer=1.0,
+        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=3, logging_strategy="no",
+        teacher_cache_dir=cache, dataloader_pin_memory=False, dataloader_num_workers=0 if stream else 2,
+        # Batches of different lengths cannot be joined and split again.
+        accelerator_config={"dispatch_batches": False},
+    )  # fmt: skip
+    speaker, epochs = teacher(), []
+    trainer = hc.DistillationTrainer(
+        model=build(16, 1, 0), teacher_model=speaker, args=args, train_dataset=Stream() if stream else Rows(),
+        data_collator=pad,
+    )  # fmt: skip
+    speaker.register_forward_hook(lambda *_: epochs.append(trainer.state.global_step // 8))
+    trainer.train()
+    weights = {
+        key: value.clone() for key, value in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
+    }
+    torch.save({"weights": weights, "teacher ran": epochs}, f"{folder}/{name}-{rank}.pt")
 
 
 def meet(folder: Path, name: str, number: int) -> None:

@@ -109,8 +109,8 @@ def test_damage_is_said_in_one_line(tmp_path, damage):
     cache, file = tmp_path / "cache", tmp_path / "cache" / "outputs.sqlite"
     trainer = trainer_of(tmp_path / "a", teacher_cache_dir=str(cache))
     trainer.train()
-    (data,) = trainer.teacher_cache._database.execute("SELECT data FROM outputs LIMIT 1").fetchone()
-    trainer.teacher_cache._database.close()
+    (data,) = trainer.teacher_cache._own.database.execute("SELECT data FROM outputs LIMIT 1").fetchone()
+    trainer.teacher_cache._own.database.close()
     raw = bytearray(file.read_bytes())
     if damage == "value":
         raw[raw.index(data)] ^= 255
@@ -205,7 +205,7 @@ def test_inputs_that_the_teacher_does_not_take_do_not_count(tmp_path):
 
 def test_a_cache_that_is_no_longer_used_is_closed(tmp_path):
     cache = TeacherCache(str(tmp_path), "f", {})
-    database = cache._database
+    database = cache._own.database
     del cache
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         database.execute("SELECT 1")

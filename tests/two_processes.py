@@ -22,7 +22,8 @@ def fork_server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            "tests.crash_program", "tests.distributed_program", "transformers.trainer",
+            "tests.crash_program", "tests.distributed_program", "tests.calibration_program", "tests.cache_program",
+            "transformers.trainer",
             "hf_compress.training.joint_teacher", "hf_compress.training.proximal",
         ]
     )  # fmt: skip

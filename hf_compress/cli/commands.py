@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_compress.cli.output import print_results
 from hf_compress.cli.parsing import parse
 from hf_compress.core.launcher import check_launcher
+from hf_compress.core.processes import is_first_process
 from hf_compress.methods import METHODS
 from hf_compress.stages.arguments import StageArguments
 from hf_compress.stages.table import Stage
@@ -42,7 +43,9 @@ def run(stage: Stage, arguments: Sequence[str]) -> None:
     parsed = parse(list(kinds.values()), arguments, defaults, stage.defaults_when)
     groups = dict(zip(kinds, parsed.values, strict=True))
     filled = stage.arguments_class(given=parsed.given, **groups)
-    print_results(stage, filled, run_stage(stage, filled))
+    results = run_stage(stage, filled)
+    if is_first_process():
+        print_results(stage, filled, results)
 
 
 def run_stage(stage: Stage, arguments: StageArguments) -> Mapping[str, Any]:

@@ -18,8 +18,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.core.batches import base_inputs, token_masks
+from hf_compress.core.data_needs import require_batches
 from hf_compress.core.forward_state import carries_state, forward_state
 from hf_compress.core.modes import evaluating
+from hf_compress.core.processes import Addable, added_up, is_first_process
 from hf_compress.core.watching import Before, Stop, watched
 
 
@@ -29,17 +31,21 @@ logger = logging.getLogger(__name__)
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Statistic(Protocol):
-    """Accumulates rows into something smaller than the rows."""
+class Observer(Protocol):
+    """Looks at rows."""
 
     def update(self, rows: Tensor) -> None: ...
+
+
+class Statistic(Observer, Addable, Protocol):
+    """Accumulates rows into something smaller than the rows, which adds up over several processes."""
 
 
 def with_progress(data: Iterable[Mapping[str, Any]], description: str) -> Iterator[Mapping[str, Any]]:
     """The batches, with a progress bar where the program logs what it does to a terminal."""
     total = len(data) if isinstance(data, Sized) else None
     # None: tqdm looks whether it writes to a terminal.
-    hidden = None if logger.isEnabledFor(logging.INFO) else True
+    hidden = None if logger.isEnabledFor(logging.INFO) and is_first_process() else True
     yield from tqdm(data, total=total, desc=description, leave=False, disable=hidden)
 
 
@@ -85,7 +91,7 @@ def live_rows(key: Hashable, states: Tensor, masks: list[Tensor], may_be_packed:
 @contextmanager
 def feeding(
     modules: Mapping[Key, nn.Module],
-    statistics: Mapping[Key, Statistic],
+    statistics: Mapping[Key, Observer],
     masks: list[Tensor],
     may_be_packed: bool = False,
     whole: bool = False,
@@ -172,7 +178,8 @@ def collect_inputs(
 ) -> None:
     """Feed the live-token inputs of some modules to statistics, one forward pass a batch.
 
-    The pass stops after the deepest of the modules. The model runs in eval mode and is left in the mode it had.
+    The pass stops after the deepest of the modules. The model runs in eval mode and is left in the mode it had. Where
+    several processes compress together, the statistics are those of all at the end.
 
     Args:
         model: Runs on the device it is on; batches are moved there.
@@ -187,12 +194,11 @@ def collect_inputs(
             module sees something else than one row a token.
     """
     drops_tokens, seen = carries_state(model), 0
-    with evaluating(model):
+    with evaluating(model), added_up(*statistics.values()):
         for batch in with_progress(data, description):
             moved, seen = base_inputs(model, batch), seen + 1
             if on_batch is not None:
                 on_batch(moved)
             with feeding(modules, statistics, token_masks(model, moved), drops_tokens, whole):
                 run_base(model, moved)
-    if not seen:
-        raise ValueError("data must hold at least one batch, got none.")
+    require_batches(seen)

@@ -12,6 +12,8 @@ from transformers.utils.generic import find_labels
 
 from hf_compress.core.batches import main_input
 from hf_compress.core.examples import Batches, batches_of
+from hf_compress.core.processes import all_told, group, several_processes
+from hf_compress.core.shares import is_share, share_of
 
 
 Data = Iterable[Mapping[str, Any]]
@@ -26,11 +28,14 @@ class DataNeeds:
             can be read again.
         labels: Whether it computes the loss.
         setting: The setting that asks for data, as `field=value`; empty where the method always does.
+        adds_up: Whether each of several processes may read a share of the data, because what the method makes of them
+            is summed over all (`added_up` in `core/processes.py`). Otherwise every process reads all of them.
     """
 
     passes: int = 0
     labels: bool = False
     setting: str = ""
+    adds_up: bool = False
 
 
 def require_data(data: Data | None, passes: int, setting: str = "") -> Data:
@@ -59,6 +64,12 @@ def require_data(data: Data | None, passes: int, setting: str = "") -> Data:
     return data
 
 
+def require_batches(seen: int) -> None:
+    """Raise `ValueError` if no process has read a batch."""
+    if not any(all_told(seen)):
+        raise ValueError("data must hold at least one batch, got none.")
+
+
 def readable_data(model: PreTrainedModel, data: Data | None, passes: int, setting: str = "") -> Data:
     """Turn calibration data, which holds batches or single examples, into batches of tensors.
 
@@ -80,26 +91,32 @@ def checked_data(model: PreTrainedModel, data: Data | None, needs: Sequence[Data
         needs: The needs of each method.
 
     Returns:
-        Batches of tensors that can be read as often as all methods together need; None if no method reads data.
+        Batches of tensors that can be read as often as all methods together need, of several processes that compress
+        together the share of this one; None if no method reads data.
 
     Raises:
-        ValueError: If the data cannot be read often enough, or has no labels although a method computes the loss.
+        ValueError: If the data cannot be read often enough, are a share that cannot be used, or have no labels
+            although a method computes the loss.
     """
     reading = [need for need in needs if need.passes]
     if not reading:
         return None
     batches = readable_data(model, data, sum(need.passes for need in reading), reading[0].setting)
+    if several_processes() and is_share(data) and group() is None:
+        raise ValueError(
+            "data must be given whole to every process, got a loader that gives each a part: one of these methods "
+            "does not add up what the processes read. Give the loader before it was prepared."
+        )
     computing = [need for need in reading if need.labels]
     if not computing:
-        return batches
+        return share_of(batches, data)
     first, batches = _with_first(batches)
-    if first is None:
-        raise ValueError("data must hold at least one batch, got none.")
+    require_batches(first is not None)
     names: list[str] = find_labels(type(model))  # type: ignore[no-untyped-call]  # of transformers
     if isinstance(first, Mapping) and not any(name in first for name in names):
         given = f" with {computing[0].setting}" if computing[0].setting else ""
         raise ValueError(f"data must hold labels{given}, got {sorted(first)}.")
-    return batches
+    return share_of(batches, data)
 
 
 def _with_first(data: Data) -> tuple[Mapping[str, Any] | None, Data]:

@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.batches import base_inputs, token_masks
 from hf_compress.core.calibration import Key, Statistic, feeding, run_base, with_progress
+from hf_compress.core.data_needs import require_batches
 from hf_compress.core.forward_state import carries_state
 from hf_compress.core.layer_calls import LayerCall, LayerRecorder, NotWalkable
 from hf_compress.core.modes import evaluating
 from hf_compress.core.moments import PairedMoments
+from hf_compress.core.processes import added_up, first_told
 
 
 @dataclass
@@ -76,7 +78,8 @@ class LayerWalk:
             ...                                                   # change layers[index]
 
     The data is read once, when the walk is made. The walk itself changes nothing of the model and leaves it in the
-    mode it had. It can be walked once.
+    mode it had. It can be walked once. Where several processes compress together, each walks with its share of the
+    batches, and statistics are those of all.
 
     Args:
         model: Any transformers model, on the device it is on.
@@ -115,18 +118,24 @@ class LayerWalk:
         # A copy of the current layer before anything changed it.
         self._dense_layer: nn.Module | None = None
         self._batches: list[_Batch] = []
-        with torch.no_grad(), evaluating(model):
-            for batch in with_progress(data, "layer inputs"):
-                inputs = base_inputs(model, batch)
-                if on_batch is not None:
-                    on_batch(inputs)
-                recorder, masks = LayerRecorder(self._layers), token_masks(model, inputs)
-                feeder = feeding(modules or {}, statistics or {}, masks, self._drops_tokens, whole=True)
-                with recorder.recording(), feeder:
-                    run_base(model, inputs)
-                self._batches.append(self._recorded(masks, *recorder.finished()))
-        if not self._batches:
-            raise ValueError("data must hold at least one batch, got none.")
+        reason: str | None = None
+        with torch.no_grad(), evaluating(model), added_up(*(statistics or {}).values()):
+            try:
+                for batch in with_progress(data, "layer inputs"):
+                    inputs = base_inputs(model, batch)
+                    if on_batch is not None:
+                        on_batch(inputs)
+                    recorder, masks = LayerRecorder(self._layers), token_masks(model, inputs)
+                    feeder = feeding(modules or {}, statistics or {}, masks, self._drops_tokens, whole=True)
+                    with recorder.recording(), feeder:
+                        run_base(model, inputs)
+                    self._batches.append(self._recorded(masks, *recorder.finished()))
+            except NotWalkable as error:
+                reason = str(error)
+            # One process may have no batch that shows it.
+            if (reason := first_told(reason)) is not None:
+                raise NotWalkable(reason)
+        require_batches(len(self._batches))
 
     def _recorded(self, masks: list[Tensor], calls: list[LayerCall], states: Tensor) -> _Batch:
         # Layers share masks and position embeddings: each tensor is moved only once.
@@ -186,7 +195,7 @@ class LayerWalk:
             ValueError: If an input is not finite or not one row a token.
         """
         layer = self._layers[self._index]
-        with evaluating(layer):
+        with evaluating(layer), added_up(*statistics.values()):
             for batch in self._batches:
                 with feeding(modules, statistics, batch.masks, self._drops_tokens, whole=repeated):
                     self._run(layer, batch, batch.states)
@@ -204,7 +213,7 @@ class LayerWalk:
         layer, dense_layer = self._layers[self._index], self._dense_layer
         if dense_layer is None:
             raise ValueError("The walk carries no dense stream. Make it with two_streams=True.")
-        with evaluating(layer):
+        with evaluating(layer), added_up(*moments.values()):
             for batch in self._batches:
                 assert batch.dense_states is not None
                 rows = {name: _Rows() for name in moments}

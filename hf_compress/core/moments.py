@@ -5,7 +5,7 @@ Letters: N rows, F their width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from scipy.linalg.blas import dsyrk
@@ -74,13 +74,20 @@ class SecondMoments:
         device = device_of_doubles(device)
         self._upper = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
-        self.num_rows = 0
+        self._rows = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(self, rows: Tensor) -> None:
         for chunk in _in_double(rows.detach().to(self._upper.device)):
             add_gram_(self._upper, chunk)
             self.total += chunk.sum(0)
-            self.num_rows += len(chunk)
+            self._rows += len(chunk)
+
+    def sums(self) -> Iterable[Tensor]:
+        return [self._upper, self.total, self._rows]
+
+    @property
+    def num_rows(self) -> int:
+        return int(self._rows)
 
     @property
     def gram(self) -> Tensor:
@@ -133,6 +140,9 @@ class PairedMoments:
         pairs = zip(*(_in_double(part.detach().to(self._cross.device)) for part in (dense_rows, rows)), strict=True)
         for dense_chunk, chunk in pairs:
             self._cross.addmm_(dense_chunk.T, chunk)
+
+    def sums(self) -> Iterable[Tensor]:
+        return [*self.own.sums(), self._cross]
 
     @property
     def cross(self) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from hf_compress.core.devices import chosen_device
 from hf_compress.core.saving import require_own_folder
+from hf_compress.stages.launched import join_processes
 from hf_compress.stages.table import stage_of
 from hf_compress.tasks.inputs import check_draw
 from hf_compress.training.preflight import check_training
@@ -46,7 +47,8 @@ class DeviceArguments:
         chosen_device(self.device)
 
     def place_(self, model: nn.Module) -> None:
-        """Move a model there."""
+        """Move a model there; where a launcher started several processes, they find each other first."""
+        join_processes(self.device)
         model.to(chosen_device(self.device))
 
 

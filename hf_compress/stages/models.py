@@ -24,6 +24,7 @@ from hf_compress.core.devices import chosen_device
 from hf_compress.core.errors import first_line
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.positions import extend_positions_, most_tokens, position_offset
+from hf_compress.core.processes import is_first_process
 from hf_compress.core.saving import complete_or_absent, write_json
 from hf_compress.folder_card import write_card
 from hf_compress.report.quality import Measured
@@ -274,7 +275,7 @@ def save_stage(
     results: Mapping[str, Any],
     task: Task | None = None,
 ) -> None:
-    """Save model, tokenizer and `results.json` so that the directory is complete or does not load.
+    """Save model, tokenizer and `results.json`, all or nothing; of several processes, the first one does it.
 
     Args:
         directory: The folder.
@@ -286,13 +287,14 @@ def save_stage(
     Raises:
         ValueError: If the disk is full or the folder cannot be written.
     """
-    with complete_or_absent(directory) as staged:
-        model.save_pretrained(staged)
-        processor.save_pretrained(staged)
-        write_json(staged / "results.json", results)
-        # What the model was opened from may have such files.
-        source = getattr(model.config, "_name_or_path", "")
-        for file, content in (task.files_beside(source) if task is not None and source else {}).items():
-            (staged / file).parent.mkdir(parents=True, exist_ok=True)
-            (staged / file).write_bytes(content)
-        write_card(staged, model, directory)
+    if is_first_process():
+        with complete_or_absent(directory) as staged:
+            model.save_pretrained(staged)
+            processor.save_pretrained(staged)
+            write_json(staged / "results.json", results)
+            # What the model was opened from may have such files.
+            source = getattr(model.config, "_name_or_path", "")
+            for file, content in (task.files_beside(source) if task is not None and source else {}).items():
+                (staged / file).parent.mkdir(parents=True, exist_ok=True)
+                (staged / file).write_bytes(content)
+            write_card(staged, model, directory)

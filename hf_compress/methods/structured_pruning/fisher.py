@@ -9,6 +9,7 @@ Letters: B batches, H attention units, F neurons, n units or neurons of a layer,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.batches import on_device
-from hf_compress.core.data_needs import Data
+from hf_compress.core.data_needs import Data, require_batches
 from hf_compress.core.modes import evaluating
+from hf_compress.core.processes import all_told
 from hf_compress.methods.structured_pruning.allocation import budget_too_small
 from hf_compress.methods.structured_pruning.mask_tuning import Masks, masked, tune_masks
 
@@ -80,9 +82,11 @@ def collect_gradients(
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-    if not rows:
-        raise ValueError("data must hold at least one batch, got none.")
-    grads = [torch.stack(column) for column in zip(*rows, strict=True)]
+    # Of several processes each has every n-th batch.
+    turns = itertools.zip_longest(*all_told(rows))
+    ordered = [row for turn in turns for row in turn if row is not None]
+    require_batches(len(ordered))
+    grads = [torch.stack(column) for column in zip(*ordered, strict=True)]
     if not all(torch.isfinite(g).all() for g in grads):
         raise ValueError(
             "The loss must have finite gradients on the calibration data, got NaN or infinity. Check the weights, or "

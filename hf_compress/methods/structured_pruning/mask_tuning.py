@@ -21,6 +21,7 @@ from hf_compress.core.batches import on_device, seen_tokens
 from hf_compress.core.data_needs import Data
 from hf_compress.core.modes import evaluating
 from hf_compress.core.moments import SecondMoments
+from hf_compress.core.processes import added_up
 from hf_compress.core.projections import Role
 from hf_compress.core.surgery import unit_columns
 from hf_compress.core.watching import After, Stop, watched
@@ -46,6 +47,22 @@ class Masks:
 
     units: list[Tensor]
     neurons: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What a sublayer's targets contribute to its normal equations.
+
+    Args:
+        cross: [columns] float64, the products of the columns' outputs with the targets.
+        total: [1] float64, the sum of the targets.
+    """
+
+    cross: Tensor
+    total: Tensor
+
+    def sums(self) -> list[Tensor]:
+        return [self.cross, self.total]
 
 
 @contextmanager
@@ -150,9 +167,9 @@ def normal_equations(
     device = moments.total.device
     weight = out.weight.detach().to(device).double()[:, columns.to(device)]
     bias = 0.0 if out.bias is None else out.bias.detach().to(device).double()
-    cross, target_sum = torch.zeros_like(moments.total), 0.0
+    targets = _Targets(torch.zeros_like(moments.total), torch.zeros_like(moments.total[:1]))
     base = cast(PreTrainedModel, model.base_model)
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), added_up(moments, targets):
         for batch in data:
             inputs = on_device(base, batch)
             rows = _fitted_rows(model, inputs, pooled)
@@ -164,16 +181,16 @@ def normal_equations(
             target = output + residual - bias - own_residual
             context = context.to(device)[:, columns.to(device)]
             moments.update(context)
-            cross += ((target @ weight) * context).sum(0)
-            target_sum += float(target.sum())
+            targets.cross.add_(((target @ weight) * context).sum(0))
+            targets.total.add_(target.sum())
     gram = (moments.gram * (weight.T @ weight)).view(len(kept), size, len(kept), size).sum((1, 3))
-    cross = cross.view(-1, size).sum(1)
+    cross = targets.cross.view(-1, size).sum(1)
     if not attention:
         return gram.cpu(), cross.cpu()
     sums = (moments.total * weight.sum(0)).view(-1, size).sum(1)
     corner = sums.new_tensor([moments.num_rows * layer.hidden_size])
     gram = torch.cat([torch.cat([gram, sums[:, None]], 1), torch.cat([sums, corner])[None]])
-    return gram.cpu(), torch.cat([cross, cross.new_tensor([target_sum])]).cpu()
+    return gram.cpu(), torch.cat([cross, targets.total]).cpu()
 
 
 def _solve(gram: Tensor, cross: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
@@ -17,6 +18,7 @@ from hf_compress.core.data_needs import Data, DataNeeds
 from hf_compress.core.driver import LayerWalk
 from hf_compress.core.layer_calls import NotWalkable
 from hf_compress.core.moments import SecondMoments
+from hf_compress.core.processes import added_up
 from hf_compress.core.projections import Projection
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
 from hf_compress.methods.structured_pruning.allocation import (
@@ -69,7 +71,7 @@ def data_needs(config: StructuredPruningConfig) -> DataNeeds:
     if config.mac_ratio == 1:
         return DataNeeds()
     fisher = config.selection == "fisher"
-    return DataNeeds(passes=2 if fisher else 1, labels=fisher)
+    return DataNeeds(passes=2 if fisher else 1, labels=fisher, adds_up=True)
 
 
 def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data | None) -> StructuredPruningConfig:
@@ -124,16 +126,20 @@ class _Lengths:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._examples = self._tokens = 0
+        # Examples and tokens.
+        self._counts = torch.zeros(2, dtype=torch.float64)
 
     def __call__(self, inputs: Mapping[str, Any]) -> None:
         live = seen_tokens(self._model, inputs)
-        self._examples += len(live)
-        self._tokens += int(live.sum())
+        self._counts += torch.tensor([len(live), int(live.sum())])
+
+    def sums(self) -> list[Tensor]:
+        return [self._counts]
 
     @property
     def mean(self) -> float:
-        return self._tokens / self._examples
+        examples, tokens = self._counts.tolist()
+        return float(tokens / examples)
 
 
 def _compress_by_activations(
@@ -141,7 +147,8 @@ def _compress_by_activations(
 ) -> StructuredPruningConfig:
     moments = {key: _empty_moments(out) for key, out in output_projections(layers).items()}
     lengths = _Lengths(model)
-    walk = _measure_intact(model, layers, config, data, moments, lengths)
+    with added_up(lengths):
+        walk = _measure_intact(model, layers, config, data, moments, lengths)
     require_tokens(layers, config, min(measured.num_rows for measured in moments.values()))
     generator = torch.Generator().manual_seed(config.seed)
     rankings = {
@@ -210,8 +217,9 @@ def _compress_by_fisher(
     model: PreTrainedModel, layers: Sequence[TransformerLayer], config: StructuredPruningConfig, data: Data
 ) -> StructuredPruningConfig:
     lengths = _Lengths(model)
-    for batch in data:
-        lengths(base_inputs(model, batch))
+    with added_up(lengths):
+        for batch in data:
+            lengths(base_inputs(model, batch))
     seq_len = config.seq_len or lengths.mean
     _check_budget(layers, config, seq_len)
     selected = fisher_selection(

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.core.calibration import call_order, collect_inputs
 from hf_compress.core.data_needs import Data
 from hf_compress.core.moments import SecondMoments, device_of_doubles
+from hf_compress.core.processes import all_told, first_told
 from hf_compress.core.sweep import sweep
 from hf_compress.core.watching import Before, watched
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
@@ -43,6 +44,9 @@ class ColumnNorms:
     def update(self, rows: Tensor) -> None:
         rows = rows.detach().to(self._squares.device)
         self._squares += torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square_()
+
+    def sums(self) -> Iterable[Tensor]:
+        return [self._squares]
 
     @property
     def value(self) -> Tensor:
@@ -103,7 +107,7 @@ def wanda_scores(
 
     with watched(before=[(module, caller(name)) for name, module in modules.items()]):
         collect_inputs(model, modules, norms, data, description="input norms", whole=True)
-    _require_called(modules, called, "wanda")
+    _require_called(modules, set().union(*all_told(called)), "wanda")
     scores = {}
     for config, prunable in weights:
         weight = prunable.matrix(prunable.weight.detach()).float()
@@ -130,9 +134,9 @@ def reconstruct_(
     modules = {prunable.name: model.get_submodule(prunable.name) for _, prunable, _ in weights}
     entries = {prunable.name: (config, prunable, count) for config, prunable, count in weights}
     first = next(iter(data), None)
-    if first is None:
+    calls = first_told(None if first is None else call_order(model, modules, first))
+    if calls is None:
         raise ValueError("data must hold at least one batch, got none.")
-    calls = call_order(model, modules, first)
     _require_called(modules, {name for name, _ in calls}, "sparsegpt")
     for names, observe in sweep(model, calls, data):
         leader = entries[names[0]][1]

@@ -12,8 +12,11 @@ from transformers import PreTrainedModel
 from hf_compress.core.batches import on_device
 from hf_compress.core.data_needs import Data, DataNeeds
 from hf_compress.core.modes import evaluating
+from hf_compress.core.processes import add_up_, all_told
+from hf_compress.core.shares import batch_number
 from hf_compress.methods.weight_pruning.calibrated import check_linear, reconstruct_, wanda_scores
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
+from hf_compress.methods.weight_pruning.criteria import MOMENTUM
 from hf_compress.methods.weight_pruning.groups import groups_of
 from hf_compress.methods.weight_pruning.prunable import PrunableWeight, WeightGroup
 from hf_compress.methods.weight_pruning.ranking import (
@@ -49,7 +52,7 @@ def data_needs(config: WeightPruningConfig) -> DataNeeds:
     inputs = any(entry.needs_inputs for entry in entries)
     reading = next((entry for entry in entries if entry.needs_inputs or entry.needs_gradients), None)
     setting = f"criterion={reading.criterion!r}" if reading is not None else ""
-    return DataNeeds(2 if swept else labels + inputs, labels, setting)
+    return DataNeeds(2 if swept else labels + inputs, labels, setting, adds_up=True)
 
 
 def compress(model: PreTrainedModel, config: WeightPruningConfig, data: Data | None) -> WeightPruningConfig:
@@ -113,8 +116,9 @@ def _scores_of_loss(model: PreTrainedModel, entries: Configured, data: Data) -> 
     """Scores from backward passes over labelled data."""
     weights = [prunable.weight for _, prunable in entries]
     trainable = [weight.requires_grad for weight in weights]
-    scores: dict[PrunableWeight, Tensor] = {}
-    sums: dict[PrunableWeight, Tensor] = {}
+    found: dict[PrunableWeight, Tensor] = {}
+    # The batches between two of this process are those of others; they fade its scores, too.
+    fading, seen = MOMENTUM ** (batch_number(1) - batch_number(0) - 1), 0
     try:
         for weight in weights:
             weight.requires_grad_(True)
@@ -126,19 +130,53 @@ def _scores_of_loss(model: PreTrainedModel, entries: Configured, data: Data) -> 
                         f"data must hold labels with criterion={entries[0][0].criterion!r}, got {sorted(batch)}."
                     )
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+                seen += 1
                 for (config, prunable), gradient in zip(entries, gradients, strict=True):
                     if gradient is None:
                         continue
+                    before = found.get(prunable)
                     if config.criterion == "snip_momentum":
-                        scores[prunable] = updated_scores(config, prunable, gradient, scores.get(prunable))
+                        faded = before if before is None or fading == 1 else before * fading
+                        found[prunable] = updated_scores(config, prunable, gradient, faded)
                     else:
-                        sums[prunable] = gradient if prunable not in sums else sums[prunable] + gradient
+                        found[prunable] = gradient if before is None else before + gradient
     finally:
         for weight, flag in zip(weights, trainable, strict=True):
             weight.requires_grad_(flag)
-    if not (scores or sums):
+    found = _of_all(entries, found, batch_number(seen - 1) if seen else -1)
+    if not found:
         raise ValueError("data must hold at least one batch whose loss depends on the weights to prune, got none.")
+    return {
+        prunable: found[prunable]
+        if config.criterion == "snip_momentum"
+        else updated_scores(config, prunable, found[prunable])
+        for config, prunable in entries
+        if prunable in found
+    }
+
+
+def _of_all(entries: Configured, found: dict[PrunableWeight, Tensor], last: int) -> dict[PrunableWeight, Tensor]:
+    """Add up what several processes found, each by its own batches.
+
+    Args:
+        entries: All weights, each with its config.
+        found: Sums of gradients, or for `snip_momentum` of scores that have faded since.
+        last: The number of the last batch that this process has read, among those of all; -1: it had none.
+    """
+    told = all_told((last, {prunable.name for prunable in found}))
+    if len(told) == 1:
+        return found
+    reached = set().union(*(names for _, names in told))
+    later = MOMENTUM ** (max(number for number, _ in told) - last) if last >= 0 else 0.0
+    summed: dict[PrunableWeight, Tensor] = {}
     for config, prunable in entries:
-        if prunable in sums:
-            scores[prunable] = updated_scores(config, prunable, sums[prunable])
-    return scores
+        if prunable.name not in reached:
+            continue
+        momentum = config.criterion == "snip_momentum"
+        if prunable in found:
+            summed[prunable] = found[prunable] * later if momentum else found[prunable]
+        else:
+            nothing = torch.zeros_like(prunable.weight)
+            summed[prunable] = updated_scores(config, prunable, nothing) if momentum else nothing
+    add_up_(summed.values())
+    return summed
