@@ -116,6 +116,26 @@ def test_teacher_without_tokenizer_is_refused(pairs, tokenizer, tmp_path):
         add_teacher_columns({"processing_class": own}, pairs, hc.DataArguments(), str(tmp_path / "teacher"))
 
 
+def layer_trainer(folder, **options):
+    rows = [{"input_ids": torch.tensor([3, 4, 5]), "attention_mask": torch.ones(3), "labels": 1}] * 8
+    args = hc.DistillationArguments(**settings(folder, alpha_layer=1.0, max_steps=2))
+    student = hc.BiLSTMForSequenceClassification(hc.BiLSTMConfig(**{**SIZES, "num_layers": 2, **options}))
+    return hc.DistillationTrainer(student, bert(SIZES["vocab_size"]), args, train_dataset=rows)
+
+
+def test_hidden_states_are_distilled(tmp_path):
+    trainer = layer_trainer(tmp_path)
+    trainer.train()
+    losses = [entry["loss/layer"] for entry in trainer.state.log_history if "loss/layer" in entry]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+
+
+def test_states_of_separate_texts_are_not_compared(tmp_path):
+    with pytest.raises(ValueError, match="alpha_layer compares the states of the same tokens"):
+        layer_trainer(tmp_path, pair_mode="separate").train()
+
+
 @pytest.mark.parametrize(("num_labels", "problem"), [(2, None), (1, "regression"), (3, "multi_label_classification")])
 def test_accumulation_equals_the_large_batch(tokenizer, sentences, tmp_path, num_labels, problem):
     """A stock Trainer: every loss counts micro-batches alike."""

@@ -74,6 +74,11 @@ class BiLSTMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # of tra
         self.pad_token_id = pad_token_id
         self._check()
 
+    @property
+    def states_width(self) -> int:
+        """Width of the states that a layer gives: both directions."""
+        return 2 * self.hidden_size
+
     @classmethod
     def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> BiLSTMConfig:
         """Settings that fit a tokenizer, usually the teacher's.

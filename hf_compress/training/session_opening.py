@@ -66,10 +66,16 @@ def open_session(
 def _layer_term(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments) -> LayerTerm:
     ours, theirs = student.config, teacher.config
     require_one_stack_of_layers(ours, theirs)
+    if getattr(ours, "pair_mode", None) == "separate":
+        raise ValueError(
+            "alpha_layer compares the states of the same tokens, but this student reads the texts of a pair one by "
+            "one (pair_mode='separate'). Set alpha_layer=0 and distil the outputs, or make it with pair_mode='joint'."
+        )
     pairs = arithmetic_of(args.compat).matched_states(ours.num_hidden_layers, theirs.num_hidden_layers, args.layer_map)
     return LayerTerm(
         pairs,
-        (ours.hidden_size, theirs.hidden_size),
+        # A layer that reads in both directions gives wider states than its own size.
+        (getattr(ours, "states_width", ours.hidden_size), getattr(theirs, "states_width", theirs.hidden_size)),
         args.seed,
         args.layer_normalize,
         args.layer_reduction,
