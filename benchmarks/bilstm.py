@@ -52,7 +52,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
     set_seed(0)
-    place = machine()
+    place, version = machine(), commit()
     task = load_task(DataArguments(data_dir=args.data_dir, max_length=args.max_length))
     tokenizer = open_tokenizer(args.model)
     rows = task.encode(args.split, tokenizer, args.max_length)
@@ -97,7 +97,7 @@ def main() -> None:
             )
     if args.out:
         found = {"environment": place, "threads": torch.get_num_threads(), "other_work": load, "models": results}
-        write_json(args.out, {"arguments": arguments_of(args), "commit": commit(), **found})
+        write_json(args.out, {"arguments": arguments_of(args), "commit": version, **found})
 
 
 if __name__ == "__main__":

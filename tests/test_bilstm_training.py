@@ -1,6 +1,7 @@
 """The BiLSTM student in trainings, counts, timings and cards, and embeddings that start from a teacher's."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from transformers import BertConfig, BertForSequenceClassification, DataCollator
 
 import hf_compress as hc
 from hf_compress.folder_card import write_card
+from hf_compress.stages.arguments import DeviceArguments, OutputArguments
+from hf_compress.stages.models import save_stage
+from hf_compress.stages.report import Report, ReportArguments, report
 from hf_compress.stages.training import add_teacher_columns
 from hf_compress.tasks.inputs import length_sorted, row_lengths
 from tests.bilstm_models import SIZES, bilstm, texts
@@ -197,6 +201,31 @@ def test_latency_reads_both_texts():
     timed = hc.measure_latency(models, [batch], repeats=2, warmup=0)
     assert [entry.name for entry in timed] == list(models)
     assert all(entry.batch_size == 2 and entry.p50 > 0 and entry.peak_memory > 0 for entry in timed)
+
+
+def test_a_report_puts_a_separate_student_beside_its_teacher(pairs, tokenizer, tmp_path):
+    own = hc.read_pairs_separately_(copy.deepcopy(tokenizer))
+    config = hc.BiLSTMConfig.for_tokenizer(
+        own, embedding_size=6, hidden_size=5, pair_mode="separate", **pairs.head_settings()
+    )
+    for name, model, reads in (
+        ("teacher", bert(len(tokenizer), **pairs.head_settings()), tokenizer),
+        ("student", hc.BiLSTMForSequenceClassification(config), own),
+    ):
+        save_stage(tmp_path / name, model, reads, {})
+    found = report(Report(
+        comparison=ReportArguments([str(tmp_path / name) for name in ("teacher", "student")], latency_batch_sizes=[4],
+                                   latency_repeats=1, latency_examples=8),
+        data=hc.DataArguments(data_dir=str(tmp_path), max_length=32), output=OutputArguments(str(tmp_path / "out")),
+        device=DeviceArguments("cpu"),
+    ))  # fmt: skip
+    entry = json.loads((tmp_path / "out" / "report.json").read_text())["models"][1]
+    assert found
+    lengths = row_lengths(pairs.encode("validation", own, 32))
+    each = 2 * 4 * 5 * (6 + 5)
+    assert entry["cost"]["macs"] == pytest.approx(each * sum(lengths) / len(lengths))
+    assert entry["latency"][0]["p50"] > 0
+    assert 0 <= entry["metrics"]["accuracy"] <= 1
 
 
 def test_card_says_what_opens_it(tmp_path):
