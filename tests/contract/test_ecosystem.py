@@ -66,7 +66,7 @@ def test_gradient_checkpointing(compressed, batch, method, architecture):
     again = gradients(model, batch(model))
     assert len(calls) == 2  # Once forward, once again for the backward pass.
     assert plain.keys() == again.keys()
-    assert len(plain) > 20
+    assert len(plain) > 10
     assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
 
 
