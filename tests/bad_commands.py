@@ -176,7 +176,7 @@ CONTRADICTIONS = {
     "snapshot-distill": ("--teacher_cache_dir cache", "--teacher_snapshots model data"),
     "proximal": (
         "--teacher_learning_rate 0 --baselines distillation", "--teacher_learning_rate 0 --prox_mode dual",
-        "--teacher_learning_rate 0 --evaluate_teacher", "--alpha_task 1", "--alpha_output 1",
+        "--teacher_learning_rate 0 --evaluate_teacher", "--alpha_task 1", "--alpha_output 0.5",
         "--teacher_cache_dir cache", "--label_smoothing_factor 0.1", "--max_distill_steps 1", "--compat cald",
         "--text_pair_column nothing --text_column sentence", "--model_name_or_path bilstm --student_layers 1",
         "--model_name_or_path bilstm --max_positions 64", "--model_name_or_path bilstm --layers first",
