@@ -122,7 +122,7 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
         f"{prefix}{name}": whole(value).detach().clone()
         for prefix, part in parts.items()
         if part is not None
-        for name, value in trainer.accelerator.unwrap_model(part).state_dict().items()
+        for name, value in trainer.accelerator.unwrap_model(part, keep_torch_compile=False).state_dict().items()
     }
 
 
