@@ -156,6 +156,7 @@ def trainer_of(
     stream: bool = False,
     dropout: float = 0.0,
     apart: bool = False,
+    eval_rows: list[dict] | None = None,
     **options: Any,
 ) -> Trainer:
     transformers.logging.set_verbosity_error()
@@ -173,8 +174,8 @@ def trainer_of(
     read = read or Read()
     return trainer_class(
         **models, args=arguments(str(folder), **{**defaults, **fields, **options}),
-        train_dataset=Stream(data) if stream else data, data_collator=read.collate, callbacks=callbacks,
-        compute_metrics=right_and_seen,
+        train_dataset=Stream(data) if stream else data, eval_dataset=eval_rows, data_collator=read.collate,
+        callbacks=callbacks, compute_metrics=right_and_seen,
     )  # fmt: skip
 
 

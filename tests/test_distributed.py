@@ -139,6 +139,18 @@ def test_an_evaluation_counts_each_row_once(tmp_path, pair, kind, number):
         assert each == pytest.approx(one, rel=1e-5, abs=2e-6)
 
 
+@pytest.mark.parametrize("number", [11, 1])
+@pytest.mark.parametrize("kind", ["joint", "proximal, both evaluated"])
+def test_an_evaluation_within_a_training_counts_each_row_once(tmp_path, pair, kind, number):
+    """A learning teacher is wrapped there: where one process ran it once more than the other, both would wait."""
+    data = program.rows(8)
+    options = {"eval_rows": program.rows(number), "eval_strategy": "steps", "eval_steps": 1, "num_train_epochs": 1}
+    found = pair.run(program.train, kind, str(tmp_path / "two"), data, gradient_accumulation_steps=1, **options)
+    one = program.train(kind, str(tmp_path / "one"), data, **options)
+    assert any(entry.get("eval_rows") == number for entry in one["logs"])
+    assert_agree(found, one)
+
+
 def test_an_evaluation_counts_each_row_of_a_stream_once(tmp_path, pair):
     data = program.rows(11, 8)
     found = pair.run(program.evaluate, "distillation", str(tmp_path / "two"), data, stream=True)

@@ -35,8 +35,8 @@ def require_one_device(num_devices: int) -> None:
         )
 
 
-def real_rows(accelerator: Accelerator, batch_size: int) -> int:
-    """How many rows of an evaluation's batch this process shall count.
+def real_rows(accelerator: Accelerator, batch_size: int) -> int | None:
+    """How many rows of an evaluation's batch this process shall count; None: all of them, as every process does.
 
     The last batches are filled up with rows from the beginning of the data, so that all processes have as many.
 
@@ -44,9 +44,9 @@ def real_rows(accelerator: Accelerator, batch_size: int) -> int:
         accelerator: Of the evaluation.
         batch_size: Rows of the batch.
     """
-    state = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-        return batch_size
+    state, processes = accelerator.gradient_state, accelerator.num_processes
+    if processes == 1 or not state.end_of_dataloader or not 0 < state.remainder < processes * batch_size:
+        return None
     ours: int = state.remainder - accelerator.process_index * batch_size
     return min(max(ours, 0), batch_size)
 

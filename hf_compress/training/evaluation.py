@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, cast
 
 import torch
@@ -50,13 +51,15 @@ class EvaluatingTrainer(ResumableTrainer):
         """As `Trainer.prediction_step`; rows that only fill up the last batches of several processes do not count."""
         size = batch_size_of(inputs)
         real = real_rows(self.accelerator, size)
-        if real == size:
+        if real is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
         with self.losses.uncounted():
             loss, *others = super().prediction_step(model, inputs, *args, **kwargs)
-        if loss is not None and real:
-            prepared = self._prepare_inputs(first_rows(inputs, real, size))
-            with torch.no_grad(), self.compute_loss_context_manager():
+        if loss is not None:
+            # Where no row counts, too: a model in shards runs in all processes or in none.
+            prepared = self._prepare_inputs(first_rows(inputs, real or 1, size))
+            counting = contextlib.nullcontext() if real else self.losses.uncounted()
+            with counting, torch.no_grad(), self.compute_loss_context_manager():
                 counted: Any = self.compute_loss(model, prepared)
-            loss = counted.detach()
+            loss = counted.detach() if real else loss
         return loss, *others

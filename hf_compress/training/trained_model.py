@@ -107,8 +107,9 @@ class TrainedModel:
 
     def __call__(self, **arguments: Any) -> ModelOutput:
         """Run the model with its own random numbers, without gradients."""
+        # Not the wrapped one, in which processes exchange buffers at every call: one of them may evaluate more often.
         with torch.no_grad(), self._own_randomness():
-            outputs: ModelOutput = self._wrapped(**arguments)
+            outputs: ModelOutput = self.model(**arguments)
         return outputs
 
     @contextlib.contextmanager
