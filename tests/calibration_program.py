@@ -252,5 +252,5 @@ def work(folder: str, rank: int, count: int, port: int, what: str) -> None:
         try:
             hc.compress(bert(), _STRUCTURED(mac_ratio=0.6), data=_killed_on_one(rank))
         except Exception as error:
-            found = {"killed": str(error)}
+            found = {"killed": (type(error).__name__, str(error))}
     torch.save(found, f"{folder}/{what}-{count}-{rank}.pt")

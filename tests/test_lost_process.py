@@ -10,6 +10,7 @@ import pytest
 
 import hf_compress as hc
 from hf_compress.core.launcher import LostProcess, check_launcher, lost_process_named
+from hf_compress.stages.launched import join_processes
 from tests import distributed_program as program
 from tests.two_processes import fork_server, free_port
 
@@ -101,6 +102,12 @@ def test_half_a_launcher_is_refused(environment, tmp_path, values, words):
 def test_a_launcher_and_none_are_fine(environment, values):
     environment(values)
     check_launcher()
+
+
+def test_a_stage_without_a_training_refuses_half_a_launcher(environment):
+    environment({"WORLD_SIZE": "two"})
+    with pytest.raises(ValueError, match="which is no number"):
+        join_processes("cpu")
 
 
 def test_the_command_line_refuses_half_a_launcher(environment, tmp_path, capsys):

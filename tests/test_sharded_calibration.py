@@ -113,7 +113,9 @@ def test_other_weights_on_one_process_are_refused(launched):
 
 def test_a_killed_process_ends_the_other(launched):
     (found,) = launched("killed", 2)
-    assert found["killed"] == "Another process of this run is gone; its own output says why."
+    kind, text = found["killed"]
+    assert kind == "LostProcess"
+    assert text.startswith("One of the 2 processes of this compression has ended or no longer answers")
 
 
 def test_one_process_reads_everything():

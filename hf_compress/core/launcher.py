@@ -1,4 +1,4 @@
-"""The processes of one training: what their launcher told them, and the end of one of them."""
+"""The processes of one run: what their launcher told them, and the end of one of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOST = re.compile(
 
 
 class LostProcess(RuntimeError):
-    """Another process of a data-parallel training has ended, or no longer answers."""
+    """Another process of this run has ended, or no longer answers."""
 
 
 def check_launcher() -> None:
@@ -53,12 +53,18 @@ def check_launcher() -> None:
         )
 
 
+# What a training leaves behind for a person to go on from.
+_CHECKPOINT = " The last whole checkpoint stays; resume_from_checkpoint=True goes on from it"
+
+
 @contextmanager
-def lost_process_named(num_processes: int) -> Iterator[None]:
+def lost_process_named(num_processes: int, work: str = "training", then: str = _CHECKPOINT) -> Iterator[None]:
     """Say in one line when the block fails because another process is gone.
 
     Args:
-        num_processes: Of the training.
+        num_processes: How many work together.
+        work: What they do.
+        then: What the message says about the state that is left.
 
     Raises:
         LostProcess: Instead of the error of the library that carries their messages.
@@ -69,7 +75,6 @@ def lost_process_named(num_processes: int) -> Iterator[None]:
         if num_processes == 1 or isinstance(error, LostProcess) or not _LOST.search(str(error)):
             raise
         raise LostProcess(
-            f"One of the {num_processes} processes of this training has ended or no longer answers: its own message "
-            "says why. The last whole checkpoint stays; resume_from_checkpoint=True goes on from it "
-            f"({first_line(error)})"
+            f"One of the {num_processes} processes of this {work} has ended or no longer answers: its own message "
+            f"says why.{then} ({first_line(error)})"
         ) from error

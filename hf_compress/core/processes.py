@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.digests import weights_digest
+from hf_compress.core.launcher import LostProcess, lost_process_named
 
 
 logger = logging.getLogger(__name__)
@@ -58,15 +59,17 @@ class Group:
     @contextmanager
     def _talking(self) -> Iterator[None]:
         try:
-            yield
-        except RuntimeError as error:
+            with lost_process_named(self.count, "compression", " The model is unchanged"):
+                yield
+        except RuntimeError:
             self.ended = True
-            raise OtherProcessFailed("Another process of this run is gone; its own output says why.") from error
+            raise
 
     def exchange(self, value: Any, failure: str | None = None) -> list[Any]:
         """Give each process what all of them have; every one has to call it at the same point.
 
         Raises:
+            LostProcess: If another process is gone.
             OtherProcessFailed: If another process has failed.
             ValueError: If the processes have read different data since the last exchange.
         """
@@ -159,6 +162,7 @@ def together(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
         wanted: Whether they shall; False, or with one process: nothing is different inside the block.
 
     Raises:
+        LostProcess: If another process is gone.
         OtherProcessFailed: If the block failed in another process; names its error.
     """
     if not (wanted and several_processes()):
@@ -173,7 +177,7 @@ def together(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
     except Exception as error:
         if not ours.ended:
             # One that was killed cannot be told.
-            with suppress(OtherProcessFailed):
+            with suppress(OtherProcessFailed, LostProcess):
                 ours.exchange(None, failure=str(error) if isinstance(error, ValueError) else repr(error))
         raise
     finally:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from hf_compress.core.launcher import check_launcher
+
 
 def join_processes(device: str) -> None:
     """Join the processes that a launcher started together with this one; nothing happens where it is alone.
@@ -16,8 +18,10 @@ def join_processes(device: str) -> None:
         device: As `chosen_device` takes it. With `auto`, each process gets an accelerator of its own.
 
     Raises:
-        ValueError: If all processes are to share one accelerator.
+        ValueError: If all processes are to share one accelerator, or the environment only half says that there are
+            several.
     """
+    check_launcher()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         return
     wanted = None if device == "auto" else torch.device(device)
