@@ -126,8 +126,8 @@ def count_cost(
     Args:
         model: A supported architecture, compressed or not, or a `BiLSTMForSequenceClassification`.
         seq_len: Tokens of a sequence that the layers see, without padding, of both texts where a model reads two; may
-            be an average. Of an image these are
-            its patches and the class token, of a sound the frames of the feature encoder, not its samples.
+            be an average. Of an image these are its patches and the class token, of a sound the frames of the feature
+            encoder, not its samples.
         batch_size: Sequences.
         data: Batches of inputs: texts, images or sounds. When given, the model runs on them, what it drops is not
             counted, and the multiply-accumulates are the mean over their sequences; `seq_len` is not read then.

@@ -15,6 +15,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_compress.core.launcher import lost_process_named
 from hf_compress.core.positions import most_tokens
 from hf_compress.report.quality import TaskEvaluation, training_metrics
 from hf_compress.stages.models import (
@@ -150,6 +151,9 @@ def run_training(
     results = {"train_seconds": seconds, "train_loss": loss, **evaluation_results(trainer, task)}
     if trainer.is_world_process_zero():
         save_stage(str(args.output_dir), model, processor, results, task)
+    # What comes next in another process may open what was saved, as a teacher that was fine-tuned for its student.
+    with lost_process_named(args.world_size):
+        trainer.accelerator.wait_for_everyone()
     return results
 
 

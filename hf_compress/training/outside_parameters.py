@@ -51,6 +51,7 @@ class OutsideParameters(TrainerCallback):
         self._own = kind(groups, **options)
         if self._saved is not None:
             self._own.load_state_dict(dict(self._saved))
+            self._saved = None
         return []
 
     def _parameters(self) -> list[nn.Parameter]:
