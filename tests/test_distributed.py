@@ -142,7 +142,7 @@ def test_an_evaluation_counts_each_row_once(tmp_path, pair, kind, number):
 @pytest.mark.parametrize("number", [11, 1])
 @pytest.mark.parametrize("kind", ["joint", "proximal, both evaluated"])
 def test_an_evaluation_within_a_training_counts_each_row_once(tmp_path, pair, kind, number):
-    """A learning teacher is wrapped there: where one process ran it once more than the other, both would wait."""
+    """A learning teacher is wrapped there: each process must run it equally often."""
     data = program.rows(8)
     options = {"eval_rows": program.rows(number), "eval_strategy": "steps", "eval_steps": 1, "num_train_epochs": 1}
     found = pair.run(program.train, kind, str(tmp_path / "two"), data, gradient_accumulation_steps=1, **options)

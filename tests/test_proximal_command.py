@@ -174,6 +174,7 @@ BAD = {
         "teacher_name_or_path must be a model that was fine-tuned for this task when teacher_learning_rate is 0",
     ),
     "fixed by the method": (f"{T} --student_layers 1 --alpha_task 1 {STEPS}", "alpha_task must be left out"),
+    "shards": (f"{T} --student_layers 1 --fsdp full_shard {STEPS}", "fsdp must not be set for a command"),
     "cache": (f"{T} --student_layers 1 --teacher_cache_dir c {STEPS}", "teacher_cache_dir must be unset: a learning"),
     "unknown baseline": (
         f"{T} --student_layers 1 --baselines magic {STEPS}",

@@ -15,6 +15,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_compress.core.engines import launched_with
 from hf_compress.core.launcher import lost_process_named
 from hf_compress.core.positions import most_tokens
 from hf_compress.report.quality import TaskEvaluation, training_metrics
@@ -114,8 +115,13 @@ def trainer_arguments(
     """What every trainer takes; all but `args` comes from `prepare`.
 
     Raises:
-        ValueError: If the losses in `args` do not exist for the task.
+        ValueError: If the losses in `args` do not exist for the task, or a model would be trained in shards.
     """
+    if args.fsdp or launched_with("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "fsdp must not be set for a command, whose first process alone saves the model: shard in a script with "
+            "one of our trainers (save_model gathers the shards), or leave it out (torchrun alone trains with DDP)."
+        )
     if not task.has_own_loss and any(getattr(args, name, 1.0) for name in ("alpha_task", "alpha_output")):
         raise ValueError(
             f"alpha_task and alpha_output must be 0 for {task.kind}, which has neither labels to learn nor logits: "
