@@ -124,7 +124,7 @@ torch.save({"logits": model(**batch).logits.detach(), "state": model.state_dict(
 """
 
 
-@pytest.mark.parametrize("mode", ["joint", "separate"])
+@pytest.mark.parametrize("mode", [pytest.param("joint", marks=pytest.mark.slow), "separate"])
 def test_reload_in_another_process(tmp_path, mode):
     model = bilstm(pair_mode=mode, num_labels=3, num_layers=2).float()
     batch = dict(zip(("input_ids", "attention_mask"), texts([3, 5]), strict=True))

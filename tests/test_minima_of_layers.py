@@ -93,6 +93,7 @@ def a_case(generator, decay):
     return [s.astype(np.float32) for s in scores], *(Fraction(n, WIDTH) for n in (low, high, final)), shares
 
 
+@pytest.mark.slow
 def test_schedules_against_the_original_loop():
     """Equal masks, unless several matrices are above their minimum and together leave too little for the others.
 

@@ -50,7 +50,7 @@ def launched(tmp_path_factory, launch):
             process.kill()
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_all_processes_end_with_the_model_of_one(launched, count):
     found = launched("cases", count)
     for name in CASES:

@@ -16,6 +16,7 @@ pytest.importorskip("sklearn")
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "vit_digits.py"
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--out", "digits", "--seeds", "0", "1", "--max_steps", "3"]
