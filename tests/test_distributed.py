@@ -1,7 +1,10 @@
 """Every trainer and callback as two processes on gloo: what one process computes, and the same bits in both."""
 
+import inspect
+
 import pytest
 import torch
+from transformers import Trainer
 
 from tests import distributed_program as program
 from tests.rounding import assert_equal_to_rounding
@@ -63,6 +66,10 @@ def test_two_processes_train_as_one_with_the_batch_of_both(tmp_path, pair, kind)
     assert len(one["logs"]) == 2
 
 
+@pytest.mark.skipif(
+    "map_location = self.args.device if" in inspect.getsource(Trainer._load_optimizer_and_scheduler),
+    reason="this transformers reads optimizers of several processes to a device cpu:0, which torch does not know",
+)
 @pytest.mark.parametrize(
     "kind", ["compression", "distillation", "tokens", "joint", "snapshots", "proximal, dual", "stock"]
 )
