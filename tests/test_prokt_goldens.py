@@ -103,6 +103,9 @@ def largest(found, expected):
         for name, value in expected.items()
         if name.startswith("final/") and "/bilstm.pooler" not in name
     }
+    if not any("pair_projection" in name for name in found):
+        # The original has the map of pairs for single texts, too, and never uses it.
+        expected = {name: value for name, value in expected.items() if "pair_projection" not in name}
     assert expected.keys() <= found.keys()
     return max(
         float(np.abs(found[name].numpy() - value).max()) for name, value in expected.items() if "key.bias" not in name
