@@ -62,7 +62,7 @@ class Pair:
             teacher: Another teacher than the pair's.
 
         Raises:
-            ValueError: If the teacher shall not learn and has no head, or models and data do not fit together.
+            ValueError: If the teacher does not learn and has no head, or models and data do not fit together.
         """
         name = teacher or self.teacher
         task, processor, student, rows = self._prepared(args)

@@ -36,7 +36,7 @@ def require_one_device(num_devices: int) -> None:
 
 
 def real_rows(accelerator: Accelerator, batch_size: int) -> int | None:
-    """How many rows of an evaluation's batch this process shall count; None: all of them, as every process does.
+    """How many rows of an evaluation's batch this process counts; None: all of them, as every process does.
 
     The last batches are filled up with rows from the beginning of the data, so that all processes have as many.
 
