@@ -79,14 +79,15 @@ def test_searched_and_rearranged_masks_are_the_originals(golden_model, gradients
 
 
 @needs_golden
-@pytest.mark.parametrize(("ratio", "tolerance"), [("0.7", 5e-4), ("0.5", 5e-6), ("0.3", 5e-8)])
+@pytest.mark.parametrize(("ratio", "tolerance"), [("0.7", 5e-4), ("0.5", 2e-5), ("0.3", 2e-6)])
 def test_tuned_masks_are_the_originals(golden_model, gradients, samples, original, ratio, tolerance):
     blocks = layers_of(golden_model)
     teacher = searched(golden_model, gradients, float(ratio) ** 0.5)
     student = rearranged(gradients, searched(golden_model, gradients, float(ratio)))
     tuned = tune_masks(golden_model, blocks, samples, teacher, student)
     # LSMR stops at a relative residual of 1e-6, so the order of sums shows in the scales. Measured: the original's two
-    # solvers differ by 1.0e-5, 7.7e-7 and 8.6e-9, eager from fused attention here by 1.4e-4, 3e-8 and 8e-9.
+    # solvers differ by 1.0e-5, 7.7e-7 and 8.6e-9, eager from fused attention here by 1.4e-4, 3e-8 and 8e-9, kernels of
+    # two processors at 0.3 by 1.4e-7: one more iteration or one less decides.
     # The equations themselves are compared tightly below.
     for solver in ("", "scipy5n/"):
         for name, found in (("head", tuned.units), ("neuron", tuned.neurons)):
