@@ -155,7 +155,7 @@ HEADS = {
 
 
 # Built like another one in all that surgery sees. Their full battery is slow; contract/test_alike.py has a brief one.
-ALIKE = ("eurobert", "nomic_bert", "gte", "mistral", "qwen2", "smollm3")
+ALIKE = ("roberta", "electra", "eurobert", "nomic_bert", "gte", "mistral", "qwen2", "smollm3")
 
 
 @pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in ARCHITECTURES])

@@ -28,7 +28,7 @@ def test_recorded_graph(mode):
             assert_equal_to_rounding(graph(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=[pytest.mark.slow] * (mode == "joint")) for mode in MODES])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_onnx_runtime(tmp_path, mode):
     """Batches of other sizes than the one that was recorded."""

@@ -186,6 +186,10 @@ def test_arithmetic_on_data():
     assert each == 2 * 4 * SIZES["hidden_size"] * (SIZES["embedding_size"] + SIZES["hidden_size"])
     assert hc.count_cost(bilstm(), data=[joint]).macs == pytest.approx(6.5 * each)
     assert hc.count_cost(bilstm(mask_padding=False), data=[joint]).macs == pytest.approx(9 * each)
+    vectors = {"inputs_embeds": torch.zeros(*joint["input_ids"].shape, 6), "attention_mask": joint["attention_mask"]}
+    assert hc.count_cost(bilstm(), data=[vectors]).macs == pytest.approx(6.5 * each)
+    with pytest.raises(ValueError, match="data must hold dicts with input_ids, got the keys"):
+        hc.count_cost(bilstm(), data=[{"attention_mask": joint["attention_mask"]}])
     assert hc.count_cost(bilstm(pair_mode="separate"), data=[pair]).macs == pytest.approx(10 * each)
 
 

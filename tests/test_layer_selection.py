@@ -122,6 +122,7 @@ def test_stock_transformers_opens_it(architecture, tmp_path):
     assert len(layers_of(again)) == 2
 
 
+@pytest.mark.slow
 def test_a_process_without_this_package_opens_it(tmp_path):
     student = hc.students.from_teacher(deep("qwen2", "causal_lm"), 2)
     hc.to_plain(student).save_pretrained(tmp_path)

@@ -144,6 +144,7 @@ def test_linearize(inside, tokenizer, capsys, flags, fields):
     assert f"512 tokens: {results['mac_ratio_by_length']['512']:.3f} of the dense arithmetic" in printed
 
 
+@pytest.mark.slow
 def test_linearize_measures_the_texts_of_the_task(inside, capsys, caplog):
     """The data's own lengths decide whether linear attention pays, not round numbers."""
     for slots, pays in (("2", True), ("16", False)):

@@ -109,6 +109,26 @@ def test_baselines_are_the_trainings_by_hand(tmp_path, capsys):
     old = (out / "baselines" / "hard_labels" / "model.safetensors").stat().st_mtime_ns
     run(f"{line} --baselines hard_labels --proximal_weight 0.5 --resume_from_checkpoint true", out)
     assert (out / "baselines" / "hard_labels" / "model.safetensors").stat().st_mtime_ns == old
+    capsys.readouterr()
+    other = f"{line} --baselines hard_labels --proximal_weight 0.5 --resume_from_checkpoint true --weight_decay 0.3"
+    assert main(shlex.split(f"proximal {other} --output_dir {out}")) == 2
+    error = capsys.readouterr().err
+    assert "weight_decay was 0.01, and now it is 0.3" in error
+    assert "baselines/hard_labels" in error
+
+
+def test_a_baseline_whose_checkpoint_is_damaged_begins_with_a_zero_head(tmp_path):
+    line = f"--teacher_name_or_path teacher --student_layers 1 --baselines hard_labels {STEPS}"
+    run(line, tmp_path / "whole")
+    run(line, tmp_path / "again")
+    folder = tmp_path / "again" / "baselines" / "hard_labels"
+    (folder / "results.json").unlink()
+    checkpoints = list(folder.glob("checkpoint-*"))
+    assert checkpoints
+    for checkpoint in checkpoints:
+        (checkpoint / "trainer_state.json").write_text("{")
+    run(f"{line} --resume_from_checkpoint true", tmp_path / "again")
+    assert_equal_weights(folder, tmp_path / "whole" / "baselines" / "hard_labels")
 
 
 def test_distill_takes_layers_of_its_teacher(tmp_path):

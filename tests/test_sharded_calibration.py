@@ -75,6 +75,7 @@ def test_all_processes_end_with_the_model_of_one(launched, count):
             assert our_steps == found[0][name][1]
 
 
+@pytest.mark.slow
 def test_each_example_counts_once(launched):
     """The mean length is a ratio of two counts: an example that two processes read would change it."""
     for count in (2, 3):

@@ -228,6 +228,7 @@ print([tuple(m.weight.shape) for m in model.modules() if type(m) is torch.nn.Lin
 """
 
 
+@pytest.mark.slow
 def test_recommended_config_reloads_in_a_fresh_process(model, batches, tmp_path):
     start = model("bert", HEAD)
     pruned = hc.compress(start, hc.WeightPruningConfig(**CHANNELS, op_names=(".*intermediate.dense",)))

@@ -58,8 +58,9 @@ def assert_whole(folder):
     assert cache.misses == 0
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_two_runs_share_one_cache(tmp_path, rounds):
+@pytest.mark.slow
+def test_two_runs_share_one_cache(tmp_path):
+    rounds = 20
     finish(*[start("-m", "tests.cache_program", tmp_path, name, rounds) for name in (1, 2)])
     for number in range(rounds):
         assert_whole(tmp_path / f"cache{number}")

@@ -42,10 +42,12 @@ def test_it_compresses_and_opens_in_a_fresh_process(tmp_path):
     program(tmp_path, "read")
 
 
+@pytest.mark.slow
 def test_it_trains_and_resumes(tmp_path):
     program(tmp_path, "train")
 
 
+@pytest.mark.slow
 def test_command_line_and_report_know_it(tmp_path):
     answers = write_perfect_model(tmp_path / "dense", ["up", "down"])
     rows = [{"text": text, "label": ("up", "down")[answer]} for text, answer in zip(TEXTS, answers, strict=True)]

@@ -10,6 +10,7 @@ import hf_compress as hc
 ROWS = [{"input_ids": [5 + i % 7, 6, 7], "attention_mask": [1, 1, 1], "labels": i % 2} for i in range(16)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of wandb's own imports
 def test_wandb_offline(model, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")

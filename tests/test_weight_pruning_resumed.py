@@ -13,31 +13,26 @@ from tests.pruned_training import HEAD, SMALL, arguments, examples, pruning_trai
 
 
 # What is resumed lies in the optimizer's state and does not depend on the trainer; the writing of checkpoints does.
+SETTINGS = [
+    (Trainer, {}),
+    (hc.CompressionTrainer, {"progressive": True, "pruning_frequency": 5, "criterion": "magnitude", "scope": "local"}),
+]
+MORE = [
+    (hc.CompressionTrainer, {}),
+    (Trainer, {"pattern": "2:4", "target_sparsity": 0.5}),
+    (hc.CompressionTrainer, {"criterion": "magnitude", "scope": "local"}),
+    (hc.CompressionTrainer, {"criterion": "snip"}),
+    (Trainer, {"progressive": True, "pruning_frequency": 5, "reg_type": "group_lasso", "reg_coeff": 0.1}),
+    (
+        hc.CompressionTrainer,
+        {"progressive": True, "pruning_frequency": 4, "criterion": "snip", "pattern": "2:4", "target_sparsity": 0.5},
+    ),
+    (Trainer, {"reg_type": "group_lasso_gradient", "reg_coeff": 1e-4}),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        (Trainer, {}),
-        (hc.CompressionTrainer, {}),
-        (Trainer, {"pattern": "2:4", "target_sparsity": 0.5}),
-        (hc.CompressionTrainer, {"criterion": "magnitude", "scope": "local"}),
-        (hc.CompressionTrainer, {"criterion": "snip"}),
-        (Trainer, {"progressive": True, "pruning_frequency": 5, "reg_type": "group_lasso", "reg_coeff": 0.1}),
-        (
-            hc.CompressionTrainer,
-            {"progressive": True, "pruning_frequency": 5, "criterion": "magnitude", "scope": "local"},
-        ),
-        (
-            hc.CompressionTrainer,
-            {
-                "progressive": True,
-                "pruning_frequency": 4,
-                "criterion": "snip",
-                "pattern": "2:4",
-                "target_sparsity": 0.5,
-            },
-        ),
-        (Trainer, {"reg_type": "group_lasso_gradient", "reg_coeff": 1e-4}),
-    ],
+    ("kind", "changes"), [*SETTINGS, *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE)]
 )
 def test_resumed_equals_unbroken(model, batches, tmp_path, kind, changes):
     dense = model("bert", HEAD)

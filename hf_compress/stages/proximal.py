@@ -90,13 +90,15 @@ def proximal(arguments: Proximal) -> dict[str, Any]:
         `baselines` the same of each baseline.
 
     Raises:
-        ValueError: If student, teacher and data do not fit together, or a loss is not finite.
+        ValueError: If student, teacher and data do not fit together, a loss is not finite, or a finished baseline of a
+            resumed run had other arguments.
     """
     pair = Pair(arguments.student, arguments.teacher.teacher_name_or_path, arguments.data)
+    wanted, baselines = arguments.comparison.baselines, BaselineTrainings(pair, arguments.distillation)
+    baselines.check(wanted)
     results = pair.train(arguments.distillation)
-    wanted = arguments.comparison.baselines
     if wanted:
-        found = BaselineTrainings(pair, arguments.distillation).run(wanted)
+        found = baselines.run(wanted)
         if arguments.distillation.process_index == 0:
             write_json(Path(arguments.output_dir, FOLDER, "results.json"), {"proximal": results, **found})
         results = {**results, "baselines": found}

@@ -247,10 +247,10 @@ class BiLSTMForSequenceClassification(BiLSTMPreTrainedModel):  # type: ignore[no
 
     def tokens_read(self, batch: Mapping[str, Tensor]) -> Tensor:
         """[B] the tokens that the layers read of each text or pair of a batch."""
-        views = [{"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}]
+        views = [{name: batch.get(name) for name in ("input_ids", "attention_mask", "inputs_embeds")}]
         if self.config.pair_mode == "separate":
             second = (batch.get(f"second_{name}") for name in ("input_ids", "attention_mask"))
-            views = self._views({**views[0], "inputs_embeds": None}, batch.get("token_type_ids"), *second)
+            views = self._views(views[0], batch.get("token_type_ids"), *second)
         return torch.stack([self.bilstm.tokens_read(_given(view)) for view in views]).sum(0)
 
     def _views(

@@ -131,7 +131,10 @@ print(json.dumps(loaded))
 """
 
 
-@pytest.mark.parametrize("program", [FRESH, WITHOUT_IMPORT], ids=["with import", "without import"])
+@pytest.mark.parametrize(
+    "program",
+    [pytest.param(FRESH, marks=pytest.mark.slow, id="with import"), pytest.param(WITHOUT_IMPORT, id="without import")],
+)
 def test_fresh_process(compressed, batch, tmp_path, program):
     head, models = "sequence_classification", {}
     for method in METHOD_CONFIGS:
