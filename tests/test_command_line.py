@@ -15,7 +15,7 @@ import torch
 
 import hf_compress
 from hf_compress.cli import commands
-from hf_compress.cli.errors import BadInput, is_bad_input
+from hf_compress.cli.errors import is_bad_input
 from hf_compress.cli.help import command_help, topic_title, usage
 from hf_compress.cli.main import main
 from hf_compress.cli.options import REQUIRED, argument_texts, stage_groups
@@ -214,7 +214,7 @@ def test_yaml(tmp_path, content, expected):
     file = tmp_path / "a.yaml"
     file.write_text(content)
     if isinstance(expected, str):
-        with pytest.raises(BadInput, match=re.escape(expected)):
+        with pytest.raises(ValueError, match=re.escape(expected)):
             parse((First,), ["--config", str(file)], {"mode": "steps"})
         return
     parsed = parse((First,), ["--config", str(file)], {"mode": "steps"})
@@ -234,9 +234,8 @@ def test_flags_win_over_yaml_over_defaults(tmp_path):
     "--config=", "--config nowhere.yaml", "--config .", "--mode ", "--no_seed", "--flag maybe", "--names", "--", "---",
 ])  # fmt: skip
 def test_every_typing_error_is_one_line(line):
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(ValueError, match="."):
         parse((First,), line.split(" "), {})
-    assert str(caught.value)
 
 
 # Whose fault

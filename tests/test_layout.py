@@ -30,8 +30,9 @@ FLOORS = {
     "hf_compress.tasks": 4,
     "hf_compress.report": 5,
     "hf_compress.stages": 6,
-    "hf_compress.cli": 7,
-    "hf_compress.__main__": 8,
+    "hf_compress.recipes": 7,
+    "hf_compress.cli": 8,
+    "hf_compress.__main__": 9,
 }
 # It names the loader, which is imported with transformers' registry.
 EXEMPT = {"hf_compress"}

@@ -23,6 +23,7 @@ def fork_server() -> Any:
     context.set_forkserver_preload(
         [
             "tests.crash_program", "tests.distributed_program", "tests.calibration_program", "tests.cache_program",
+            "tests.recipe_program", "hf_compress.cli.recipe",
             "transformers.trainer",
             "hf_compress.training.joint_teacher", "hf_compress.training.proximal",
         ]

@@ -9,6 +9,33 @@ from hf_compress.cli.options import REQUIRED, Group, Option, stage_groups
 from hf_compress.stages.table import Stage, all_stages
 
 
+RECIPE_COMMAND = "run"
+_RECIPE_SUMMARY = "run the stages of a recipe one after the other; what is done already is skipped"
+_RECIPE_HELP = """usage: hf-compress run RECIPE.yaml [--dry_run] [--NAME VALUE ...]
+
+Runs the stages of a recipe, each into a folder of its own in the recipe's output_dir. Everything is
+checked before the first stage starts. A stage whose options, files, code and earlier stages are
+those of its last run is skipped; one that was interrupted goes on. What the stages print is in
+recipe.log in output_dir.
+
+  --dry_run      Check the recipe and print what would be done.
+  --NAME VALUE   Replace a value that the recipe has for all stages (output_dir, model_name_or_path,
+                 data_dir, seed, ...).
+
+A recipe:
+
+  output_dir: runs/sst2
+  model_name_or_path: bert-base-uncased     # stages name it by the word base
+  task_name: sst2                           # this and all other values here are for every stage that has the option
+  stages:
+    - {stage: finetune, name: teacher, model_name_or_path: base}
+    - {stage: structured_pruning, name: pruned, model_name_or_path: teacher, mac_ratio: [0.7, 0.5]}
+    - {stage: distill, name: recovered, model_name_or_path: pruned, teacher_name_or_path: teacher}
+    - {stage: report, models: [teacher, pruned, recovered]}
+
+The name of an earlier stage stands for the model that it saved. Several values for an option that
+takes one make a family: each gives a model of its own, and so do the stages that read these.
+docs/recipes.md explains the rest."""
 _WIDTH = 100
 _INDENT = 6
 
@@ -22,11 +49,17 @@ def usage() -> str:
         "",
         "commands:",
         *(f"  {stage.command:{width}s} {stage.summary}" for stage in stages),
+        f"  {RECIPE_COMMAND:{width}s} {_RECIPE_SUMMARY}",
         "",
         "hf-compress <command> --help explains the flags of a command; --version prints the version.",
         "Exit codes: 0 done, 2 bad input (one line says what to change), 1 anything else, 130 interrupted.",
     ]
     return "\n".join(lines)
+
+
+def recipe_help() -> str:
+    """How to run a recipe, with an example."""
+    return _RECIPE_HELP
 
 
 def command_help(stage: Stage) -> str:

@@ -12,7 +12,7 @@ from importlib import import_module
 
 from hf_compress import __version__
 from hf_compress.cli.errors import describe, fail, is_bad_input
-from hf_compress.cli.help import command_help, usage
+from hf_compress.cli.help import RECIPE_COMMAND, command_help, recipe_help, usage
 from hf_compress.core.launcher import LostProcess
 from hf_compress.stages.table import all_stages
 
@@ -34,10 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
-        hint = (
-            "" if "output_dir" not in " ".join(arguments) else "; --resume_from_checkpoint true continues a training"
-        )
-        print(f"hf-compress: interrupted{hint}", file=sys.stderr)
+        print(f"hf-compress: interrupted{_how_to_go_on(arguments)}", file=sys.stderr)
         return 130
     except LostProcess as error:
         print(f"hf-compress: {describe(error)}", file=sys.stderr)
@@ -50,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return fail(describe(error))
         print("hf-compress: unexpected error, see the traceback above; please report it.", file=sys.stderr)
         return 1
+
+
+def _how_to_go_on(arguments: list[str]) -> str:
+    if arguments[:1] == [RECIPE_COMMAND]:
+        return "; the same command goes on"
+    return "; --resume_from_checkpoint true continues a training" if "output_dir" in " ".join(arguments) else ""
 
 
 def _answer(arguments: list[str]) -> int:
@@ -69,16 +72,23 @@ def _answer(arguments: list[str]) -> int:
         if asks[0] in ("--help_all", "--help-all"):
             print(f"\ntransformers.TrainingArguments\n{import_module('hf_compress.cli.commands').training_help()}")
         return 0
+    if asks and RECIPE_COMMAND in arguments:
+        print(recipe_help())
+        return 0
     if asks and name.startswith("-"):
         print(usage())
         return 0
-    if name not in commands:
-        near = difflib.get_close_matches(name.replace("_", "-"), commands, n=1, cutoff=0.5)
+    names = [*commands, RECIPE_COMMAND]
+    if name not in names:
+        near = difflib.get_close_matches(name.replace("_", "-"), names, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        return fail(f"command must be one of {', '.join(commands)}, got {name!r}.{hint}")
+        return fail(f"command must be one of {', '.join(names)}, got {name!r}.{hint}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("hf_compress").setLevel(logging.INFO)
     # The stages import torch and transformers, which takes seconds: help and typing errors above do not wait for it.
+    if name == RECIPE_COMMAND:
+        import_module("hf_compress.cli.recipe").run_recipe(rest)
+        return 0
     import_module("hf_compress.cli.commands").run(commands[name], rest)
     return 0
 

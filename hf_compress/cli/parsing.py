@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import re
-import types
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 from hf_compress.cli.errors import BadInput, describe
+from hf_compress.stages.option_files import choices_of, read_options, reject_unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +26,6 @@ class Parsed:
 
     values: tuple[Any, ...]
     given: frozenset[str]
-
-
-def _choices(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 class _Parser(HfArgumentParser):
@@ -56,13 +49,15 @@ class _Parser(HfArgumentParser):
         """
         if field.metadata.get("output"):
             return
-        words = [word for choice in _choices(field.type) if get_origin(choice) is Literal for word in get_args(choice)]
-        many = [get_args(choice)[0] for choice in _choices(field.type) if get_origin(choice) is list]
+        words = [
+            word for choice in choices_of(field.type) if get_origin(choice) is Literal for word in get_args(choice)
+        ]
+        many = [get_args(choice)[0] for choice in choices_of(field.type) if get_origin(choice) is list]
         if words and many:
             kind = _word_or(words, many[0])
             parser.add_argument(f"--{field.name}", type=kind, nargs="+", action=_OneWord, default=field.default)
             return
-        item = next((get_args(choice)[0] for choice in _choices(field.type) if get_origin(choice) is tuple), None)
+        item = next((get_args(choice)[0] for choice in choices_of(field.type) if get_origin(choice) is tuple), None)
         if item is None:
             HfArgumentParser._parse_dataclass_field(parser, field)
             return
@@ -122,43 +117,9 @@ def _settable_types(kind: type) -> dict[str, Any]:
     return {field.name: types_of[field.name] for field in _settable(kind)}
 
 
-def _reject_unknown(names: Sequence[Any], known: Sequence[str], where: str) -> None:
-    for name in names:
-        if not isinstance(name, str):
-            raise BadInput(f"{where}: {name!r} is not an option; names are words, as in 'learning_rate: 1e-4'.")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise BadInput(f"{where}: {name!r} is not an option.{hint}")
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """PyYAML's safe loader, but it refuses a name that occurs twice instead of taking its last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} occurs twice", node.start_mark)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-def _read_yaml(file: str) -> dict[Any, Any]:
-    try:
-        content = yaml.load(Path(file).read_text(), _Loader)
-    except OSError as error:
-        raise BadInput(f"config must be a readable YAML file, got {file!r}: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BadInput(f"config {file!r} is not valid YAML: {describe(error)}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"config must hold 'name: value' lines, got {type(content).__name__} in {file!r}.")
-    return content
-
-
 def _flags_of(name: str, value: Any, kind: Any, takes_many: bool, where: str) -> list[str]:
     """Write a YAML value as it would be typed on the command line."""
-    choices = _choices(kind)
+    choices = choices_of(kind)
     mappings = any(choice is dict or get_origin(choice) is dict for choice in choices)
     if isinstance(value, list):
         if not takes_many:
@@ -210,6 +171,7 @@ def parse(
     arguments: Sequence[str],
     defaults: Mapping[str, Any],
     defaults_when: Mapping[tuple[str, Any], Mapping[str, Any]] | None = None,
+    written: tuple[str, Mapping[Any, Any]] | None = None,
 ) -> Parsed:
     """Fill dataclasses from `--config file.yaml` and flags; flags win over YAML, YAML over defaults.
 
@@ -218,6 +180,7 @@ def parse(
         arguments: The command line after the command.
         defaults: Values that replace the dataclasses' own defaults for this command.
         defaults_when: (option, value) -> further defaults while that option has that value.
+        written: What messages call it, and 'name: value' lines that were read already, instead of `--config`.
 
     Raises:
         BadInput: Unknown option, wrong value, missing required option.
@@ -229,14 +192,15 @@ def parse(
     arguments = [_underscored(argument) for argument in arguments]
     flags = [argument.partition("=")[0][2:] for argument in arguments if argument.startswith("--")]
     given = {_positive(name, hints) for name in flags}
-    _reject_unknown([name for name in flags if name in given], known, "flags")
+    reject_unknown([name for name in flags if name in given], known, "flags")
     _refuse_empty(arguments)
     preset = {name: (value, "defaults") for name, value in defaults.items() if name in hints}
     config = _config_file(arguments)
     if config is not None:
-        where = f"config {config!r}"
-        content = _read_yaml(config)
-        _reject_unknown(list(content), list(hints), where)
+        written = f"config {config!r}", read_options(config)
+    if written is not None:
+        where, content = written
+        reject_unknown(list(content), list(hints), where)
         preset.update({name: (value, where) for name, value in content.items()})
         given.update(content)
 
@@ -259,7 +223,7 @@ def parse(
 def _positive(name: str, hints: Mapping[str, Any]) -> str:
     """`do_prune` for `no_do_prune`."""
     switched = name.removeprefix("no_")
-    return switched if name != switched and bool in _choices(hints.get(switched)) else name
+    return switched if name != switched and bool in choices_of(hints.get(switched)) else name
 
 
 def _typed(parser: HfArgumentParser, preset: Mapping[str, tuple[Any, str]], hints: Mapping[str, Any]) -> list[str]:
@@ -269,7 +233,7 @@ def _typed(parser: HfArgumentParser, preset: Mapping[str, tuple[Any, str]], hint
     for name, (value, where) in preset.items():
         if value is not None:
             flags += _flags_of(name, value, hints.get(name), name in many, where)
-        elif type(None) in _choices(hints.get(name)):
+        elif type(None) in choices_of(hints.get(name)):
             parser.set_defaults(**{name: None})
         else:
             raise BadInput(f"{where}: {name} has no value.")

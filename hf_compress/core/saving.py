@@ -229,12 +229,17 @@ def complete_or_absent(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_json(file: str | os.PathLike[str], content: Any) -> None:
     """Write a JSON file in one step: readers see the old or the new content, never a part of it."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in one step, as `write_json`."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     # A unique name, because two processes may write the same file.
     aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.incomplete")
     try:
-        aside.write_text(json.dumps(content, indent=2) + "\n")
+        aside.write_text(text, encoding="utf-8")
         _sync(aside)
         os.replace(aside, file)
     finally:

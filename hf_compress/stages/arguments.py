@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 from transformers import TrainingArguments
 
 from hf_compress.core.devices import chosen_device
 from hf_compress.core.saving import require_own_folder
+from hf_compress.methods import METHODS
 from hf_compress.stages.launched import join_processes
-from hf_compress.stages.table import stage_of
+from hf_compress.stages.table import Stage, stage_of
 from hf_compress.tasks.inputs import check_draw
 from hf_compress.training.preflight import check_training
 
@@ -184,6 +185,26 @@ class StageArguments:
                     default = field.default_factory()
                 if field.init and getattr(group, field.name) != default:
                     yield field.name
+
+
+def kinds_of(stage: Stage) -> dict[str, type]:
+    """Topic -> dataclass that its options fill."""
+    hints = get_type_hints(stage.arguments_class)
+    kinds = {entry.name: hints[entry.name] for entry in dataclasses.fields(stage.arguments_class)}
+    del kinds["given"]
+    if stage.method is not None:
+        kinds["method"] = METHODS[stage.name].config_class
+    return kinds
+
+
+def options_of(stage: Stage) -> dict[str, Any]:
+    """Option -> its type, of everything that a user may set in a stage."""
+    found: dict[str, Any] = {}
+    for kind in kinds_of(stage).values():
+        hints = get_type_hints(kind)
+        settable = (entry for entry in dataclasses.fields(kind) if entry.init and not entry.metadata.get("output"))
+        found.update({entry.name: hints[entry.name] for entry in settable})
+    return found
 
 
 def _check_device(device: str | None, training: TrainingArguments) -> None:

@@ -73,7 +73,8 @@ class ModelArguments:
         return open_pair(self, task, fresh_head)
 
 
-def _open_config(name: str) -> PretrainedConfig:
+def open_config(name: str) -> PretrainedConfig:
+    """The config of a hub name or folder; `ValueError` or `OSError` where there is none, or a broken one."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(name)
     except (OSError, ValueError):
@@ -105,16 +106,15 @@ def task_for(name: str, data: DataArguments) -> Task:
         ValueError: If the data cannot be read or do not fit any kind.
     """
     try:
-        config = _open_config(name)
+        config = open_config(name)
     except (OSError, ValueError):
-        # Opening the model later reports what is wrong with it.
-        config = None
+        config = None  # Opening the model later reports what is wrong with it.
     return load_task(data, config)
 
 
 def has_head(name: str, task: Task | None = None) -> bool:
     """Whether a hub name or folder holds a model with a head for a task, and not an encoder alone."""
-    config = _open_config(name)
+    config = open_config(name)
     return _kind(config, task).has_head(config)
 
 
@@ -140,7 +140,7 @@ def open_model(name: str, task: Task | None = None, fresh_head: bool = False, ma
         ValueError: If nothing can be opened there, weights are missing or not finite, or the labels differ.
     """
     with _opening(name, type(task).model_noun if task is not None else SequenceClassification.model_noun):
-        config = _open_config(name)
+        config = open_config(name)
     kind = _kind(config, task)
     new = fresh_head and not kind.has_head(config)
     settings: dict[str, Any] = {}
@@ -178,7 +178,7 @@ def open_pretrained(model_args: ModelArguments) -> tuple[Processor, PreTrainedMo
     """
     name = model_args.model_name_or_path
     with _opening(name, "model"):
-        config = _open_config(name)
+        config = open_config(name)
         kind: Any = getattr(transformers, (config.architectures or [""])[0], AutoModel)
         model, loaded = kind.from_pretrained(name, output_loading_info=True)
         require_complete(loaded, lambda key: key.startswith("pooler."))

@@ -39,7 +39,7 @@ _BILSTM_SETTINGS = {
 
 
 @contextmanager
-def _named_as_options(more: str = "") -> Iterator[None]:
+def named_as_options(more: str = "") -> Iterator[None]:
     """Errors of the method call its field by the name of the option.
 
     Args:
@@ -81,7 +81,7 @@ class ShallowStudentArguments(ModelArguments):
     def _selection(self) -> LayerSelectionConfig | None:
         if self.student_layers is None and self.layers == "even":
             return None
-        with _named_as_options():
+        with named_as_options():
             return LayerSelectionConfig(num_layers=self.student_layers, layers=self.layers)
 
     def beside(self, teacher: str) -> ModelArguments:
@@ -93,7 +93,7 @@ class ShallowStudentArguments(ModelArguments):
         selection = self._selection()
         processor, model = open_pair(self, task, fresh_head)
         if selection is not None:
-            with _named_as_options(f" {self.model_name_or_path!r} is the deeper model."):
+            with named_as_options(f" {self.model_name_or_path!r} is the deeper model."):
                 compress(model, selection)
         return processor, model
 

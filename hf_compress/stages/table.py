@@ -66,6 +66,7 @@ class Stage:
         note: What a person should know before the options.
         unused: Option of a shared dataclass that would change nothing here -> why. Help leaves it out, and giving it
             is an error.
+        saves_model: Whether its folder holds a model that another stage can start from.
         method: Where the method of a generic stage is, as an entry point names it; the topic `method` is its config.
     """
 
@@ -78,6 +79,7 @@ class Stage:
     defaults_when: Mapping[tuple[str, Any], Mapping[str, Any]] = field(default_factory=dict)
     note: str = ""
     unused: Mapping[str, str] = field(default_factory=dict)
+    saves_model: bool = True
     method: str | None = None
 
     @cached_property
@@ -177,10 +179,10 @@ _IN_ORDER = (
             "teacher_cache_dir": "a learning teacher's outputs change all the time",
         },
     ),
-    _stage("evaluate", "evaluate", "measure saved models on a task", "evaluate.Evaluate.evaluate"),
+    _stage("evaluate", "evaluate", "measure saved models on a task", "evaluate.Evaluate.evaluate", saves_model=False),
     _stage(
         "report", "report", "compare dense and compressed models: quality, size, arithmetic, measured latency",
-        "report.Report.report",
+        "report.Report.report", saves_model=False,
     ),
 )  # fmt: skip
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _IN_ORDER}

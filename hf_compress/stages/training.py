@@ -87,13 +87,18 @@ def prepare(
     if model_args.freeze_embeddings:
         freeze_embeddings_(model)
     rows = _splits(task, processor, data)
-    longest, limit = max(max(row_lengths(split)) for split in rows.values()), most_tokens(model)
+    longest = max(max(row_lengths(split)) for split in rows.values())
+    require_positions(longest, most_tokens(model), data.max_length)
+    return task, processor, model, rows
+
+
+def require_positions(longest: int, limit: int | None, max_length: int) -> None:
+    """Raise `ValueError` if the longest input has more tokens than a model has positions; None: it has no limit."""
     if limit is not None and longest > limit:
         raise ValueError(
-            f"max_length must be at most the model's {limit} positions, got {data.max_length} and examples of "
-            f"{longest} tokens. Or give it more (max_positions)."
+            f"max_length must be at most the model's {limit} positions, got {max_length} and examples of {longest} "
+            "tokens. Or give it more (max_positions)."
         )
-    return task, processor, model, rows
 
 
 def _with_own_loss(task: Task) -> Task:

@@ -1,0 +1,94 @@
+"""Estimates how long a job takes and how much it writes, from the sizes of models and data and a short measurement."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+from transformers import TrainingArguments
+
+from hf_compress.core.devices import chosen_device
+from hf_compress.recipes.examples import Examples
+from hf_compress.recipes.origins import Origin
+from hf_compress.stages.arguments import StageArguments
+from hf_compress.training.arguments import LearningTeacherArguments
+
+
+_BYTES = 4
+# Weights and two moments of each; the models' results and checkpoints are in single precision.
+_CHECKPOINT = 3
+# What a stage does beside arithmetic: open, read, save.
+_OVERHEAD = 5.0
+# The share of the speed of large products that layers of an encoder reach in eager PyTorch.
+_REACHED = 0.35
+
+
+@functools.cache
+def multiply_accumulates_per_second(device: str) -> float:
+    """Measure products of matrices for a tenth of a second."""
+    left = torch.ones(512, 512, device=device)
+    count, start = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - start) < 0.1:
+        # Reading one value waits for an accelerator.
+        float((left @ left)[0, 0])
+        count += 1
+    return count * 512**3 / seconds
+
+
+def seconds_of(
+    arguments: StageArguments, origin: Origin, examples: Examples | None, teacher: Origin | None, models: int
+) -> float:
+    """Estimate the seconds of a job, roughly.
+
+    Args:
+        arguments: Of its stage.
+        origin: The model that it starts from.
+        examples: What it reads; None: nothing.
+        teacher: Of which model it learns.
+        models: How many it measures.
+    """
+    if examples is None:
+        return _OVERHEAD
+    training = arguments.training_arguments
+    if training is None:
+        read = min(arguments.option("calibration_samples") or 0, examples.train) + models * examples.measured
+        work = 2.0 * read * origin.working
+    else:
+        learned = _learned(training, examples)
+        work = 3.0 * learned * origin.working + examples.measured * origin.working
+        if teacher is not None:
+            work += learned * teacher.working * (3 if isinstance(training, LearningTeacherArguments) else 1)
+    device = str(training.device) if training is not None else str(chosen_device(arguments.option("device") or "auto"))
+    return _OVERHEAD + work * examples.tokens / (_REACHED * multiply_accumulates_per_second(device))
+
+
+def _learned(training: TrainingArguments, examples: Examples) -> float:
+    """How many examples a training reads."""
+    if training.max_steps > 0:
+        return float(training.max_steps * training.train_batch_size * training.gradient_accumulation_steps)
+    return training.num_train_epochs * examples.train
+
+
+def bytes_of(arguments: StageArguments, origin: Origin) -> int:
+    """Estimate the bytes that a job writes, at most: its model, and the states of its training."""
+    training = arguments.training_arguments
+    model = _BYTES * origin.parameters
+    if training is None or training.save_strategy == "no":
+        return model
+    # The new one is written before the oldest is removed.
+    kept = 1 + (training.save_total_limit or max(1, round(training.num_train_epochs)))
+    return model + _CHECKPOINT * model * kept
+
+
+def duration(seconds: float) -> str:
+    """Write a time so that a person reads it.
+
+    Example:
+        >>> duration(8), duration(100), duration(7300)
+        ('8 s', '2 min', '2 h 2 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,105 @@
+"""Runs a recipe: each job in a folder of its own, those that are done skipped, one that was interrupted continued."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from hf_compress.core.saving import sole_training, write_json
+from hf_compress.recipes.estimates import duration
+from hf_compress.recipes.lineage import lineage_of, write_lineage
+from hf_compress.recipes.log import FILE as LOG_FILE
+from hf_compress.recipes.log import logged_to
+from hf_compress.recipes.plan import Fill, Plan, Planned, doing, refreshed
+from hf_compress.recipes.state import begin, finish
+from hf_compress.recipes.target import NAME as TARGET
+from hf_compress.recipes.target import chosen, verdict
+from hf_compress.training.checkpoints import last_whole_checkpoint
+
+
+logger = logging.getLogger(__name__)
+
+
+def run_plan(plan: Plan, fill: Fill, say: Callable[[str], None]) -> dict[str, Mapping[str, Any]]:
+    """Run the jobs of a plan that are not done.
+
+    Args:
+        plan: What `plan_of` gave.
+        fill: Fills the arguments of a stage.
+        say: Receives each line of progress.
+
+    Returns:
+        Job -> results of its stage, of all jobs, those that were done before among them.
+
+    Raises:
+        ValueError: If another process runs a recipe in this folder, this is one of several processes, or a stage
+            refuses its input. What was finished before stays.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("run must be started as one process, got several: start the stages one by one instead.")
+    results: dict[str, Mapping[str, Any]] = {}
+    folder = Path(plan.recipe.output_dir)
+    with sole_training(folder):
+        left = plan.seconds_left
+        for place, checked in enumerate(plan.jobs, start=1):
+            title = plan.title(place)
+            # Another process may have run the recipe since it was planned.
+            planned = refreshed(checked)
+            if planned.state.results is not None:
+                say(f"{title}  {doing(planned)}")
+                results[planned.job.name] = planned.state.results
+                left -= checked.seconds if checked.to_do else 0
+                continue
+            say(f"{title}  {doing(planned)} of {duration(left)} left")
+            with logged_to(folder / LOG_FILE):
+                logger.info("%s begins with %s", title, dict(planned.values))
+                seconds, results[planned.job.name] = _run(planned, fill, folder)
+                logger.info("%s took %s", title, duration(seconds))
+            left = max(left - checked.seconds, 0.0)
+            say(f"{title}  done in {duration(seconds)}")
+        _choose(plan, results, say)
+    return results
+
+
+def _choose(plan: Plan, results: Mapping[str, Mapping[str, Any]], say: Callable[[str], None]) -> None:
+    """Say which model meets the recipe's target, and write it down."""
+    target = plan.recipe.target
+    if target is None:
+        return
+    found = chosen(results[TARGET], target.max_drop)
+    write_json(Path(plan.recipe.output_dir, TARGET, "target.json"), found)
+    for line in verdict(found, target.options["latency_batch_sizes"]):
+        say(line)
+
+
+def _run(planned: Planned, fill: Fill, folder: Path) -> tuple[float, Mapping[str, Any]]:
+    """Run one job; returns its seconds and what its stage returned."""
+    job, values = planned.job, dict(planned.values)
+    begin(planned.folder, planned.inputs, planned.state)
+    if "resume_from_checkpoint" in job.entry.kinds:
+        # Where a training begins, some stages prepare the model; where it goes on, they do not.
+        checkpoint = last_whole_checkpoint(planned.folder)
+        if checkpoint is not None:
+            values["resume_from_checkpoint"] = "true"
+    # What a job draws must not depend on the jobs that this process has run before it.
+    set_seed(values.get("seed", 0))
+    start = time.perf_counter()
+    try:
+        results = job.entry.stage.function(fill(job.entry.stage, values, job.entry.shared))
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    seconds = time.perf_counter() - start
+    before = [folder / name for name in job.needs()]
+    write_lineage(planned.folder, lineage_of(job, planned.inputs, seconds, before))
+    finish(planned.folder, planned.inputs, seconds, results)
+    return seconds, results

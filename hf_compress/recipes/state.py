@@ -1,0 +1,99 @@
+"""Remembers in each job's folder what it was made of, and whether it is finished."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_compress.core.saving import write_json
+from hf_compress.recipes.inputs import differences, file_digest, files_in, key_of
+
+
+FILE = "stage.json"
+LINEAGE_FILE = "lineage.json"
+# People may write into these after a run.
+_FREE = (FILE, "README.md")
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a job stands.
+
+    Args:
+        kind: `done`: made of the same inputs, and whole; `begun`: the same inputs, to be continued; `changed`: there
+            is a result of other inputs, which is replaced; `new`: there is nothing; `foreign`: there are files that no
+            recipe wrote.
+        why: What changed, or what lies there.
+        seconds: How long it took the last time; None where that is unknown.
+        results: What the stage returned; only of `done`.
+    """
+
+    kind: Literal["done", "begun", "changed", "new", "foreign"]
+    why: str = ""
+    seconds: float | None = None
+    results: Mapping[str, Any] | None = None
+
+
+def state_of(folder: Path, inputs: Mapping[str, Any]) -> State:
+    """Read the state of a job.
+
+    Args:
+        folder: Its folder; need not exist.
+        inputs: What it would be made of now.
+    """
+    if not folder.is_dir() or all(path.name.startswith(".") for path in folder.iterdir()):
+        return State("new")
+    try:
+        note = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        known, done, seconds = note["inputs"], note["done"], note["seconds"]
+    except FileNotFoundError:
+        left = sorted(path.name for path in folder.iterdir())[0]
+        return State("foreign", left)
+    except (ValueError, LookupError, TypeError, OSError):
+        return State("changed", f"{FILE} cannot be read")
+    if key_of(known) != key_of(inputs):
+        return State("changed", _listed(differences(known, inputs)), seconds)
+    if not done:
+        return State("begun", seconds=seconds)
+    damaged = _damaged(folder, note["files"])
+    if damaged:
+        return State("begun", f"{damaged} is missing or was changed", seconds)
+    return State("done", seconds=seconds, results=note["results"])
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{shown} changed"
+
+
+def _files(folder: Path) -> dict[str, str]:
+    found = {str(file.relative_to(folder)): file for file in files_in(folder)}
+    return {name: file_digest(file) for name, file in found.items() if name not in _FREE}
+
+
+def _damaged(folder: Path, files: Mapping[str, str]) -> str | None:
+    now = _files(folder)
+    return next((name for name, digest in files.items() if now.get(name) != digest), None)
+
+
+def begin(folder: Path, inputs: Mapping[str, Any], state: State) -> None:
+    """Prepare the folder of a job: what belongs to other inputs is removed, what belongs to these stays.
+
+    Whatever moment the process is killed at, files of other inputs are never taken for files of these.
+    """
+    if state.kind == "changed":
+        # The note goes last: as long as it is there, what else is left is known to be of other inputs.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == FILE):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FILE, {"inputs": inputs, "done": False, "seconds": state.seconds, "files": {}, "results": {}})
+
+
+def finish(folder: Path, inputs: Mapping[str, Any], seconds: float, results: Mapping[str, Any]) -> None:
+    """Note that a job is finished, with a digest of each file of its result."""
+    note = {"inputs": inputs, "done": True, "seconds": round(seconds, 1), "files": _files(folder), "results": results}
+    write_json(folder / FILE, note)
