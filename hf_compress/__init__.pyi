@@ -15,6 +15,7 @@ from .methods.structured_pruning import StructuredPruningConfig as StructuredPru
 from .methods.token_pruning import TokenPruningConfig as TokenPruningConfig
 from .methods.token_pruning.callbacks import StageSwitchCallback as StageSwitchCallback
 from .methods.token_pruning.callbacks import ThresholdAnnealingCallback as ThresholdAnnealingCallback
+from .methods.vocabulary_pruning import VocabularyPruningConfig as VocabularyPruningConfig
 from .methods.weight_pruning import Acceleration as Acceleration
 from .methods.weight_pruning import HeldZerosCallback as HeldZerosCallback
 from .methods.weight_pruning import WeightPruningCallback as WeightPruningCallback
@@ -44,6 +45,8 @@ from .training.proximal import ProximalTrainer as ProximalTrainer
 from .training.proximal_arguments import ProximalArguments as ProximalArguments
 from .training.snapshot_teacher import SnapshotTeacherTrainer as SnapshotTeacherTrainer
 from .training.trainer import CompressionTrainer as CompressionTrainer
+from .vocabulary import prune_vocabulary as prune_vocabulary
+from .vocabulary import trim_tokenizer as trim_tokenizer
 
 __version__: str
 __all__: list[str]

@@ -134,9 +134,22 @@ def compress(model: PreTrainedModel, *configs: MethodConfig, data: Data | None =
             check_order(earlier, method)
             _check(method, model, config)
             earlier.append(method)
+        _check_inputs(steps)
         require_same_model(model, *configs)
         _apply(model, steps, checked_data(model, data, needs))
     return model
+
+
+def _check_inputs(steps: Sequence[tuple[Method, MethodConfig]]) -> None:
+    """Raise `ValueError` if a method would read data that an earlier one of the same call makes meaningless."""
+    renumbering = ""
+    for method, config in steps:
+        if renumbering and method.needs_of(config).passes:
+            raise ValueError(
+                f"{method.name} must come before {renumbering}, or in a call of its own: the ids in data mean other "
+                f"tokens after {renumbering}."
+            )
+        renumbering = method.name if method.renumbers_inputs else renumbering
 
 
 def _apply(model: PreTrainedModel, steps: Sequence[tuple[Method, MethodConfig]], batches: Data | None) -> None:

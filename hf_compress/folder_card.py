@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ _MARK = "<!-- Written by hf_compress at every save. Remove this line to keep you
 # The first line of the cards that transformers' Trainer writes; the Trainer overwrites any card.
 _TRAINERS_MARK = "<!-- This model card has been generated automatically"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+# Lists of many thousand numbers are for programs, which read them in config.json.
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxstring = 200
 
 _OPENING = """## How to open it
 
@@ -132,7 +137,9 @@ def compression_section(model: PreTrainedModel, has_tokenizer: bool) -> str:
     lines = []
     for number, (name, settings) in enumerate(steps, start=1):
         paper = METHODS[name].paper
-        values = {key: f"{value:.4g}" if isinstance(value, float) else repr(value) for key, value in settings.items()}
+        values = {
+            key: f"{value:.4g}" if isinstance(value, float) else _SHORT.repr(value) for key, value in settings.items()
+        }
         shown = ", ".join(f"`{key}={value}`" for key, value in values.items()) or "the default settings"
         lines.append(f"{number}. **{name}** ([{paper.title}](https://arxiv.org/abs/{paper.identifier})): {shown}")
     opening = _OPENING.format(auto=auto, imports=f"{auto}, AutoTokenizer" if has_tokenizer else auto)

@@ -195,7 +195,7 @@ def _batches(config, count=8, size=8, length=24, seed=0):
         return others
     result = []
     for _ in range(count):
-        ids = torch.randint(3, VOCABULARY, (size, length), generator=generator)
+        ids = torch.randint(3, min(VOCABULARY, config.vocab_size), (size, length), generator=generator)
         lengths = torch.randint(length // 2, length + 1, (size,), generator=generator)
         mask = (torch.arange(length) < lengths[:, None]).long()
         result.append({"input_ids": ids.where(mask.bool(), config.pad_token_id), "attention_mask": mask})

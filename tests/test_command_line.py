@@ -24,7 +24,7 @@ from hf_compress.stages.table import STAGES
 
 
 COMMANDS = {stage.command: stage for stage in STAGES.values()}
-OUTPUTS = ("achieved_sparsity", "heads_per_layer", "neurons_per_layer", "tolerance", "token_prune_stage")
+OUTPUTS = ("achieved_sparsity", "heads_per_layer", "kept_ids", "neurons_per_layer", "tolerance", "token_prune_stage")
 
 
 def ours(name):

@@ -97,7 +97,8 @@ def test_methods_change_a_model_as_on_the_cpu(place, method, model, batches):
         network.eval()
     assert {p.device.type for p in there.parameters()} == {place}
     with torch.no_grad():
-        found, expected = (m(**on_device(m, data[0])).logits.cpu() for m in (there, here))
+        seen = batches(here.config, count=1)[0]
+        found, expected = (m(**on_device(m, seen)).logits.cpu() for m in (there, here))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert_compressed_alike(there.cpu(), here)
 

@@ -28,6 +28,7 @@ FLOORS = {
     "hf_compress.folder_card": 3,
     "hf_compress.training": 4,
     "hf_compress.tasks": 4,
+    "hf_compress.vocabulary": 4,
     "hf_compress.report": 5,
     "hf_compress.stages": 6,
     "hf_compress.recipes": 7,

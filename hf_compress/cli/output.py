@@ -73,6 +73,15 @@ def _print_pruned_structure(arguments: StageArguments, results: Mapping[str, Any
     _print_saved(arguments)
 
 
+def _print_pruned_vocabulary(arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    before, after = results["before"], results["after"]
+    print(f"{results['texts']:,d} texts read\n{'':24s}{'before':>14s}{'after':>14s}")
+    for title, key in (("tokens", "tokens"), ("parameters", "params"), ("bytes", "bytes")):
+        print(f"{title:24s}{before[key]:14,d}{after[key]:14,d}")
+    print(f"{results['seconds']:.1f} s; ", end="")
+    _print_saved(arguments, " with its tokenizer")
+
+
 def _print_pruned_weights(arguments: StageArguments, results: Mapping[str, Any]) -> None:
     print(sparsity_line(results["sparsity_by_layer"]))
     _print_metrics(results)
@@ -209,6 +218,7 @@ def recovery_hint(models: Sequence[Mapping[str, Any]], metric: str, num_examples
 
 _PRINTERS: dict[str, Callable[[StageArguments, Mapping[str, Any]], None]] = {
     "structured_pruning": _print_pruned_structure,
+    "vocabulary_pruning": _print_pruned_vocabulary,
     "weight_pruning": _print_pruned_weights,
     "linformer": _print_linearized,
     "evaluate": _print_evaluated,

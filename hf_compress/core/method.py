@@ -53,6 +53,7 @@ class Method:
         first: Whether it must be the first step of a model.
         needs: Parts of a dense model that must still be there.
         replaces: Parts of a dense model that it replaces; no method that needs one of them may follow.
+        renumbers_inputs: Whether inputs that were prepared for the model before mean something else to it afterwards.
         implied: `(model config) -> config or None`; the method config that flat fields written by hand ask for, for
             models that have no such step yet.
         check_loaded: `(model) -> None`; called after a saved model was opened, to warn if its weights contradict the
@@ -74,6 +75,7 @@ class Method:
     first: bool = False
     needs: frozenset[ModelPart] = frozenset()
     replaces: frozenset[ModelPart] = frozenset()
+    renumbers_inputs: bool = False
     implied: Callable[[PretrainedConfig], MethodConfig | None] | None = None
     check_loaded: Callable[[PreTrainedModel], None] | None = None
     training: Callable[[PreTrainedModel], MethodTraining] | None = None

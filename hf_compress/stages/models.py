@@ -11,13 +11,7 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.api import apply_implied, check_finite, steps_of
 from hf_compress.core.devices import chosen_device
@@ -31,6 +25,7 @@ from hf_compress.report.quality import Measured
 from hf_compress.stages.processors import check_vocabulary, no_folder, open_processor
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.kinds import kind_of_model
+from hf_compress.tasks.pooling import own_sentence_files
 from hf_compress.tasks.sequence_classification import SequenceClassification
 from hf_compress.tasks.sources import load_task
 from hf_compress.tasks.task import Processor, Task
@@ -294,7 +289,8 @@ def save_stage(
             write_json(staged / "results.json", results)
             # What the model was opened from may have such files.
             source = getattr(model.config, "_name_or_path", "")
-            for file, content in (task.files_beside(source) if task is not None and source else {}).items():
+            beside = task.files_beside if task is not None else own_sentence_files
+            for file, content in (beside(source) if source else {}).items():
                 (staged / file).parent.mkdir(parents=True, exist_ok=True)
                 (staged / file).write_bytes(content)
             write_card(staged, model, directory)

@@ -140,6 +140,12 @@ _IN_ORDER = (
         "set weights to zero in a pattern (N:M, blocks, channels): in training, with or without a teacher, or at once",
         "prune_weights.PruneWeights.prune_weights",
     ),
+    _stage(
+        "vocabulary_pruning", "prune-vocabulary",
+        "drop the tokens that a corpus never uses from a model and its tokenizer",
+        "prune_vocabulary.PruneVocabulary.prune_model_vocabulary",
+        unused=dict.fromkeys(("freeze_embeddings", "max_positions"), "prune-vocabulary trains nothing"),
+    ),
     _training(
         "distill", "distill", "train a (compressed) student with a fine-tuned teacher", "distill.Distill.distill"
     ),

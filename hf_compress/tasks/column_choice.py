@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hf_compress.core.table_files import Table
 from hf_compress.tasks.arguments import DataArguments
-from hf_compress.tasks.table_files import Table
 
 
 # The usual names; pairs come first, and earlier ones win.

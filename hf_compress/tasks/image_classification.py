@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, PretrainedConfig, PreTrainedTokenizerBase
 
 from hf_compress.core.errors import first_line
+from hf_compress.core.table_files import Table
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.class_answers import ClassAnswers
 from hf_compress.tasks.column_choice import chosen_column, find_column, label_column, require_columns
@@ -24,7 +25,6 @@ from hf_compress.tasks.label_matching import match_labels
 from hf_compress.tasks.label_values import read_labels
 from hf_compress.tasks.labelled import LabelledTask
 from hf_compress.tasks.metrics import Array, classification_metrics
-from hf_compress.tasks.table_files import Table
 from hf_compress.tasks.task import Batch, Collator, Processor, Task, drawn
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
+from hf_compress.core.table_files import Table
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.image_classification import ImageClassification
 from hf_compress.tasks.language_modeling import LanguageModeling
@@ -13,7 +14,6 @@ from hf_compress.tasks.published import PUBLISHED
 from hf_compress.tasks.question_answering import QuestionAnswering
 from hf_compress.tasks.sentence_embedding import SentenceEmbedding
 from hf_compress.tasks.sequence_classification import SequenceClassification
-from hf_compress.tasks.table_files import Table
 from hf_compress.tasks.task import Task
 from hf_compress.tasks.token_classification import TokenClassification
 

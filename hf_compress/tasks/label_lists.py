@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
+from hf_compress.core.table_files import Table
 from hf_compress.tasks.label_values import Labels, read_labels
-from hf_compress.tasks.table_files import Table
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from datasets import Dataset, DatasetDict
 from transformers import PretrainedConfig
 
 from hf_compress.core.labels import places_by_name, says_nothing
+from hf_compress.core.table_files import Table
 from hf_compress.tasks.label_values import NUMBER, read_labels
 from hf_compress.tasks.labelled import LabelledTask, labels_of
-from hf_compress.tasks.table_files import Table
 
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_compress.tasks.table_files import Table
+from hf_compress.core.table_files import Table
 
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,12 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from hf_compress.core.table_files import Table
 from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.column_choice import find_column, finds_label, text_columns
 from hf_compress.tasks.inputs import IGNORED, collated, tokenizer_for
 from hf_compress.tasks.metrics import Array
-from hf_compress.tasks.table_files import Table
 from hf_compress.tasks.task import Batch, Collator, Processor, Task, drawn
 
 

@@ -145,6 +145,11 @@ def sentence_files(source: str) -> dict[str, bytes]:
     return {file: content for file, content in files.items() if content is not None}
 
 
+def own_sentence_files(source: str) -> dict[str, bytes]:
+    """As `sentence_files`; empty where the source is no sentence encoder."""
+    return sentence_files(source) if _modules(source) else {}
+
+
 def _mean_pooling(config: PretrainedConfig) -> dict[str, bytes]:
     names = ("Transformer", "Pooling", "Normalize")
     folders = ("", "1_Pooling", "2_Normalize")

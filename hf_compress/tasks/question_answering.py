@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding
 
 from hf_compress.core.batches import live_tokens
+from hf_compress.core.table_files import Table
 from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.column_choice import chosen_column, find_column, read_texts, require_columns
 from hf_compress.tasks.inputs import tokenizer_for
 from hf_compress.tasks.metrics import Array
-from hf_compress.tasks.table_files import Table
 from hf_compress.tasks.task import Batch, Collator, Processor, Task, drawn
 
 

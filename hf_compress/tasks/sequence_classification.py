@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_compress.core.table_files import Table
 from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.class_answers import ClassAnswers, SetAnswers
@@ -38,7 +39,6 @@ from hf_compress.tasks.labelled import LabelledTask
 from hf_compress.tasks.metrics import main_metric, multi_label_metrics, task_metrics
 from hf_compress.tasks.pair_inputs import PairCollator, encode_pairs, reads_separately
 from hf_compress.tasks.published import PUBLISHED
-from hf_compress.tasks.table_files import Table
 from hf_compress.tasks.task import Array, Batch, Collator, Processor, Task, drawn
 
 

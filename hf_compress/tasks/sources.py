@@ -8,10 +8,10 @@ from pathlib import Path
 import datasets
 from transformers import PretrainedConfig
 
+from hf_compress.core.table_files import SUFFIXES, Table, read_table, table_of
 from hf_compress.tasks.arguments import DataArguments as DataArguments
 from hf_compress.tasks.kinds import choose_kind
 from hf_compress.tasks.published import PUBLISHED, Published
-from hf_compress.tasks.table_files import SUFFIXES, Table, read_table, table_of
 from hf_compress.tasks.task import EVALUATED, Task
 
 

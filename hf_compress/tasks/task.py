@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from hf_compress.core.table_files import Table
 from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.arguments import DataArguments
-from hf_compress.tasks.table_files import Table
 
 
 EVALUATED = ("validation", "test")

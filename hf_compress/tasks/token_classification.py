@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, PretrainedConfig
 
 from hf_compress.core.batches import live_tokens
+from hf_compress.core.table_files import Table
 from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.column_choice import chosen_column, find_column, require_columns
@@ -29,7 +30,6 @@ from hf_compress.tasks.label_lists import holds_lists, read_label_lists, read_li
 from hf_compress.tasks.label_matching import match_labels
 from hf_compress.tasks.labelled import LabelledTask
 from hf_compress.tasks.metrics import Array
-from hf_compress.tasks.table_files import Table
 from hf_compress.tasks.task import Batch, Collator, Processor, Task, drawn
 
 

@@ -17,6 +17,8 @@ METHOD_CONFIGS = {
     "token_pruning": lambda: hc.TokenPruningConfig(final_token_threshold=0.012),
     "structured_pruning": lambda: hc.StructuredPruningConfig(mac_ratio=0.55),
     "layer_selection": hc.LayerSelectionConfig,
+    # Most ids get another row.
+    "vocabulary_pruning": lambda: hc.VocabularyPruningConfig(kept_ids=[*range(5), *range(30, 85)]),
     "weight_pruning": lambda: hc.WeightPruningConfig(
         target_sparsity=0.6, criterion="magnitude", pruning_op_types=("Linear", "Conv1D")
     ),
@@ -30,12 +32,15 @@ REFUSED |= {("linformer", name): "attention code of its own" for name in OWN_ATT
 REFUSED |= {
     ("token_pruning", name): "must be an encoder of type" for name in ARCHITECTURES if name not in DROPS_TOKENS
 }
+REFUSED |= {
+    ("vocabulary_pruning", name): "must have word embeddings" for name in ("vit", "wav2vec2", "wav2vec2-stable")
+}
 # Sounds have any length.
 REFUSED |= {("linformer", name): "max_tokens must be given for wav2vec2" for name in ("wav2vec2", "wav2vec2-stable")}
 # Methods that add to the dense shapes instead of changing them: without the import such a model opens as a dense one.
-KEEPS_DENSE_SHAPES = {"linformer", "token_pruning", "weight_pruning", "layer_selection"}
+KEEPS_DENSE_SHAPES = {"linformer", "token_pruning", "weight_pruning", "layer_selection", "vocabulary_pruning"}
 # Methods that change values only, or what any config can say: a skeleton without the record has the same modules.
-KEEPS_DENSE_MODULES = {"weight_pruning", "layer_selection"}
+KEEPS_DENSE_MODULES = {"weight_pruning", "layer_selection", "vocabulary_pruning"}
 
 
 def precise(name):

@@ -61,7 +61,11 @@ def read_table(file: Path, split: str) -> Table:
     Raises:
         ValueError: If it is not there, empty, damaged, no text in UTF-8, or its rows and columns are ambiguous.
     """
-    where = f"{split}_file {str(file)!r}"
+    return open_table(file, f"{split}_file {str(file)!r}")
+
+
+def open_table(file: Path, where: str) -> Table:
+    """Open a file, as `read_table`; messages name it by `where`."""
     if not file.is_file():
         raise ValueError(f"{where} must exist and be a file.")
     suffix = file.suffix.lower()
