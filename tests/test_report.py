@@ -18,6 +18,7 @@ from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency
 from hf_compress.report.quality import evaluate_model
 from hf_compress.report.table import Entry, build_report, bytes_on_disk
 from hf_compress.report.verdicts import verdict
+from tests.page_reading import Page, untraced
 
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -248,9 +249,11 @@ def test_comparing_models_writes_everything_and_reads_folders(pair, rows, tokeni
     found = compare_models(models, rows, tokenizer, "sst2", out, batch_sizes=[1, 4], repeats=2, limit=8)
     assert json.loads((out / "report.json").read_text()) == found
     assert sorted(file.name for file in out.iterdir()) == [
-        "accuracy_latency.png", "layer_sizes.png", "report.json", "report.md",
+        "accuracy_latency.png", "layer_sizes.png", "report.html", "report.json", "report.md",
     ]  # fmt: skip
     assert all((out / name).stat().st_size > 5000 for name in ("accuracy_latency.png", "layer_sizes.png"))
+    page = Page((out / "report.html").read_text())
+    assert (untraced(page, found), page.embedded()) == ([], found)
     dense, pruned = found["models"]
     assert pair["dense"].training
     assert dense["disk_bytes"] is None
@@ -286,7 +289,7 @@ def test_numbers_are_kept_when_plots_cannot_be_drawn(pair, rows, tokenizer, tmp_
     with caplog.at_level(logging.WARNING):
         compare_models(pair, rows, tokenizer, "sst2", tmp_path, batch_sizes=[4], repeats=1, warmup=0, limit=4)
     assert "pip install hf_compress[report]" in caplog.text
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.json", "report.md"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
 
 
 def test_batch_sizes_beyond_the_rows_are_measured_once(pair, rows, tokenizer, tmp_path):

@@ -24,16 +24,21 @@ from hf_compress.report.changes import changed_answers
 from hf_compress.report.latency import batches_by_length, batches_of, measure_latency
 from hf_compress.report.machine import environment
 from hf_compress.report.markdown import render_markdown
+from hf_compress.report.page import render_page
 from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency, plot_sparsity
 from hf_compress.report.quality import Measured, evaluated, standard_error, task_of_rows
 from hf_compress.report.sparsity import Matrix, has_zeros, matrices_of
 from hf_compress.report.table import Entry, build_report, bytes_on_disk
+from hf_compress.report.tokens import surviving_words
 from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.inputs import length_sorted, padded_batch, row_lengths
 from hf_compress.tasks.task import Batch
 
 
 logger = logging.getLogger(__name__)
+
+# Texts whose surviving words are shown.
+_TEXTS = 5
 
 
 def compare_models(
@@ -49,13 +54,16 @@ def compare_models(
     repeats: int = 7,
     warmup: int = 1,
     limit: int | None = 256,
+    second_baseline: str | None = None,
+    command: str | None = None,
 ) -> dict[str, Any]:
-    """Compare models and write `report.json`, `report.md`, `accuracy_latency.png` and `layer_sizes.png`.
+    """Compare models and write `report.json`, `report.md`, `report.html` and plots.
 
-    Where weights have been pruned, the report has their sparsity by layer, and `sparsity.png` shows it. Where a model
-    drops tokens, the multiply-accumulates of all models are means over the rows; otherwise they are of one sequence
-    of mean length. Where they cannot be counted, they are left blank. Table and JSON are written anew after each
-    measurement, so that what is known survives a later failure.
+    The plots are `accuracy_latency.png`, `layer_sizes.png` and, where weights have been pruned, `sparsity.png`; the
+    page `report.html` is one file that draws its own and needs no network. Where a model drops tokens, the
+    multiply-accumulates of all models are means over the rows; otherwise they are of one sequence of mean length.
+    Where they cannot be counted, they are left blank. Table, page and JSON are written anew after each measurement, so
+    that what is known survives a later failure.
 
     Args:
         models: Name -> classifier or folder of one, or a `Measured` with a tokenizer and rows of its own; the first is
@@ -70,6 +78,8 @@ def compare_models(
         repeats: Timed rounds over the same batches.
         warmup: Rounds before that.
         limit: Examples that are timed, evenly spread over the lengths; the quality is always of all rows. None: all.
+        second_baseline: Name of another model that the speed of all models is compared with, too.
+        command: The command line that asked for the report; the page shows it.
 
     Returns:
         What `report.json` holds.
@@ -81,6 +91,8 @@ def compare_models(
         raise ValueError("models must hold at least one model, got none.")
     if not batch_sizes:
         raise ValueError("batch_sizes must hold at least one size, got none.")
+    if second_baseline is not None and second_baseline not in list(models)[1:]:
+        raise ValueError(f"second_baseline must be one of {list(models)[1:]}, got {second_baseline!r}.")
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
     opened, weighed = {}, dict(folders or {})
@@ -111,11 +123,13 @@ def compare_models(
 
     def write(entries: Sequence[Entry]) -> dict[str, Any]:
         report = build_report(
-            entries, task_name, metric, examples, seq_len, settings, split, first.task.lower_is_better
-        )
-        report["environment"] = place
+            entries, task_name, metric, examples, seq_len, settings, split, first.task.lower_is_better,
+            second_baseline if second_baseline in [entry.name for entry in entries] else None, place,
+        )  # fmt: skip
+        report["command"] = command
         write_json(folder / "report.json", report)
         (folder / "report.md").write_text(render_markdown(report), encoding="utf-8")
+        (folder / "report.html").write_text(render_page(report), encoding="utf-8")
         return report
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,6 +196,8 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
             standard_error=None if answers is baseline else standard_error(baseline, answers, metric),
             changes=None if answers is baseline else changed_answers(baseline, answers, text_of),
             steps=_steps(each.model),
+            classes=answers.by_class(),
+            words=_words(each),
         )
 
 
@@ -191,6 +207,12 @@ def _steps(model: PreTrainedModel) -> list[dict[str, Any]]:
         {"method": name, "settings": {key: settings[key] for key in settings if key in _inputs_of(name)}}
         for name, settings in steps_with_settings(model.config)
     ]
+
+
+def _words(each: Measured) -> list[dict[str, Any]]:
+    if not isinstance(each.processor, PreTrainedTokenizerBase) or "input_ids" not in each.rows.column_names:
+        return []
+    return surviving_words(each.model, each.processor, each.rows.select(range(min(_TEXTS, len(each.rows)))))
 
 
 def _inputs_of(method: str) -> set[str]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from tabulate import tabulate
 
-from hf_compress.report.machine import describe
 from hf_compress.report.sparsity import Matrix, grid_of, has_zeros
 
 
@@ -18,7 +17,7 @@ def _or_blank(template: str, value: float | None) -> str:
     return "-" if value is None else template.format(value)
 
 
-def _short(value: float | None) -> str:
+def short(value: float | None) -> str:
     """Three digits and a unit: 12.3M."""
     if value is None:
         return "-"
@@ -29,7 +28,7 @@ def _short(value: float | None) -> str:
     return f"{value:.0f}"
 
 
-def _megabytes(value: float | None) -> str:
+def megabytes(value: float | None) -> str:
     return "-" if value is None else f"{value / 1e6:.1f} MB"
 
 
@@ -46,16 +45,16 @@ def render_markdown(report: dict[str, Any]) -> str:
     metric, models = report["metric"], report["models"]
     quality = [
         [
-            m["name"], f"{m['metrics'][metric]:.4f}", _short(m["cost"]["params"]),
-            _short(m["cost"]["nonzero_params"]), _short(m["cost"]["macs"]), _or_blank("{:.3f}", m["mac_ratio"]),
-            _megabytes(m["disk_bytes"]),
+            m["name"], f"{m['metrics'][metric]:.4f}", short(m["cost"]["params"]),
+            short(m["cost"]["nonzero_params"]), short(m["cost"]["macs"]), _or_blank("{:.3f}", m["mac_ratio"]),
+            megabytes(m["disk_bytes"]),
         ]
         for m in models
     ]  # fmt: skip
     speed = [
         [
             m["name"], str(t["batch_size"]), f"{1e3 * t['p50']:.2f}", f"{1e3 * t['p95']:.2f}",
-            f"{t['throughput']:.1f}", _megabytes(t["peak_memory"]),
+            f"{t['throughput']:.1f}", megabytes(t["peak_memory"]),
             _or_blank("{:.2f}x", m["mac_ratio"] and 1 / m["mac_ratio"]),
             f"{t['speedup']['median']:.2f}x ({t['speedup']['low']:.2f} to {t['speedup']['high']:.2f})",
         ]
@@ -86,11 +85,11 @@ def render_markdown(report: dict[str, Any]) -> str:
 
 def _step(step: dict[str, Any]) -> str:
     """A step of a model's record: the method and the settings that describe it."""
-    settings = (f"{name}={_setting(value)}" for name, value in step["settings"].items())
+    settings = (f"{name}={setting(value)}" for name, value in step["settings"].items())
     return f"{step['method']} ({', '.join(settings)})" if step["settings"] else str(step["method"])
 
 
-def _setting(value: Any) -> str:
+def setting(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -140,7 +139,7 @@ def _zeros(models: Sequence[dict[str, Any]]) -> list[str]:
 def _measurement(report: dict[str, Any]) -> list[str]:
     place, timed = report["environment"], [t for model in report["models"] for t in model["latency"]]
     lines = [
-        f"- {describe(place)}",
+        f"- {report['hardware']}",
         f"- Python {place['python']}, torch {place['torch']}, transformers {place['transformers']}",
     ]
     if timed:

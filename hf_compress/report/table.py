@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_compress.core.cost import Cost
 from hf_compress.report.latency import Latency, Speedup, speedups
-from hf_compress.report.machine import environment
+from hf_compress.report.machine import describe, environment
 from hf_compress.report.sparsity import Matrix, element_ratio
 from hf_compress.report.verdicts import quality_verdict, verdict
 
@@ -35,6 +35,8 @@ class Entry:
         standard_error: Of the difference between its main metric and the baseline's, over the examples.
         changes: What `changed_answers` found; None for the baseline.
         steps: What its record says was done to it: `method` and its telling `settings`.
+        classes: Precision, recall and F1 of each class, as `Answers.by_class` gives them; None: no classes.
+        words: For some texts `tokens` and, for each of them, how many layers it leaves (`layers`), and of how many.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Entry:
     standard_error: float | None = None
     changes: dict[str, Any] | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
+    classes: list[dict[str, Any]] | None = None
+    words: list[dict[str, Any]] = field(default_factory=list)
 
 
 def bytes_on_disk(folder: str | os.PathLike[str] | None) -> int | None:
@@ -60,12 +64,12 @@ def bytes_on_disk(folder: str | os.PathLike[str] | None) -> int | None:
     return sum(sizes) if sizes else None
 
 
-def _by_batch_size(entries: Sequence[Entry]) -> list[dict[str, Speedup]]:
-    """For each batch size, the speed-ups of all models over the first."""
+def _by_batch_size(entries: Sequence[Entry], baseline: str) -> list[dict[str, Speedup]]:
+    """For each batch size, the speed-ups of all models over the one named `baseline`."""
     sizes = [[latency.batch_size for latency in entry.latencies] for entry in entries]
     if any(own != sizes[0] for own in sizes):
         raise ValueError(f"entries must be timed at the same batch sizes, got {sizes}.")
-    return [speedups(group, entries[0].name) for group in zip(*(e.latencies for e in entries), strict=True)]
+    return [speedups(group, baseline) for group in zip(*(e.latencies for e in entries), strict=True)]
 
 
 def build_report(
@@ -77,6 +81,8 @@ def build_report(
     settings: dict[str, Any] | None = None,
     split: str | None = None,
     lower_is_better: bool = False,
+    second_baseline: str | None = None,
+    place: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Put models side by side; everything in the result is plain JSON.
 
@@ -89,9 +95,13 @@ def build_report(
         settings: Further facts to write down.
         split: That the metrics were computed on.
         lower_is_better: Whether a lower value of the metric is the better one.
+        second_baseline: Name of another entry that the speed of all models is compared with, too, such as the dense
+            model in the runtime that the compressed ones shall run in.
+        place: The `environment()` when the measurements began; None: as it is now.
 
     Raises:
-        ValueError: If there are no entries, names repeat, a model lacks the metric, or batch sizes differ.
+        ValueError: If there are no entries, names repeat, a model lacks the metric, batch sizes differ, or the second
+            baseline is none of the other models.
     """
     if not entries:
         raise ValueError("entries must hold at least one model, got none.")
@@ -101,8 +111,11 @@ def build_report(
     for entry in entries:
         if metric not in entry.metrics:
             raise ValueError(f"metric must be one of {', '.join(entry.metrics)} for {entry.name!r}, got {metric!r}.")
-    ratios = _by_batch_size(entries)
-    baseline = entries[0]
+    baseline, place = entries[0], place or environment()
+    if second_baseline is not None and second_baseline not in names[1:]:
+        raise ValueError(f"second_baseline must be one of {names[1:]}, got {second_baseline!r}.")
+    ratios = _by_batch_size(entries, baseline.name)
+    seconds = _by_batch_size(entries, second_baseline) if second_baseline is not None else None
     models = []
     for entry in entries:
         mac_ratio = _mac_ratio(entry.cost, baseline.cost)
@@ -113,6 +126,8 @@ def build_report(
             {**latency.to_dict(), "speedup": asdict(at_size[entry.name])}
             for latency, at_size in zip(entry.latencies, ratios, strict=True)
         ]
+        for size, at_size in enumerate(seconds or ()):
+            timed[size]["speedup_over_second"] = asdict(at_size[entry.name])
         facts = asdict(entry)
         del facts["latencies"]
         # The baseline is not compared with itself. The change of quality comes first.
@@ -125,7 +140,14 @@ def build_report(
             verdicts = [quality]
         ratio = element_ratio(entry.matrices)
         models.append(
-            {**facts, "element_sparsity": ratio, "mac_ratio": mac_ratio, "latency": timed, "verdicts": verdicts}
+            {
+                **facts,
+                "element_sparsity": ratio,
+                "mac_ratio": mac_ratio,
+                "quality_change": entry.metrics[metric] - baseline.metrics[metric],
+                "latency": timed,
+                "verdicts": verdicts,
+            }
         )
     return {
         "version": REPORT_VERSION,
@@ -135,7 +157,10 @@ def build_report(
         "num_examples": num_examples,
         "seq_len": seq_len,
         "baseline": baseline.name,
-        "environment": environment(),
+        "second_baseline": second_baseline,
+        "lower_is_better": lower_is_better,
+        "environment": place,
+        "hardware": describe(place),
         "settings": settings or {},
         "models": models,
     }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.core.architectures import layers_of
@@ -27,7 +30,6 @@ class TokenTrace:
     kept: list[list[bool]]
 
 
-@torch.no_grad()
 def trace_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> TokenTrace:
     """Run a text through a model and note which tokens leave each layer.
 
@@ -47,17 +49,46 @@ def trace_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
         >>> traces = [hc.trace_tokens(model, tokenizer, text) for text in texts]  # doctest: +SKIP
         >>> hc.write_token_page("words.html", traces)  # doctest: +SKIP
     """
+    return trace_inputs(model, tokenizer, tokenizer(text, return_tensors="pt", truncation=True))
+
+
+@torch.no_grad()
+def trace_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, Any]) -> TokenTrace:
+    """As `trace_tokens`, of an encoded example: `input_ids` [1, tokens] and maybe `token_type_ids`."""
     arguments = forward_state(model)
     if (state := state_in(arguments)) is None:
         raise ValueError(f"model must drop tokens, got a {type(model).__name__} without token pruning.")
-    inputs = tokenizer(text, return_tensors="pt", truncation=True)
     base = model.base_model
     with evaluating(model):
-        base(input_ids=inputs["input_ids"].to(base.device), **arguments)
+        read = {name: inputs[name].to(base.device) for name in ("input_ids", "token_type_ids") if name in inputs}
+        base(**read, **arguments)
     tokens = list(tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist()))
     kept = [state.kept_after(layer.index) for layer in layers_of(model)]
     # A layer without an answer keeps every token.
     return TokenTrace(tokens, [[True] * len(tokens) if mask is None else mask[0].tolist() for mask in kept])
+
+
+def surviving_words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> list[dict[str, Any]]:
+    """How far the tokens of encoded examples come through a model.
+
+    Args:
+        model: Any; for one that drops no tokens the list is empty.
+        tokenizer: Its own.
+        rows: Encoded by it, without padding.
+
+    Returns:
+        For each row `tokens`, for each of them the number of layers that it leaves (`layers`), and `depth`: how many
+        layers the model has.
+    """
+    if state_in(forward_state(model)) is None:
+        return []
+    found = []
+    for row in rows:
+        inputs = {name: torch.tensor([row[name]]) for name in ("input_ids", "token_type_ids") if name in row}
+        trace = trace_inputs(model, tokenizer, inputs)
+        layers = [sum(kept) for kept in zip(*trace.kept, strict=True)]
+        found.append({"tokens": trace.tokens, "layers": layers, "depth": len(trace.kept)})
+    return found
 
 
 def write_token_page(file: str | Path, traces: list[TokenTrace], title: str = "Which words survive") -> None:

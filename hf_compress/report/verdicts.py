@@ -7,6 +7,11 @@ from __future__ import annotations
 _FASTER = 1.05
 
 
+def is_faster(speedup: float) -> bool:
+    """Whether a median speed-up is more than the difference between repeats of one and the same model."""
+    return speedup >= _FASTER
+
+
 def verdict(batch_size: int, speedup: float, mac_ratio: float | None, lowest: float | None = None) -> str:
     """Write one sentence that compares the measured speed-up with the arithmetic.
 
@@ -30,7 +35,7 @@ def verdict(batch_size: int, speedup: float, mac_ratio: float | None, lowest: fl
         promised = "the same MACs"
     else:
         promised = f"{1 / mac_ratio:.2f}x fewer MACs" if mac_ratio < 1 else f"{mac_ratio:.2f}x more MACs"
-    if speedup < _FASTER:
+    if not is_faster(speedup):
         return f"NOT faster at batch {batch_size}: {speedup:.2f}x measured, {promised}"
     if lowest is not None and lowest < 1:
         doubt = f"faster in the median, but slower in some rounds ({lowest:.2f}x): measure longer"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -176,6 +177,17 @@ class StageArguments:
     def chosen(self) -> frozenset[str]:
         """Names of the options that the user wrote, equal to the default or not."""
         return self.given if self.given is not None else frozenset(self._changed())
+
+    def command_line(self) -> str:
+        """The command that runs the stage with these arguments: what differs from the defaults, or was written."""
+        stage, chosen = stage_of(type(self)), {*self.chosen(), *self._changed()}
+        words = ["hf-compress", stage.command if stage is not None else ""]
+        for group in self.groups().values():
+            for field in dataclasses.fields(group):
+                value = getattr(group, field.name)
+                if field.name in chosen and value is not None:
+                    words += [f"--{field.name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+        return shlex.join(words)
 
     def _changed(self) -> Iterator[str]:
         for group in self.groups().values():

@@ -19,6 +19,7 @@ class ReportArguments:
 
     Args:
         models: Hub names or folders of the models to compare; the first is the dense baseline.
+        second_baseline: One of the models, not the first, that the speed of all models is compared with, too.
         split: Which split is measured: train, validation or test. Left out: validation, or test where there is none.
         latency_batch_sizes: Batch sizes whose latency is timed.
         latency_repeats: How many rounds are timed; the models take turns in each.
@@ -26,6 +27,7 @@ class ReportArguments:
     """
 
     models: list[str]
+    second_baseline: str | None = None
     split: str | None = None
     latency_batch_sizes: list[int] = field(default_factory=lambda: [1, 32])
     latency_repeats: int = 7
@@ -50,7 +52,7 @@ class Report(StageArguments):
 
 
 def report(arguments: Report) -> dict[str, Any]:
-    """Compare a dense model with compressed ones and write `report.md`, `report.json` and plots.
+    """Compare a dense model with compressed ones and write `report.html`, `report.md`, `report.json` and plots.
 
     Returns:
         What `report.json` holds.
@@ -58,7 +60,9 @@ def report(arguments: Report) -> dict[str, Any]:
     Raises:
         ValueError: If a model or the split cannot be opened or does not fit.
     """
-    wanted = arguments.comparison
+    wanted, second = arguments.comparison, arguments.comparison.second_baseline
+    if second is not None and second not in wanted.models[1:]:
+        raise ValueError(f"second_baseline must be one of the models after the first, got {second!r}.")
     task, split = opened_task(arguments.data, wanted.split, wanted.models)
     models, folders = {}, {}
     for name in wanted.models:
@@ -79,4 +83,6 @@ def report(arguments: Report) -> dict[str, Any]:
         batch_sizes=wanted.latency_batch_sizes,
         repeats=wanted.latency_repeats,
         limit=wanted.latency_examples,
+        second_baseline=next((label for label, name in folders.items() if name == second), None),
+        command=arguments.command_line(),
     )

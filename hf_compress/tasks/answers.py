@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,10 @@ class Answers(ABC):
 
     def right(self) -> npt.NDArray[np.bool_] | None:
         """[examples] whether each answer is right; None where an answer is more or less good."""
+        return None
+
+    def by_class(self) -> list[dict[str, Any]] | None:
+        """`name`, `examples`, `precision`, `recall` and `f1` of each class; None where answers are no classes."""
         return None
 
     def describe(self, example: int) -> tuple[str, str]:

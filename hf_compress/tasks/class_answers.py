@@ -6,12 +6,30 @@ Letters: B examples, C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.metrics import precision_recall_fscore_support
 
 from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.metrics import Array, multi_label_metrics, task_metrics
+
+
+def _by_class(right: Array, answered: Array, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Precision, recall and F1 from [B, C] booleans: which classes an example has, and which the model answered."""
+    # A class that was never answered has precision 0, one without examples recall 0.
+    precision, recall, f1, examples = precision_recall_fscore_support(right, answered, average=None, zero_division=0)
+    return [
+        {
+            "name": names[place] if place < len(names) else str(place),
+            "examples": int(examples[place]),
+            "precision": float(precision[place]),
+            "recall": float(recall[place]),
+            "f1": float(f1[place]),
+        }
+        for place in range(right.shape[-1])
+    ]
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,12 @@ class ClassAnswers(Answers):
 
     def describe(self, example: int) -> tuple[str, str]:
         return self._name(int(self.labels[example])), self._name(int(self.logits[example].argmax()))
+
+    def by_class(self) -> list[dict[str, Any]] | None:
+        if self.logits.shape[-1] == 1:
+            return None
+        classes = np.arange(self.logits.shape[-1])
+        return _by_class(self.labels[:, None] == classes, self.logits.argmax(-1)[:, None] == classes, self.names)
 
     def compared(self) -> dict[str, Array]:
         """Predicted classes or scores and the right ones, under the names that metrics of the hub take."""
@@ -79,6 +103,9 @@ class SetAnswers(Answers):
 
     def right(self) -> npt.NDArray[np.bool_]:
         return np.asarray(((self.logits > 0) == self.labels.astype(bool)).all(-1))
+
+    def by_class(self) -> list[dict[str, Any]]:
+        return _by_class(self.labels > 0, self.logits > 0, self.names)
 
     def describe(self, example: int) -> tuple[str, str]:
         return self._set(self.labels[example] > 0), self._set(self.logits[example] > 0)
