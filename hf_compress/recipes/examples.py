@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import DatasetDict
+from transformers import PreTrainedTokenizerBase
 
 from hf_compress.core.positions import most_tokens
 from hf_compress.recipes.origins import Models, Origin
@@ -19,7 +20,7 @@ from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import row_lengths
 from hf_compress.tasks.sequence_classification import SequenceClassification
 from hf_compress.tasks.sources import load_task
-from hf_compress.tasks.task import Task
+from hf_compress.tasks.task import Processor, Task
 
 
 # How many rows of a split are turned into tokens.
@@ -56,6 +57,7 @@ class Data:
     def __init__(self, models: Models) -> None:
         self._models = models
         self._tasks: dict[tuple[Any, ...], Task] = {}
+        self._lengths: dict[tuple[Any, ...], list[int]] = {}
 
     def task(self, data: DataArguments, origin: Origin, trains: bool) -> Task:
         """The task that data hold for a model.
@@ -103,21 +105,31 @@ class Data:
         config = self._models.config(origin.name)
         processor = open_processor(origin.name, type(task))
         check_vocabulary(config, processor)
-        longer = arguments.option("max_positions")
-        if longer is not None and hasattr(processor, "model_max_length"):
-            processor.model_max_length = longer
-        longest = data.max_length
-        stage = stage_of(type(arguments))
-        if stage is not None and "max_length" in stage.unused and hasattr(processor, "model_max_length"):
-            longest = min(longest, processor.model_max_length)
-        lengths: list[int] = []
-        for name, rows in task.splits.items():
-            few = rows.select(range(min(_SAMPLE, len(rows))))
-            sample = dataclasses.replace(task, splits=DatasetDict({name: few}))
-            lengths += row_lengths(sample.encode(name, processor, longest))
+        longer, longest = arguments.option("max_positions"), data.max_length
+        if isinstance(processor, PreTrainedTokenizerBase):
+            if longer is not None or origin.made:
+                # An earlier stage may have given the model more positions, too.
+                processor.model_max_length = longer or max(processor.model_max_length, longest)
+            stage = stage_of(type(arguments))
+            if stage is not None and "max_length" in stage.unused:
+                longest = min(longest, processor.model_max_length)
+        known = (origin.name, task.kind, longest, *dataclasses.astuple(data))
+        if known not in self._lengths:
+            self._lengths[known] = _lengths(task, processor, longest)
+        lengths = self._lengths[known]
         limit = None if origin.made or task.reads_images else most_tokens(self._models.skeleton(origin.name))
         require_positions(max(lengths, default=0), limit if longer is None else longer, data.max_length)
         return sum(lengths) / max(len(lengths), 1)
+
+
+def _lengths(task: Task, processor: Processor, longest: int) -> list[int]:
+    """Tokens of the first rows of each split."""
+    lengths: list[int] = []
+    for name, rows in task.splits.items():
+        few = rows.select(range(min(_SAMPLE, len(rows))))
+        sample = dataclasses.replace(task, splits=DatasetDict({name: few}))
+        lengths += row_lengths(sample.encode(name, processor, longest))
+    return lengths
 
 
 def _check_samples(arguments: StageArguments, task: Task) -> None:

@@ -22,8 +22,9 @@ from hf_compress.recipes.jobs import Job, Result
 
 # Options that name what a stage writes: what lies there is no input.
 _WRITTEN = ("output_file", "teacher_cache_dir", "logging_dir")
-# States of trainings and what programs leave while they run: they do not decide what a model or a data set is.
-_NO_INPUT = ("checkpoint-", ".", "_")
+# States of trainings, what programs leave while they run, and pages for people: they do not decide what a model or a
+# data set is.
+_NO_INPUT = ("checkpoint-", ".", "_", "README")
 
 
 def code_version() -> dict[str, str]:
@@ -65,7 +66,7 @@ def _digest(file: str, size: int, changed: int) -> str:
 
 
 def files_in(place: Path) -> list[Path]:
-    """The files of a folder that are no states of trainings; a file is the only one of itself.
+    """The files of a folder that decide what it holds; a file is the only one of itself.
 
     Example:
         >>> import tempfile

@@ -47,11 +47,12 @@ def lineage_of(job: Job, inputs: Mapping[str, Any], seconds: float, before: Sequ
 
 
 def _written(value: Any) -> Any:
+    """A value for files that others read: of a path on this machine, only its end."""
     if isinstance(value, list):
         return [_written(each) for each in value]
     if isinstance(value, Result):
         return f"{value.job}/{value.rest}" if value.rest else value.job
-    return value
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def write_lineage(folder: Path, lineage: Sequence[Mapping[str, Any]]) -> None:
@@ -86,7 +87,4 @@ def lineage_section(lineage: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value for a page that others read: of a path on this machine, only its end."""
-    if isinstance(value, list):
-        return " ".join(map(_short, value))
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

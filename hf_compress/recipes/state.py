@@ -15,8 +15,6 @@ from hf_compress.recipes.inputs import differences, file_digest, files_in, key_o
 
 FILE = "stage.json"
 LINEAGE_FILE = "lineage.json"
-# People may write into these after a run.
-_FREE = (FILE, "README.md")
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def _listed(names: list[str]) -> str:
 
 def _files(folder: Path) -> dict[str, str]:
     found = {str(file.relative_to(folder)): file for file in files_in(folder)}
-    return {name: file_digest(file) for name, file in found.items() if name not in _FREE}
+    return {name: file_digest(file) for name, file in found.items() if name != FILE}
 
 
 def _damaged(folder: Path, files: Mapping[str, str]) -> str | None:
