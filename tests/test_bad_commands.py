@@ -11,11 +11,7 @@ import pytest
 
 from hf_compress.cli.main import main
 from tests import bad_commands
-
-
-def tree() -> dict[str, tuple[int, int]]:
-    files = (path for path in Path().rglob("*") if path.is_file())
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+from tests.file_trees import tree
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hf_compress.cli.main import main
+from tests.file_trees import tree
 from tests.recipe_files import LINEAR, PRUNED, RECOVERED, TEACHER, write_place, write_recipe
-from tests.test_bad_commands import tree
 
 
 @pytest.fixture(scope="module", autouse=True)
