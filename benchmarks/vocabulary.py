@@ -1,6 +1,5 @@
 """What a smaller vocabulary costs: bytes, outputs on texts of the corpus, vectors and accuracy on texts that it lacks.
 
-    hf-compress prune-vocabulary --model_name_or_path MODEL --corpus texts.txt --output_dir SMALL
     python benchmarks/vocabulary.py --model MODEL --data_dir DATA/sst2_sentences --out vocabulary.json
 
 The corpus is the column `sentence` of the training split. Sentence vectors are means over tokens. Accuracy is that of

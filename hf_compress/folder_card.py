@@ -31,7 +31,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 # Lists of many thousand numbers are for programs, which read them in config.json.
 _SHORT = reprlib.Repr()
-_SHORT.maxlist = _SHORT.maxstring = 200
+_SHORT.maxlist, _SHORT.maxstring = 200, 60
 
 _OPENING = """## How to open it
 

@@ -17,6 +17,7 @@ from transformers import (
 
 import hf_compress as hc
 from hf_compress.cli.main import main
+from tests.images_and_sounds import opens_images
 from tests.rounding import assert_equal_to_rounding
 from tests.test_vocabulary_pruning import CORPUS, SIZES, wordpiece
 
@@ -95,18 +96,24 @@ BAD = {
     f"{MODEL} --corpus binary.txt": "corpus 'binary.txt' is not text in UTF-8",
     f"{MODEL} --corpus texts.txt --min_count 0": "min_count must be at least 1",
     "--model_name_or_path model --output_dir model --corpus texts.txt": "is the folder of model_name_or_path",
-    "--model_name_or_path image --output_dir out --corpus texts.txt": "must have word embeddings, got ViTForImageCl",
 }
 
 
 def test_bad_input_is_one_line(folder, capsys):
     (folder / "empty.txt").write_text(" \n\n")
     (folder / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **SIZES)).save_pretrained("image")
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained("image")
     for flags, message in BAD.items():
         assert main(["prune-vocabulary", *flags.split()]) == 2
         error = capsys.readouterr().err.strip()
         assert message in error
         assert "\n" not in error
         assert not (folder / "out").exists()
+
+
+@opens_images
+def test_images_have_no_words(folder, capsys):
+    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **SIZES)).save_pretrained("image")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained("image")
+    command = "prune-vocabulary --model_name_or_path image --corpus texts.txt --output_dir out"
+    assert main(command.split()) == 2
+    assert "model must have word embeddings, got ViTForImageClassification" in capsys.readouterr().err
