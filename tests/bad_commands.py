@@ -32,6 +32,7 @@ GOOD = {
     "linearize": "linearize --model_name_or_path model --output_dir out --projected_length 4",
     "evaluate": f"evaluate --models model {DATA}",
     "report": f"report --models model other --output_dir out {DATA}",
+    "export": f"export --model_name_or_path model --output_dir out {DATA} --latency_repeats 1",
 }
 # Values of the right type that no option of that name takes.
 OUT_OF_RANGE = {
@@ -102,6 +103,8 @@ OUT_OF_RANGE = {
     "slot_stride": ("0", "-1"),
     "eval_batch_size": ("0", "-1"),
     "latency_batch_sizes": ("0", "-1", "1 0"),
+    "int8_bound": ("0", "-0.1", "nan", "inf"),
+    "check_examples": ("0", "-1"),
     "latency_repeats": ("0", "-1"),
     "latency_examples": ("0", "-1"),
     "split": ("nothing", "test"),
@@ -209,6 +212,10 @@ CONTRADICTIONS = {
     ),
     "evaluate": ("--models", "--train_file data/train.tsv", "--output_dir out"),
     "report": ("--models", "--latency_batch_sizes", "--output_file x.json"),
+    "export": (
+        "--format openvino", "--format torch-export", "--format compressed-tensors", "--format tflite",
+        "--output_dir model",
+    ),
     "demo": ("--train_file data/train.tsv", "--pattern 2:4", "--learning_rate 1"),
 }  # fmt: skip
 YAMLS = {

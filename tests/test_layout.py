@@ -30,6 +30,7 @@ FLOORS = {
     "hf_compress.tasks": 4,
     "hf_compress.vocabulary": 4,
     "hf_compress.report": 5,
+    "hf_compress.export": 5,
     "hf_compress.stages": 6,
     "hf_compress.recipes": 7,
     "hf_compress.cli": 8,

@@ -216,6 +216,32 @@ def recovery_hint(models: Sequence[Mapping[str, Any]], metric: str, num_examples
     )
 
 
+def _print_exported(arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    report = results["export"]
+    files = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in report["bytes"].items())
+    print(f"within {report['largest_difference']:.1e} of PyTorch on {len(report['checks'])} batches; {files}")
+    if "int8" in report:
+        _print_small(report["int8"])
+    for name, metrics in results["metrics"].items():
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+        print(f"{name:20s} {shown}")
+    for timed in results["latency"]:
+        print(f"batch size {timed['batch_size']}, times as fast as PyTorch (lowest and highest of the rounds):")
+        for entry in timed["latencies"]:
+            faster = timed["speedups"][entry["name"]]
+            span = f"{faster['low']:.2f} to {faster['high']:.2f}"
+            print(f"  {entry['name']:20s} {entry['p50'] * 1e3:8.2f} ms  {faster['median']:6.2f} ({span})")
+    _print_saved(arguments)
+
+
+def _print_small(small: Mapping[str, Any]) -> None:
+    print(
+        f"int8 moves the outputs by {small['moved']:.3f} of their spread ({small['moved_without_guard']:.3f} without "
+        f"the guard, {small['bound']:g} allowed)"
+    )
+    print(f"{small['num_small']} layers in int8, left in float: {', '.join(small['kept']) or 'none'}")
+
+
 _PRINTERS: dict[str, Callable[[StageArguments, Mapping[str, Any]], None]] = {
     "structured_pruning": _print_pruned_structure,
     "vocabulary_pruning": _print_pruned_vocabulary,
@@ -224,5 +250,6 @@ _PRINTERS: dict[str, Callable[[StageArguments, Mapping[str, Any]], None]] = {
     "evaluate": _print_evaluated,
     "proximal": _print_proximal,
     "report": _print_report,
+    "export": _print_exported,
     "demo": _print_demo,
 }

@@ -23,9 +23,9 @@ _TRAINING_LOCK = "_training.lock"
 _WRITING_LOCK = ".writing.lock"
 _STAGED = ".incomplete-model-"
 
-# The files that `from_pretrained` reads weights from, in any format, and those that name further files.
+# The files that weights are read from, in any format, exported ones too, and those that name further files.
 _ADAPTER = re.compile(r"adapter_model\.(safetensors|bin)|adapter_config\.json")
-_WHOLE_MODEL = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_WHOLE_MODEL = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|model(_int8)?\.onnx")
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 _ALMOST_FULL = 2**20
@@ -33,7 +33,7 @@ _ALMOST_FULL = 2**20
 
 def _opens_last(file: Path) -> tuple[bool, bool]:
     """Sort key for writing: weights after everything else, and the index of shards after the shards."""
-    weights = ".safetensors" in file.suffixes
+    weights = ".safetensors" in file.suffixes or file.suffix == ".onnx"
     return weights, weights and (file.suffix == ".json" or "-of-" not in file.name)
 
 

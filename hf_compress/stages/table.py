@@ -190,6 +190,11 @@ _IN_ORDER = (
         "report", "report", "compare dense and compressed models: quality, size, arithmetic, measured latency",
         "report.Report.report", saves_model=False,
     ),
+    _stage(
+        "export", "export", "export a model to ONNX (also int8), checked against PyTorch and timed beside it",
+        "export.Export.export", saves_model=False,
+        unused={"device": "exported models run in ONNX Runtime on the CPU, and PyTorch is timed beside them"},
+    ),
 )  # fmt: skip
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _IN_ORDER}
 

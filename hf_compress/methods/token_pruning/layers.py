@@ -24,6 +24,7 @@ from hf_compress.methods.token_pruning.importance import (
 )
 from hf_compress.methods.token_pruning.live_tokens import LiveTokens
 from hf_compress.methods.token_pruning.packing import Packing
+from hf_compress.methods.token_pruning.recorded import RecordedTokens, recorded_forward
 from hf_compress.methods.token_pruning.rule import TokenRule
 
 
@@ -36,6 +37,8 @@ class PrunedLayer(nn.Module):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         rule, state = self.token_rule, kwargs.get(FORWARD_STATE)
+        if isinstance(state, RecordedTokens):
+            return recorded_forward(self, rule, state, hidden_states, attention_mask)
         state = LiveTokens() if state is None else state
         # Looked up by layer, because gradient checkpointing runs a layer a second time, out of order.
         packing = state.packings.get(rule.index - 1) if rule.index else None

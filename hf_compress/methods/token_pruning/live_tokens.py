@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.cost import projection_macs
 from hf_compress.core.modes import is_exporting
 from hf_compress.methods.token_pruning.packing import Packing
+from hf_compress.methods.token_pruning.recorded import RecordedTokens
 
 
 @dataclass
@@ -62,15 +64,6 @@ class LiveTokens:
         return torch.stack(macs), torch.stack(dense)
 
 
-def new_live_tokens(whole: bool) -> LiveTokens:
-    """Make the state of a new forward pass.
-
-    Raises:
-        ValueError: If `torch.export` records it.
-    """
-    if is_exporting():
-        raise ValueError(
-            "torch.export cannot record a model that drops tokens: how many stay depends on the input. Export the "
-            "model without this step, or run it with torch."
-        )
-    return LiveTokens(whole)
+def new_live_tokens(whole: bool) -> Any:
+    """Make the state of a new forward pass; while `torch.export` runs, one that only the layers read."""
+    return RecordedTokens() if is_exporting() else LiveTokens(whole)

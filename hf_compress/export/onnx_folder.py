@@ -1,0 +1,193 @@
+"""Exports models to folders for ONNX Runtime, and compares what they compute before the folder is put in place."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.api import check_finite, steps_of
+from hf_compress.core.batches import layer_mask
+from hf_compress.core.saving import complete_or_absent, require_own_folder, write_json
+from hf_compress.export.graph import OPSET, called_for_export, output_names, write_graph
+from hf_compress.export.inputs import Inputs, checked_inputs, example_inputs, read_inputs, size_of
+from hf_compress.export.int8 import Array, make_small
+from hf_compress.export.onnx_model import GRAPH, INSTALL, REPORT, SMALL_GRAPH, OnnxModel
+
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# Outputs of PyTorch and ONNX Runtime may differ by so much, times the largest output if that exceeds 1.
+TOLERANCE = 1e-4
+# Outputs [examples, tokens].
+_SCORES_OF_TOKENS = ("start_logits", "end_logits")
+# Real examples that outputs are compared on at most.
+_EXAMPLES = 64
+
+
+def export_onnx(
+    model: PreTrainedModel,
+    output_dir: str | os.PathLike[str],
+    data: Iterable[Mapping[str, Any]],
+    processor: PreTrainedTokenizerBase | BaseImageProcessor | None = None,
+    int8: bool = False,
+    int8_bound: float = 0.2,
+) -> dict[str, Any]:
+    """Export a dense or compressed model to a folder for ONNX Runtime, with free batch size and length.
+
+    The folder has `model.onnx`, `config.json`, the processor's files and `export.json`, which says what was checked.
+    It is put in place after ONNX Runtime has given PyTorch's outputs on real inputs of several batch sizes and
+    lengths.
+
+    Args:
+        model: In single precision, on any device; not changed.
+        output_dir: Folder to write.
+        data: Real batches: dicts of tensors as the model takes them, padded. Labels are left out. At most 64 examples
+            are read, in whole batches.
+        processor: Tokenizer or image processor to save beside the graph.
+        int8: Also write `model_int8.onnx`: weights of eight bits, one scale for each output of a product, activations
+            of eight bits as they come. Layers whose rounding moves the outputs too far stay in float.
+        int8_bound: How far int8 may move the outputs on `data`: the root mean square of the change over the standard
+            deviation of the outputs.
+
+    Returns:
+        What `export.json` holds: sizes and differences of the comparison, bytes of the files, with int8 how far the
+        outputs moved and which layers stayed in float, the record's steps and the versions of all packages.
+
+    Raises:
+        ValueError: Before anything is written, if packages are missing, the model cannot be exported, is not in single
+            precision or not finite, or an output differs from PyTorch's by more than 1e-4 (times the largest value if
+            that exceeds 1).
+
+    Example:
+        >>> import hf_compress as hc
+        >>> hc.export_onnx(model, "exported", batches, tokenizer, int8=True)["int8"]["kept"]  # doctest: +SKIP
+        []
+    """
+    _require_packages()
+    _require_exportable(model)
+    require_bound(int8_bound)
+    require_own_folder(output_dir, {"the model": getattr(model.config, "_name_or_path", None)})
+    batches = read_inputs(model, data, _EXAMPLES)
+    with complete_or_absent(output_dir) as staged:
+        report = _exported(model, staged, batches)
+        if int8:
+            report["int8"] = _small(model, staged, batches, report["outputs"], int8_bound)
+        report["bytes"] = {file.name: file.stat().st_size for file in sorted(staged.glob("*.onnx"))}
+        model.config.save_pretrained(staged)
+        if processor is not None:
+            processor.save_pretrained(staged)
+        write_json(staged / REPORT, report)
+    return report
+
+
+def require_bound(int8_bound: float) -> None:
+    """Raise `ValueError` unless it is a positive number."""
+    if not 0 < int8_bound < math.inf:
+        raise ValueError(f"int8_bound must be positive, got {int8_bound}.")
+
+
+def _require_packages() -> None:
+    for name in _PACKAGES:
+        try:
+            version(name)
+        except PackageNotFoundError as error:
+            raise ValueError(f"The package {name} must be installed to export to ONNX: {INSTALL}.") from error
+
+
+def _require_exportable(model: PreTrainedModel) -> None:
+    if not isinstance(model, PreTrainedModel):
+        hint = " Merge its adapters first (merge_and_unload)." if hasattr(model, "peft_config") else ""
+        raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}.{hint}")
+    other = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    if other:
+        raise ValueError(
+            f"model must be in single precision, got {', '.join(sorted(other))}: call model.float() first."
+        )
+    check_finite(model)
+
+
+def _exported(model: PreTrainedModel, folder: Path, batches: Sequence[Inputs]) -> dict[str, Any]:
+    """Write the graph of single precision and compare it; returns the report."""
+    start = time.perf_counter()
+    names = list(outputs_of(model, batches[0]))
+    write_graph(model, example_inputs(batches[0]), names, folder / GRAPH)
+    seconds = time.perf_counter() - start
+    checks = [_compared(model, OnnxModel(folder / GRAPH), batch) for batch in checked_inputs(batches)]
+    return {
+        "format": "onnx",
+        "opset": OPSET,
+        "model": type(model).__name__,
+        "steps": steps_of(model),
+        "inputs": list(batches[0]),
+        "outputs": names,
+        "checks": checks,
+        "largest_difference": max(check["difference"] for check in checks),
+        "seconds": round(seconds, 1),
+        "versions": {name: version(name) for name in ("hf_compress", "transformers", "torch", *_PACKAGES)},
+    }
+
+
+def outputs_of(model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
+    """The tensors that a model returns, by the names of the exported graph; on the CPU."""
+    with called_for_export(model):
+        outputs = model(**batch)
+    values = [each for value in outputs.values() for each in ([value] if torch.is_tensor(value) else value)]
+    return {name: value.cpu() for name, value in zip(output_names(outputs), values, strict=True)}
+
+
+def _counting(model: PreTrainedModel, batch: Inputs, outputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Outputs without those of padding, which nobody reads: one row for each example or token."""
+    mask = layer_mask(model, batch)
+    live = None if mask is None else mask.cpu()
+
+    def of_tokens(name: str, value: Tensor) -> bool:
+        # [examples, classes] may have the shape of a mask.
+        enough = value.ndim >= 3 or name in _SCORES_OF_TOKENS
+        return live is not None and enough and value.shape[:2] == live.shape
+
+    return [value[live] if of_tokens(name, value) else value for name, value in outputs.items()]
+
+
+def _compared(model: PreTrainedModel, exported: OnnxModel, batch: Inputs) -> dict[str, Any]:
+    """The size of a batch, and by how much the outputs of ONNX Runtime differ from PyTorch's at most."""
+    wanted = outputs_of(model, batch)
+    both = (_counting(model, batch, outputs) for outputs in (wanted, exported(**batch)))
+    largest = 0.0
+    for name, expected, ours in zip(wanted, *both, strict=True):
+        if expected.shape != ours.shape:
+            raise ValueError(
+                f"The exported {name} must have the shape {list(expected.shape)}, got {list(ours.shape)}: PyTorch "
+                "recorded a size that should be free."
+            )
+        difference = float((ours.double() - expected.double()).abs().max()) if expected.numel() else 0.0
+        allowed = TOLERANCE * max(1.0, float(expected.abs().max()) if expected.numel() else 0.0)
+        if not difference <= allowed:
+            raise ValueError(
+                f"The exported {name} differs by {difference:.2g} from PyTorch's on a batch of size {size_of(batch)}; "
+                f"at most {allowed:.2g} is allowed."
+            )
+        largest = max(largest, difference)
+    return {"size": size_of(batch), "difference": largest}
+
+
+def _small(
+    model: PreTrainedModel, folder: Path, batches: Sequence[Inputs], names: Sequence[str], bound: float
+) -> dict[str, Any]:
+    """Write the graph of eight bits, with outputs of these names; returns its part of the report."""
+    feeds = [{name: value.cpu().numpy() for name, value in batch.items()} for batch in batches]
+
+    def live(outputs: Sequence[Array], number: int) -> list[Array]:
+        named = {name: torch.from_numpy(np.asarray(value)) for name, value in zip(names, outputs, strict=True)}
+        return [value.numpy() for value in _counting(model, batches[number], named)]
+
+    return asdict(make_small(folder / GRAPH, folder / SMALL_GRAPH, feeds, live, bound))
