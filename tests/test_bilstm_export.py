@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import hf_compress as hc
 from tests.bilstm_models import bilstm, texts
 from tests.rounding import assert_equal_to_rounding
 
@@ -28,25 +29,18 @@ def test_recorded_graph(mode):
             assert_equal_to_rounding(graph(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("mode", [pytest.param(mode, marks=[pytest.mark.slow] * (mode == "joint")) for mode in MODES])
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
 def test_onnx_runtime(tmp_path, mode):
     """Batches of other sizes than the one that was recorded."""
     pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    model = bilstm(pair_mode=mode, num_layers=2, num_labels=3).float()
-    inputs = batch_of(mode, *SHAPES[0])
-    sizes = {
-        name: {0: torch.export.Dim("batch"), 1: torch.export.Dim("second" if "second" in name else "first")}
-        for name in inputs
-    }
-    with torch.inference_mode():
-        torch.onnx.export(
-            model, (), str(tmp_path / "model.onnx"), dynamo=True, opset_version=18, kwargs=inputs, verbose=False,
-            dynamic_shapes=sizes, input_names=list(inputs), output_names=["logits"],
-        )  # fmt: skip
-    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    pytest.importorskip("onnxruntime")
+    model = bilstm(pair_mode=mode, num_layers=2, num_labels=3).float().eval()
+    report = hc.export_onnx(model, tmp_path / "model", [batch_of(mode, *SHAPES[0])], int8=True, int8_bound=0.5)
+    # Recurrent weights stay in float.
+    assert report["int8"]["num_small"] >= 1
+    exported = hc.OnnxModel.from_pretrained(tmp_path / "model")
     for first, second in SHAPES:
         batch = batch_of(mode, first, second)
-        [logits] = session.run(None, {name: value.numpy() for name, value in batch.items()})
-        assert_equal_to_rounding(torch.from_numpy(logits), model(**batch).logits)
+        with torch.no_grad():
+            assert_equal_to_rounding(exported(**batch).logits, model(**batch).logits)

@@ -56,12 +56,13 @@ def test_dropped_tokens_are_exported(batches, architecture, head, settings):
     axes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in first}
     with torch.no_grad():
         graph = torch.export.export(pruned, (), dict(first), dynamic_shapes=axes).module()
+        dropped = 0
         for batch in (first, *others):
             state = forward_state(pruned)
             pruned(**batch, **state)
-            left = [int(state[FORWARD_STATE].kept_after(layer).sum()) for layer in range(4)]
-            assert left[-1] < int(batch["attention_mask"].sum()), "nothing was dropped"
+            dropped += int(batch["attention_mask"].sum() - state[FORWARD_STATE].kept_after(3).sum())
             assert_equal_to_rounding(graph(**batch).to_tuple()[0], pruned(**batch).to_tuple()[0])
+    assert dropped > 20
 
 
 @needs_export

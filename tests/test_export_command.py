@@ -12,6 +12,7 @@ import transformers
 
 import hf_compress as hc
 from hf_compress.cli.main import main
+from tests.export_support import tiny, verdict
 from tests.labelled_models import write_rows
 
 
@@ -83,3 +84,15 @@ def test_sentence_vectors(tmp_path, monkeypatch, model, tokenizer, sentences):
     means = torch.stack([row[mask.bool()].mean(0) for row, mask in zip(states, batch["attention_mask"], strict=True)])
     expected = means / means.norm(dim=-1, keepdim=True)
     assert (names["encode"](texts) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("architecture", "method"), [("gpt2", "dense"), ("modernbert", "linformer"), ("distilbert", "token_pruning")]
+)
+def test_support(architecture, method):
+    """Cells of the table of `python -m tests.export_support`: a decoder, windows, all tokens after dropping some."""
+    found = verdict(architecture, method, tiny(architecture))
+    print(architecture, method, found)
+    assert found.startswith("yes")

@@ -22,9 +22,10 @@ from hf_compress.export.onnx_model import open_session
 Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
 
-# Products with a weight, the look-up of embeddings, and recurrent layers. The head of a classifier is another kind of
-# node (Gemm): small, and nothing after it evens out what it loses.
-_TYPES = ("MatMul", "Gather", "LSTM")
+# Products with a weight and the look-up of embeddings. The head of a classifier is another kind of node (Gemm): it is
+# small, and nothing after it evens out what it loses. The runtime cannot run what its quantizer makes of recurrent
+# layers.
+_TYPES = ("MatMul", "Gather")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 

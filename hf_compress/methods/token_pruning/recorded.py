@@ -126,9 +126,10 @@ def _drop(
     most: Any = keep.sum(1).max().clamp(min=1).item()
     torch._check(most >= 1)  # type: ignore[no-untyped-call]  # of torch
     torch._check(most <= positions)  # type: ignore[no-untyped-call]  # of torch
-    # Kept positions first, in their order: all keys differ, so that no runtime has to break ties.
+    # Kept positions first, then the others, both in their order: an example without tokens keeps its first position
+    # at the front. All keys differ, so that no runtime has to break ties.
     order = torch.arange(positions, 0, -1, device=keep.device)
-    chosen = torch.where(keep, order, -order).topk(most, dim=1).indices
+    chosen = torch.where(keep, order, order - order[:1]).topk(most, dim=1).indices
     if state.whole is None and not rule.reads_first:
         state.whole = states
     state.live = keep.gather(1, chosen)
