@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from header import arguments_of, commit, machine
-from onnx_baseline import OnnxModel
+from onnx_baseline import in_onnx_runtime
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -70,8 +70,8 @@ def main() -> None:
     models: dict[str, Any] = {}
     for name, model in dense.items():
         models[name] = model.eval()
-        models[f"{name}, ONNX Runtime"] = OnnxModel(model, some, int8=False)
-        models[f"{name}, ONNX Runtime int8"] = OnnxModel(model, some)
+        models[f"{name}, ONNX Runtime"] = in_onnx_runtime(model, some, int8=False)
+        models[f"{name}, ONNX Runtime int8"] = in_onnx_runtime(model, some)
     costs = {
         name: hc.count_cost(model, data=unpadded_batches(rows, tokenizer, 32, 128)) for name, model in dense.items()
     }

@@ -143,10 +143,12 @@ def open_models(args: argparse.Namespace, task: Task, tokenizer: Any, rows: Data
         models = {baseline: shorter, **models}
     if args.onnx_int8:
         # An extra that only this measurement needs.
-        from onnx_baseline import OnnxModel
+        from onnx_baseline import in_onnx_runtime
 
         dense = next(iter(models))
-        models[f"{dense}, ONNX Runtime int8"] = OnnxModel(models[dense], unpadded_batches(rows, tokenizer, 2, 2)[0])
+        models[f"{dense}, ONNX Runtime int8"] = in_onnx_runtime(
+            models[dense], unpadded_batches(rows, tokenizer, 2, 2)[0]
+        )
     for name, model in dropping_from:
         for top in args.token_thresholds:
             dropping = hc.TokenPruningConfig(final_token_threshold=top)
