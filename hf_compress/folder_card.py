@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import re
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hf_compress.card_sections import (
+    REPORT_FILE,
+    citation_section,
+    entry_of,
+    limits_section,
+    measured_section,
+    read_report,
+)
 from hf_compress.core.architectures import base_of
 from hf_compress.core.engines import is_sharded
 from hf_compress.core.record import quantized_by_another, record_of
@@ -27,6 +36,17 @@ FILE = "README.md"
 _MARK = "<!-- Written by hf_compress at every save. Remove this line to keep your own text. -->"
 # The first line of the cards that transformers' Trainer writes; the Trainer overwrites any card.
 _TRAINERS_MARK = "<!-- This model card has been generated automatically"
+# Class that opens a model -> what the Hub calls its task.
+_PIPELINES = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModel": "feature-extraction",
+}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 # Lists of many thousand numbers are for programs, which read them in config.json.
@@ -39,7 +59,7 @@ _OPENING = """## How to open it
 import hf_compress  # before from_pretrained: it rebuilds the layers that the record in config.json names
 from transformers import {imports}
 
-model = {auto}.from_pretrained("path or name of this model")
+model = {auto}.from_pretrained("{name}")
 ```
 
 Without the import, transformers knows nothing of the record (`quantization_config` in `config.json`). It then reports
@@ -91,9 +111,9 @@ def _sizes(model: PreTrainedModel) -> str:
     counted = not any(is_sharded(parameter) for parameter in parameters)
     nonzero = f"{sum(int(parameter.count_nonzero()) for parameter in parameters):,}" if counted else ""
     rows = [f"| this model | {now:,} | {nonzero} |"]
-    # A class outside transformers may need more than a config.
-    if type(model).__module__.startswith("transformers."):
-        rows.insert(0, f"| the dense model | {_dense_parameters(model):,} | |")
+    # A class outside transformers may need more than a config. Fewer layers or tokens stand in the config itself.
+    if type(model).__module__.startswith("transformers.") and (dense := _dense_parameters(model)) != now:
+        rows.insert(0, f"| a dense model of this config | {dense:,} | |")
     return "\n".join(["| | parameters | not zero |", "|---|---|---|", *rows])
 
 
@@ -118,8 +138,14 @@ def tags_of(model: PreTrainedModel) -> list[str]:
     return ["hf_compress", *dict.fromkeys(name for name, _ in steps_with_settings(model.config))]
 
 
-def compression_section(model: PreTrainedModel, has_tokenizer: bool) -> str:
-    """Describe in Markdown the steps of a model and how to open it; without a record, only the latter."""
+def compression_section(model: PreTrainedModel, has_tokenizer: bool, name: str | None = None) -> str:
+    """Describe in Markdown the steps of a model and how to open it; without a record, only the latter.
+
+    Args:
+        model: The model.
+        has_tokenizer: Whether its tokenizer lies beside it.
+        name: Its name on the Hub, if it has one.
+    """
     steps = steps_with_settings(model.config)
     auto = _auto_class(model)
     if not steps:
@@ -133,18 +159,19 @@ def compression_section(model: PreTrainedModel, has_tokenizer: bool) -> str:
         imports = (
             "import hf_compress  # makes the class known\n" if ours else ""
         ) + f"from transformers import {auto}"
-        return f'{what}\n\n```python\n{imports}\n\nmodel = {auto}.from_pretrained("path or name")\n```\n'
+        return f'{what}\n\n```python\n{imports}\n\nmodel = {auto}.from_pretrained("{name or "path or name"}")\n```\n'
     lines = []
-    for number, (name, settings) in enumerate(steps, start=1):
-        paper = METHODS[name].paper
+    for number, (method, settings) in enumerate(steps, start=1):
+        paper = METHODS[method].paper
         values = {
             key: f"{value:.4g}" if isinstance(value, float) else _SHORT.repr(value) for key, value in settings.items()
         }
         shown = ", ".join(f"`{key}={value}`" for key, value in values.items()) or "the default settings"
-        lines.append(f"{number}. **{name}** ([{paper.title}](https://arxiv.org/abs/{paper.identifier})): {shown}")
-    opening = _OPENING.format(auto=auto, imports=f"{auto}, AutoTokenizer" if has_tokenizer else auto)
+        lines.append(f"{number}. **{method}** ([{paper.title}](https://arxiv.org/abs/{paper.identifier})): {shown}")
+    place = name or "path or name of this model"
+    opening = _OPENING.format(auto=auto, imports=f"{auto}, AutoTokenizer" if has_tokenizer else auto, name=place)
     if has_tokenizer:
-        line = 'tokenizer = AutoTokenizer.from_pretrained("path or name of this model")\n```'
+        line = f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n```'
         opening = opening.replace("\n```\n\nWithout", f"\n{line}\n\nWithout")
     return "\n\n".join(["## What was done", "\n".join(lines), _sizes(model), opening])
 
@@ -177,20 +204,73 @@ def _write(folder: str | Path, model: Any, target: str | Path | None) -> None:
     places = [Path(folder, FILE), *([Path(target, FILE)] if target is not None else [])]
     if not isinstance(model, PreTrainedModel) or not all(may_be_replaced(file) for file in places):
         return
-    found = Path(folder, "tokenizer_config.json").is_file()
-    data = ModelCardData(library_name="transformers", base_model=_base_model(model), tags=tags_of(model))
+    places[0].write_text(card_text(model, folder), encoding="utf-8")
+
+
+def card_text(
+    model: PreTrainedModel, folder: str | Path, name: str | None = None, report: Mapping[str, Any] | None = None
+) -> str:
+    """The whole card of a model: metadata, steps, how to open it, what was measured, papers and limits.
+
+    Args:
+        model: The saved model.
+        folder: Of its files.
+        name: Its name on the Hub, if it has one.
+        report: The `report.json` that measured it. None: one that lies in the folder, if it does.
+
+    Raises:
+        ValueError: If a report that was given did not measure this model.
+    """
     title = f"# {type(model).__name__}" + (", compressed with hf_compress" if tags_of(model)[1:] else "")
-    body = "\n\n".join([_MARK, title, compression_section(model, found)])
-    places[0].write_text(f"---\n{data.to_yaml()}\n---\n\n{body}", encoding="utf-8")
+    if name is not None:
+        title = f"# {name.rpartition('/')[2]}"
+    data = ModelCardData(library_name="transformers", **_metadata(model))
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(model, folder, title, name, report)}"
 
 
-def add_compression(file: str | Path, model: Any) -> None:
-    """Add the steps of a model to the card that transformers' Trainer has written, before the Trainer's text."""
+def _metadata(model: PreTrainedModel) -> dict[str, Any]:
+    """What the Hub reads of a card; what is not known is left out."""
+    base, relations = _base_model(model), [METHODS[name].relation for name in tags_of(model)[1:]]
+    found: dict[str, Any] = {"base_model": base, "tags": tags_of(model)}
+    if base is not None and relations:
+        # A model that was only saved in another format has no relation of the Hub's list.
+        found["base_model_relation"] = "quantized" if "quantized" in relations else "finetune"
+    if (kind := _PIPELINES.get(_auto_class(model))) is not None:
+        found["pipeline_tag"] = kind
+    return found
+
+
+def _body(
+    model: PreTrainedModel, folder: str | Path, title: str, name: str | None, report: Mapping[str, Any] | None
+) -> str:
+    own = None
+    if report is None and Path(folder, REPORT_FILE).is_file():
+        report = read_report(folder)
+    if report is not None:
+        own = entry_of(report, folder)
+    methods = tags_of(model)[1:]
+    sections = [
+        _MARK,
+        title,
+        compression_section(model, Path(folder, "tokenizer_config.json").is_file(), name).rstrip(),
+        measured_section(report, own) if report is not None and own is not None else "",
+        limits_section(report, own) if methods else "",
+        citation_section([METHODS[name].paper.bibtex for name in methods]),
+    ]
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def add_compression(file: str | Path, model: Any, name: str | None = None) -> None:
+    """Add to the card that transformers' Trainer has written what `card_text` says, before the Trainer's text."""
     core = base_of(model)
     if not isinstance(core, PreTrainedModel) or not tags_of(core)[1:]:
         return
     card = ModelCard.load(file)
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags_of(core)]))
-    found = Path(file).with_name("tokenizer_config.json").is_file()
-    text = "\n\n".join([_MARK, compression_section(core, found), card.text.lstrip()])
+    found = _metadata(core)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *found.pop("tags")]))
+    for key, value in found.items():
+        # What the Trainer was told wins.
+        if value is not None and card.data.get(key) is None:
+            card.data[key] = value
+    text = f"{_body(core, Path(file).parent, '', name, None)}\n{card.text.lstrip()}"
     Path(file).write_text(f"---\n{card.data.to_yaml()}\n---\n\n{text}", encoding="utf-8")

@@ -13,6 +13,7 @@ from transformers import BertForSequenceClassification
 from hf_compress.cli.options import REQUIRED, Option, stage_groups
 from hf_compress.stages.table import STAGES
 from tests.test_bad_input import write_model
+from tests.test_vocabulary_pruning import wordpiece
 
 
 COMMANDS = {stage.command: stage for stage in STAGES.values()}
@@ -30,9 +31,11 @@ GOOD = {
     "prune-tokens": f"prune-tokens {TRAINED}",
     "prune-weights": f"prune-weights {TRAINED} --max_steps 8 --pruning_frequency 1 --target_sparsity 0.5",
     "linearize": "linearize --model_name_or_path model --output_dir out --projected_length 4",
+    "prune-vocabulary": "prune-vocabulary --model_name_or_path pieces --output_dir out --corpus data/train.tsv",
     "evaluate": f"evaluate --models model {DATA}",
     "report": f"report --models model other --output_dir out {DATA}",
     "export": f"export --model_name_or_path model --output_dir out {DATA} --latency_repeats 1",
+    "push": "push --model_name_or_path model --repo_id me/model --dry_run --output_dir out",
 }
 # Values of the right type that no option of that name takes.
 OUT_OF_RANGE = {
@@ -216,6 +219,12 @@ CONTRADICTIONS = {
         "--format openvino", "--format torch-export", "--format compressed-tensors", "--format tflite",
         "--output_dir model",
     ),
+    "push": (
+        "--repo_id me/my/model", "--repo_id me/-model", "--repo_id me/my--model", "--repo_id https://hf.co/me/model",
+        "--repo_id", "--model_name_or_path nowhere", "--model_name_or_path data", "--report nowhere", "--report data",
+        "--report model", "--eval_dataset nyu-mll/glue", "--eval_task sst2", "--output_dir model",
+        "--private maybe", "--eval_dataset a/b/c", "--learning_rate 1", "--device cpu", "--teacher t",
+    ),
     "demo": ("--train_file data/train.tsv", "--pattern 2:4", "--learning_rate 1"),
 }  # fmt: skip
 YAMLS = {
@@ -305,6 +314,7 @@ def write_place(root: Path) -> None:
     write_model(root / "model")
     write_model(root / "other")
     _write_base(root / "base")
+    _write_pieces(root / "pieces")
     rows = [f"{'good' if i % 2 else 'bad'} w{i % 90} w{i % 7}\t{i % 2}" for i in range(300)]
     (root / "data").mkdir()
     for split in ("train", "validation"):
@@ -317,6 +327,12 @@ def write_place(root: Path) -> None:
         (root / "yaml" / f"{name}.yaml").write_text(content)
     _write_bad_data(root / "rows")
     _write_bad_models(root)
+
+
+def _write_pieces(folder: Path) -> None:
+    """A model whose tokenizer has smaller tokens for unknown words."""
+    write_model(folder, vocab_size=704)
+    wordpiece(folder)
 
 
 def _write_base(folder: Path) -> None:

@@ -52,7 +52,7 @@ def test_what_a_card_says(small, model, tmp_path):
     assert card.data.tags == ["hf_compress", "structured_pruning", "weight_pruning"]
     dense = sum(p.numel() for p in model("bert", HEAD).parameters())
     now, nonzero = (sum(int(count(p)) for p in small.parameters()) for count in (torch.numel, torch.count_nonzero))
-    assert f"| the dense model | {dense:,} | |" in card.text
+    assert f"| a dense model of this config | {dense:,} | |" in card.text
     assert f"| this model | {now:,} | {nonzero:,} |" in card.text
     structured, weights = steps_with_settings(small.config)
     assert structured[1]["mac_ratio"] == 0.6
@@ -161,7 +161,7 @@ def test_classes_of_somebody_else(small, tmp_path):
     write_card(tmp_path, small)
     text = (tmp_path / "README.md").read_text()
     assert "| this model |" in text
-    assert "| the dense model |" not in text
+    assert "| a dense model of this config |" not in text
 
 
 def test_models_of_other_makers_have_no_card(tmp_path):

@@ -33,7 +33,8 @@ def test_a_stage_is_a_function_of_one_dataclass(stage):
     kinds = commands.kinds_of(stage)
     assert list(stage_groups(stage)) == list(kinds)
     options = [field.name for kind in kinds.values() for field in dataclasses.fields(kind)]
-    assert "device" in options
+    # What uploads files computes nothing.
+    assert "device" in options or stage.name == "push"
     assert "output_dir" in options or stage.name == "evaluate"
     assert set(stage.defaults) <= set(options)
 

@@ -184,6 +184,16 @@ def print_report(folder: str) -> None:
     print(f"table, report.json and plots are in {folder}")
 
 
+def _print_pushed(arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    for name, why in results["left_out"].items():
+        print(f"not uploaded: {name}: {why}")
+    files = ", ".join(results["files"])
+    if "folder" in results:
+        print(f"would upload to {results['repo_id']}: {files}\nwritten to {results['folder']}")
+        return
+    print(f"uploaded: {files}\n{results['url']} (commit {results['commit']})")
+
+
 def _print_demo(arguments: StageArguments, results: Mapping[str, Any]) -> None:
     print_report(str(Path(arguments.output_dir, "report")))
     hint = recovery_hint(results.get("models", ()), results.get("metric", ""), results.get("num_examples", 0))
@@ -251,5 +261,6 @@ _PRINTERS: dict[str, Callable[[StageArguments, Mapping[str, Any]], None]] = {
     "proximal": _print_proximal,
     "report": _print_report,
     "export": _print_exported,
+    "push": _print_pushed,
     "demo": _print_demo,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -50,6 +50,7 @@ class Method:
             modules, or `ValueError` that says which layer prevents it. None: never expressible.
         data_needs: `(config) -> DataNeeds`; how `compress` reads its data. None: not at all.
         repeatable: Whether a model may go through it more than once.
+        relation: What the Hub calls a model that went through it, beside its base model (`base_model_relation`).
         first: Whether it must be the first step of a model.
         needs: Parts of a dense model that must still be there.
         replaces: Parts of a dense model that it replaces; no method that needs one of them may follow.
@@ -71,6 +72,7 @@ class Method:
     check: Callable[[PreTrainedModel, Any], None] | None = None
     plain: Callable[[PreTrainedModel, Any], dict[str, Any]] | None = None
     data_needs: Callable[[Any], DataNeeds] | None = None
+    relation: Literal["finetune", "quantized"] = "finetune"
     repeatable: bool = True
     first: bool = False
     needs: frozenset[ModelPart] = frozenset()

@@ -108,8 +108,9 @@ def task_for(name: str, data: DataArguments) -> Task:
 
 
 def has_head(name: str, task: Task | None = None) -> bool:
-    """Whether a hub name or folder holds a model with a head for a task, and not an encoder alone."""
-    config = open_config(name)
+    """Whether a hub name or folder holds a model with a head for a task; `ValueError` where it holds none."""
+    with _opening(name, "model"):
+        config = open_config(name)
     return _kind(config, task).has_head(config)
 
 

@@ -195,6 +195,12 @@ _IN_ORDER = (
         "export.Export.export", saves_model=False,
         unused={"device": "exported models run in ONNX Runtime on the CPU, and PyTorch is timed beside them"},
     ),
+    _stage(
+        "push", "push", "write the model card of a saved model and upload both to the Hub", "push.Push.push",
+        saves_model=False,
+        note="The card comes from the model's record and, where there is one, its report. Nothing that can run code "
+        "when it is read (a pickle) is uploaded, nor a teacher that was trained beside the model.",
+    ),
 )  # fmt: skip
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _IN_ORDER}
 

@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_compress.core.architectures import base_of
 from hf_compress.core.errors import one_line
 from hf_compress.core.launcher import lost_process_named
+from hf_compress.core.pickles import is_pickle
 from hf_compress.core.saving import complete_or_absent
 from hf_compress.folder_card import FILE as CARD
 from hf_compress.folder_card import add_compression, may_be_replaced, write_card
@@ -108,7 +110,25 @@ class ResumableTrainer(Trainer):
         if not self.is_world_process_zero() or not may_be_replaced(file):
             return
         super().create_model_card(*args, **kwargs)
-        add_compression(file, self._core())
+        add_compression(file, self._core(), self.hub_model_id)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.push_to_hub`, with our card; nothing is uploaded from a folder that holds pickles.
+
+        Raises:
+            ValueError: If `output_dir` holds files that can run code when they are read.
+        """
+        folder = Path(str(self.args.output_dir))
+        if self.is_world_process_zero():
+            # `Trainer` uploads neither checkpoints nor what begins so; its own arguments are written as JSON.
+            found = [file.name for file in sorted(folder.glob("*")) if file.is_file() and is_pickle(file)]
+            found = [name for name in found if not name.startswith("_") and name != TRAINING_ARGS_NAME]
+            if found:
+                raise ValueError(
+                    f"output_dir {str(folder)!r} must hold no pickles, which can run code when they are read, got "
+                    f"{', '.join(found)}: remove them before push_to_hub."
+                )
+        return super().push_to_hub(*args, **kwargs)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
