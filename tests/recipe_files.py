@@ -16,6 +16,8 @@ SHARED = {
     "output_dir": "out", "model_name_or_path": "encoder", "data_dir": "data", "max_length": 16, "device": "cpu",
     "num_train_epochs": 1, "per_device_train_batch_size": 16,
 }  # fmt: skip
+# For recipes without a training, which have no option for these.
+UNTRAINED = {"num_train_epochs": None, "per_device_train_batch_size": None}
 TEACHER = {"stage": "finetune", "name": "teacher", "model_name_or_path": "base"}
 PRUNED = {"stage": "structured_pruning", "name": "pruned", "model_name_or_path": "teacher", "mac_ratio": 0.5}
 RECOVERED = {

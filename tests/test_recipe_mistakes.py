@@ -10,7 +10,7 @@ import pytest
 
 from hf_compress.cli.main import main
 from tests.file_trees import tree
-from tests.recipe_files import LINEAR, PRUNED, RECOVERED, TEACHER, write_place, write_recipe
+from tests.recipe_files import LINEAR, PRUNED, RECOVERED, TEACHER, UNTRAINED, write_place, write_recipe
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,8 +27,6 @@ def bad(*stages, says, **shared):
     return stages, shared, says
 
 
-# Values for all stages that stages without a training have no option for.
-UNTRAINED = {"num_train_epochs": None, "per_device_train_batch_size": None}
 MISTAKES = {
     "stage-unknown": bad({**TEACHER, "stage": "finetun"}, says="'finetun'. Did you mean 'finetune'?"),
     "stage-none": bad({"name": "teacher"}, says="stage 1 must be lines such as"),

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ from hf_compress.recipes.inputs import differences
 from hf_compress.recipes.jobs import jobs_of
 from hf_compress.recipes.reading import read_recipe
 from hf_compress.recipes.target import chosen, verdict
-from tests.recipe_files import LINEAR, PRUNED, RECOVERED, TEACHER, write_encoder, write_place, write_recipe
+from tests.recipe_files import LINEAR, PRUNED, RECOVERED, TEACHER, UNTRAINED, write_encoder, write_place, write_recipe
 
 
 @pytest.fixture
@@ -221,3 +225,67 @@ def test_shipped_recipes_can_be_run(file, place, capsys):
 
 def test_every_system_has_a_recipe():
     assert {file.stem for file in SHIPPED} >= {"cald", "ltp", "inc_pruning", "stat", "prokt"}
+
+
+def test_stages_of_every_kind_are_planned(place, capsys):
+    Path("corpus.txt").write_text("good w1 w2\nbad w3\n")
+    from_teacher = {"model_name_or_path": "teacher"}
+    recipe = write_recipe(
+        place / "recipe.yaml",
+        {**TEACHER, "save_total_limit": 3},
+        {"stage": "layer-selection", "name": "shallow", "model_name_or_path": "teacher", "num_layers": 1},
+        {"stage": "prune-vocabulary", "name": "words", "corpus": ["corpus.txt"], **from_teacher},
+        {"stage": "linearize", "name": "linear", "model_name_or_path": "base", "projected_length": 4},
+        {"stage": "joint-distill", "name": "joint", "model_name_or_path": "linear", "teacher_name_or_path": "base"},
+        {"stage": "snapshot-distill", "model_name_or_path": "linear", "teacher_snapshots": ["teacher/checkpoint-*"]},
+        {"stage": "distill", "teacher_name_or_path": "joint/teacher", "model_name_or_path": "shallow"},
+        {"stage": "prune-tokens", "name": "soft", "target_relative_macs": 0.6, **from_teacher},
+        {"stage": "prune-tokens", "name": "hard", "model_name_or_path": "soft", "soft_fraction": 0},
+        {"stage": "prune-weights", "name": "sparse", "pattern": "2:4", "target_sparsity": 0.5, **from_teacher},
+        {"stage": "proximal", "name": "lstm", "model_name_or_path": "bilstm", "teacher_name_or_path": "base"},
+        {"stage": "evaluate", "models": ["hard", "sparse", "lstm"]},
+    )
+    plan = run(recipe, capsys, "--dry_run").out
+    assert "[12/12] evaluate" in plan
+    assert not Path("out").exists()
+
+
+def yamls_of(page):
+    root = Path(__file__).resolve().parents[1]
+    return re.findall(r"```yaml\n(.*?)```", (root / "docs" / page).read_text(), re.DOTALL)
+
+
+def test_the_recipe_of_the_page_and_of_the_help_can_be_run(place, capsys):
+    assert main(["run", "--help"]) == 0
+    shown = capsys.readouterr().out.partition("A recipe:\n")[2].partition("\nThe name")[0]
+    first, target = yamls_of("recipes.md")
+    for text in (shown, first, f"{first}{target}"):
+        Path("recipe.yaml").write_text(textwrap.dedent(text))
+        flags = ("--model_name_or_path=encoder", "--data_dir=data", "--output_dir=out", "--max_length=16")
+        run("recipe.yaml", capsys, *flags, "--dry_run")
+
+
+HOLD = """
+import pathlib, sys, filelock
+pathlib.Path("out").mkdir()
+with filelock.FileLock("out/_training.lock"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_runs_in_one_folder_are_refused(place, capsys):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD], text=True, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        assert main(["run", write_recipe(place / "recipe.yaml", TEACHER)]) == 2
+        assert "still running" in capsys.readouterr().err
+        assert not Path("out/teacher").exists()
+        other.stdin.close()
+
+
+def test_several_processes_are_refused(place, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["run", write_recipe(place / "recipe.yaml", {**LINEAR, "data_dir": "data"}, **UNTRAINED)]) == 2
+    assert "as one process" in capsys.readouterr().err
+    assert not Path("out").exists()
