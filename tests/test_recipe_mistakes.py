@@ -53,6 +53,9 @@ MISTAKES = {
     "model-absent": bad({**TEACHER, "model_name_or_path": "nowhere"}, says="there is no folder 'nowhere' here"),
     "model-near-miss": bad(TEACHER, {**PRUNED, "model_name_or_path": "techer"}, says="Did you mean 'teacher'?"),
     "base-none": bad(TEACHER, model_name_or_path=None, says="but the recipe has no model_name_or_path"),
+    "untrained-export": bad(
+        {"stage": "export", "model_name_or_path": "base"}, **UNTRAINED, says="one that was trained for the task"
+    ),
     "no-model-saved": bad(
         TEACHER, {"stage": "evaluate", "name": "scores", "models": ["teacher"]},
         {**PRUNED, "model_name_or_path": "scores"}, says="evaluate saves no model",

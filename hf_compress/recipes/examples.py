@@ -51,6 +51,11 @@ def data_of(arguments: StageArguments) -> DataArguments | None:
     return data if data is not None and any(getattr(data, name) for name in _SOURCES) else None
 
 
+def measures(arguments: StageArguments) -> bool:
+    """Whether a stage measures models on a split."""
+    return any(hasattr(group, "split") for group in arguments.groups().values())
+
+
 class Data:
     """The tasks of a recipe, each read once."""
 
@@ -88,7 +93,7 @@ class Data:
         measured = task.evaluation_split
         if trains:
             task.require_trainable()
-        if arguments.option("models") is not None:
+        if measures(arguments):
             measured = task.measured_split(arguments.option("split"))
         _check_samples(arguments, task)
         config = self._models.config(origin.name) if origin.name else None

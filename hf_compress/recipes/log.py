@@ -10,23 +10,40 @@ from pathlib import Path
 
 FILE = "recipe.log"
 # Libraries whose handlers write to the terminal on their own.
-_OWN_HANDLERS = ("transformers", "datasets", "huggingface_hub", "hf_compress")
+_PACKAGE = __name__.partition(".")[0]
+_OWN_HANDLERS = ("transformers", "datasets", "huggingface_hub", _PACKAGE)
+
+
+class WarningCount(logging.Handler):
+    """Counts the warnings of this package."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found += record.name.startswith(_PACKAGE)
 
 
 @contextmanager
-def logged_to(file: Path) -> Iterator[None]:
-    """Append to a file all that the block prints, warns of and logs; nothing of it reaches the terminal."""
+def logged_to(file: Path) -> Iterator[WarningCount]:
+    """Append to a file all that the block prints, warns of and logs; nothing of it reaches the terminal.
+
+    Yields:
+        How many warnings of this package are among it.
+    """
     with ExitStack() as stack:
         stream = stack.enter_context(open(file, "a", encoding="utf-8", buffering=1))
         handler = logging.StreamHandler(stream)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
         root = logging.getLogger()
-        stack.enter_context(_handlers(root, [handler], root.propagate))
+        count = WarningCount()
+        stack.enter_context(_handlers(root, [handler, count], root.propagate))
         for name in _OWN_HANDLERS:
             stack.enter_context(_handlers(logging.getLogger(name), [], True))
         stack.enter_context(redirect_stdout(stream))
         stack.enter_context(redirect_stderr(stream))
-        yield
+        yield count
 
 
 @contextmanager

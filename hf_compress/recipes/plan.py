@@ -16,7 +16,7 @@ from hf_compress.api import method_of
 from hf_compress.core.method import MethodConfig
 from hf_compress.core.saving import require_own_folder
 from hf_compress.recipes.estimates import bytes_of, duration, seconds_of
-from hf_compress.recipes.examples import Data, Examples, data_of
+from hf_compress.recipes.examples import Data, Examples, data_of, measures
 from hf_compress.recipes.inputs import inputs_of, key_of
 from hf_compress.recipes.jobs import Job, Result, jobs_of
 from hf_compress.recipes.origins import Models, Origin, after, is_new_bilstm, new_bilstm
@@ -204,9 +204,9 @@ class _Checks:
     def _examples(self, job: Job, arguments: StageArguments, model: Origin, teacher: Origin | None) -> Examples | None:
         """What a job reads; None where it reads no data."""
         data, training = data_of(arguments), arguments.training_arguments
-        measures = "models" in job.entry.kinds or _calibrates(arguments)
+        reads = measures(arguments) or _calibrates(arguments)
         if data is None:
-            if measures or training is not None:
+            if reads or training is not None:
                 raise ValueError(
                     "task_name, data_dir or train_file must say where the examples are, got none of them."
                 )
@@ -214,7 +214,7 @@ class _Checks:
         found = self._data.examples(arguments, model, data)
         if self._recipe.target is not None and job.name == TARGET:
             check_metric(self._recipe.target, found.task.main_metric, found.task.lower_is_better)
-        if measures and training is None:
+        if reads and training is None:
             self._require_head("the model", model, found)
         if teacher is not None and training is not None and not isinstance(training, LearningTeacherArguments):
             self._require_head("teacher_name_or_path", teacher, found)

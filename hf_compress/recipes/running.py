@@ -59,12 +59,13 @@ def run_plan(plan: Plan, fill: Fill, say: Callable[[str], None]) -> dict[str, Ma
                 left -= checked.seconds if checked.to_do else 0
                 continue
             say(f"{title}  {doing(planned)} of {duration(left)} left")
-            with logged_to(folder / LOG_FILE):
+            with logged_to(folder / LOG_FILE) as warned:
                 logger.info("%s begins with %s", title, dict(planned.values))
                 seconds, results[planned.job.name] = _run(planned, fill, folder)
                 logger.info("%s took %s", title, duration(seconds))
             left = max(left - checked.seconds, 0.0)
-            say(f"{title}  done in {duration(seconds)}")
+            about = f" ({warned.found} warning{'s' * (warned.found > 1)} in {LOG_FILE})" if warned.found else ""
+            say(f"{title}  done in {duration(seconds)}{about}")
         _choose(plan, results, say)
     return results
 
