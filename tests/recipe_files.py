@@ -40,6 +40,8 @@ def write_place(root: Path) -> None:
             (root / folder / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     (root / "untold").mkdir()
     (root / "untold" / "train.tsv").write_text("\n".join(["blurb\tscore", *rows]) + "\n")
+    (root / "strange").mkdir()
+    (root / "strange" / "stage.json").write_text('{"of": "another program"}')
     (root / "unmeasured").mkdir()
     shutil.copy(root / "data" / "train.tsv", root / "unmeasured")
 

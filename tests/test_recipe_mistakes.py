@@ -45,6 +45,7 @@ MISTAKES = {
     "output-none": bad(TEACHER, output_dir=None, says="output_dir must name the folder"),
     "output-file": bad(TEACHER, output_dir="data/train.tsv", says="cannot be written"),
     "output-disk": bad({**TEACHER, "save_total_limit": 10**9}, says="must have room for about .* GB, got .* GB"),
+    "output-foreign-note": bad({**TEACHER, "name": "strange"}, output_dir=".", says="no recipe wrote .stage.json."),
     "output-foreign": bad({**TEACHER, "name": "data"}, output_dir=".", says="holds files that no recipe wrote"),
     "name-twice": bad(TEACHER, TEACHER, says="two stages are called 'teacher'"),
     "name-path": bad({**TEACHER, "name": "../x"}, says="must be a word of letters"),

@@ -39,18 +39,20 @@ def test_a_family_goes_on_through_the_stages_that_read_it(place):
     wide = {**PRUNED, "mac_ratio": [0.7, 0.5]}
     two = {**RECOVERED, "learning_rate": [1e-4, 3e-5]}
     both = {"stage": "report", "models": ["teacher", "pruned", "recovered-0.5-3e-05"]}
+    scores = {"stage": "evaluate", "models": "pruned"}
     one = {**RECOVERED, "name": "one", "model_name_or_path": "pruned-0.7"}
     # Student and teacher of one family are of the same member.
     pair = {**RECOVERED, "name": "pair", "teacher_name_or_path": "pruned", "model_name_or_path": "recovered"}
-    found = {job.name: job for job in jobs(place, TEACHER, wide, two, both, one, pair)}
+    found = {job.name: job for job in jobs(place, TEACHER, wide, two, both, one, pair, scores)}
     assert list(found) == [
         "teacher", "pruned-0.7", "pruned-0.5", "recovered-0.7-0.0001", "recovered-0.5-0.0001", "recovered-0.7-3e-05",
         "recovered-0.5-3e-05", "report", "one-0.7", "pair-0.7-0.0001", "pair-0.5-0.0001", "pair-0.7-3e-05",
-        "pair-0.5-3e-05",
+        "pair-0.5-3e-05", "evaluate",
     ]  # fmt: skip
     assert found["recovered-0.5-3e-05"].needs() == ["pruned-0.5", "teacher"]
     assert found["recovered-0.5-3e-05"].options["learning_rate"] == 3e-5
     assert found["report"].needs() == ["teacher", "pruned-0.7", "pruned-0.5", "recovered-0.5-3e-05"]
+    assert found["evaluate"].needs() == ["pruned-0.7", "pruned-0.5"]
     assert found["pair-0.7-3e-05"].needs() == ["recovered-0.7-3e-05", "pruned-0.7"]
     assert found["one-0.7"].values(Path("out"))["model_name_or_path"] == "out/pruned-0.7"
 

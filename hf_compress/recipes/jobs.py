@@ -136,17 +136,17 @@ def _way_back(start: str, needs: Mapping[str, Sequence[str]]) -> list[str]:
 
 def _members(entry: Entry, recipe: Recipe, families: Mapping[str, Sequence[Job]], where: str) -> Iterator[Job]:
     """The members of the family that an entry makes; a single one where no option has several values."""
+    listed = [name for name in REFERRING if isinstance(entry.options.get(name), str) and takes_many(entry.kinds[name])]
+    written = {**entry.options, **{name: [entry.options[name]] for name in listed}}
     several = {
-        name: value
-        for name, value in entry.options.items()
-        if isinstance(value, list) and not takes_many(entry.kinds[name])
+        name: value for name, value in written.items() if isinstance(value, list) and not takes_many(entry.kinds[name])
     }
     for name, values in several.items():
         if len({str(value) for value in values}) < len(values):
             raise ValueError(f"{where}: {name} must have different values, got {values}.")
     for chosen in itertools.product(*several.values()):
         own = dict(zip(several, chosen, strict=True))
-        options = {**entry.options, **own}
+        options = {**written, **own}
         axes = {(entry.name, name): value for name, value in own.items()}
         yield from _with_results(entry, options, axes, recipe, families, where)
 

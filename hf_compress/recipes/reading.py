@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+from hf_compress.recipes.log import FILE as LOG_FILE
 from hf_compress.recipes.target import NAME as TARGET
 from hf_compress.recipes.target import Target, read_target
 from hf_compress.stages.arguments import options_of
@@ -146,10 +147,10 @@ def _entry(
     where: str,
 ) -> Entry:
     name = written.get("name", stage.name)
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == BASE:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (BASE, LOG_FILE):
         raise ValueError(
             f"{where}: the name of stage {place} must be a word of letters, digits, '_', '-' and '.', and not "
-            f"{BASE!r}, got {name!r}."
+            f"{BASE!r} or {LOG_FILE!r}, got {name!r}."
         )
     where = f"{where}, stage {name!r}"
     own = {option: value for option, value in written.items() if option not in ("stage", "name")}

@@ -49,10 +49,10 @@ def state_of(folder: Path, inputs: Mapping[str, Any]) -> State:
         note = json.loads((folder / FILE).read_text(encoding="utf-8"))
         known, done, seconds = note["inputs"], note["done"], note["seconds"]
     except FileNotFoundError:
-        left = sorted(path.name for path in folder.iterdir())[0]
-        return State("foreign", left)
+        return State("foreign", min(path.name for path in folder.iterdir()))
     except (ValueError, LookupError, TypeError, OSError):
-        return State("changed", f"{FILE} cannot be read")
+        # Ours are written in one step: this one is somebody else's, and so may be what lies beside it.
+        return State("foreign", FILE)
     if key_of(known) != key_of(inputs):
         return State("changed", _listed(differences(known, inputs)), seconds)
     if not done:
