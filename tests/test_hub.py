@@ -92,6 +92,7 @@ def test_a_model_goes_up_and_comes_back_by_its_name(hub, small, capsys):
     (small / "report.json").write_text(json.dumps(reported(small)))
     (small / "training.pt").write_bytes(pickle.dumps({"a": 1}))
     (small / "optimizer.bin").write_bytes(pickle.dumps([1, 2]))
+    (small / "stage.json").write_text("{}")
     (small / "checkpoint-3").mkdir()
     (small / "checkpoint-3" / "model.safetensors").write_bytes(b"old")
     (small / "teacher").mkdir()

@@ -14,6 +14,7 @@ from PIL import Image
 
 import hf_compress as hc
 from hf_compress.core.cost import Cost
+from hf_compress.report.comparison import _lineage
 from hf_compress.report.page import render_page
 from hf_compress.report.page_charts import quality_latency
 from hf_compress.report.page_facts import Facts
@@ -54,7 +55,9 @@ def full_entries():
     zeros = entry("zeros", 0.87, 1000, [1.0, 1.2, 1.1], [9.1, 9.9, 9.0], matrices=matrices,
                   classes=classes, standard_error=0.006, disk_bytes=8_000_000)  # fmt: skip
     text = {"tokens": ["[CLS]", "a", "<b>", "film"], "layers": [2, 0, 1, 2], "depth": 2}
-    words = entry("words", 0.91, 300, [0.4, 0.5, 0.41], [3.0, 3.5, 3.0], words=[text], standard_error=0.02)
+    job = {"name": "words", "stage": "token_pruning", "options": {"learning_rate": 2e-5, "seed": 1}, "seconds": 93.4}
+    words = entry("words", 0.91, 300, [0.4, 0.5, 0.41], [3.0, 3.5, 3.0], words=[text], standard_error=0.02,
+                  lineage=[job])  # fmt: skip
     return [replace(dense, classes=classes), heads, zeros, words]
 
 
@@ -73,6 +76,7 @@ def test_every_number_of_the_page_stands_in_the_report(report):
         "models.1.verdicts.0", "models.1.quality_change", "models.2.latency.1.speedup_over_second.median",
         "models.1.heads.1", "models.1.neurons.0", "models.3.words.0.layers.2", "models.2.matrices.3.zeros",
         "models.1.classes.1.recall", "models.1.steps.0.settings.mac_ratio", "models.1.changes.lost", "command",
+        "models.3.lineage.0.options.learning_rate",
         "hardware", "models.0.disk_bytes", "num_examples",
     ):  # fmt: skip
         assert place in told, place
@@ -203,6 +207,16 @@ def test_the_command_of_a_report_is_the_one_that_was_typed(tmp_path):
     )
     data = f"--task_name sst2 --max_length 64 --output_dir {tmp_path}"
     assert arguments.command_line() == f"hf-compress report --models 'a b' c --latency_repeats 3 {data}"
+
+
+def test_the_jobs_of_a_recipe_are_read_from_beside_a_model(tmp_path, caplog):
+    assert _lineage(None) == _lineage(str(tmp_path)) == []
+    job = {"name": "a", "stage": "finetune", "options": {"seed": 1}, "seconds": 1.5}
+    (tmp_path / "lineage.json").write_text(json.dumps([{**job, "files": {}, "code": {}}]))
+    assert _lineage(str(tmp_path)) == [job]
+    (tmp_path / "lineage.json").write_text("[1]")
+    assert _lineage(str(tmp_path)) == []
+    assert "lineage.json cannot be read" in caplog.text
 
 
 PROBE = """<script>parent.document.documentElement.dataset.probe = JSON.stringify({

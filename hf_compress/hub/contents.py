@@ -28,7 +28,8 @@ class Contents:
 
 def _of_a_training(part: str) -> bool:
     """Whether a file or folder of this name is a training's own or a program's, and no part of a model."""
-    return part.startswith((".", "_", "checkpoint-")) or part.endswith(".lock")
+    # Recipes note in stage.json which files a job has read.
+    return part.startswith((".", "_", "checkpoint-")) or part.endswith(".lock") or part == "stage.json"
 
 
 def contents_of(folder: str | Path, include_teacher: bool = False) -> Contents:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ from hf_compress.tasks.task import Batch
 
 logger = logging.getLogger(__name__)
 
+# Recipes write it beside each model.
+_LINEAGE = "lineage.json"
 # Texts whose surviving words are shown.
 _TEXTS = 5
 
@@ -198,6 +201,7 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
             steps=_steps(each.model),
             classes=answers.by_class(),
             words=_words(each),
+            lineage=_lineage(folders.get(name)),
         )
 
 
@@ -207,6 +211,20 @@ def _steps(model: PreTrainedModel) -> list[dict[str, Any]]:
         {"method": name, "settings": {key: settings[key] for key in settings if key in _inputs_of(name)}}
         for name, settings in steps_with_settings(model.config)
     ]
+
+
+def _lineage(folder: str | None) -> list[dict[str, Any]]:
+    """The jobs that a recipe has noted beside a model; none where no recipe made it."""
+    file = Path(folder or "", _LINEAGE)
+    if folder is None or not file.is_file():
+        return []
+    try:
+        jobs = json.loads(file.read_text(encoding="utf-8"))
+        return [{key: job[key] for key in ("name", "stage", "options", "seconds")} for job in jobs]
+    except (ValueError, TypeError, LookupError) as error:
+        # What was measured is worth more.
+        logger.warning("%s cannot be read: %s", file, error)
+        return []
 
 
 def _words(each: Measured) -> list[dict[str, Any]]:

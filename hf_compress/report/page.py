@@ -172,8 +172,21 @@ def _lineage(facts: Facts) -> Iterator[str]:
         steps = "".join(f"<li>{_step(facts, i, k)}</li>" for k in range(len(model["steps"])))
         where = f' <span class="soft">from {facts.write(f"models.{i}.folder")}</span>' if model["folder"] else ""
         done = f'<ol class="steps">{steps}</ol>' if steps else '<p class="soft">Its record holds no steps.</p>'
-        content.append(f"<p><b>{name_of(facts, i)}</b>{where}</p>{done}")
+        jobs = "".join(f"<li>{_job(facts, i, k)}</li>" for k in range(len(model.get("lineage") or ())))
+        made = f'<p class="soft">Made by a recipe, job after job:</p><ol class="steps">{jobs}</ol>' if jobs else ""
+        content.append(f'<p class="model"><b>{name_of(facts, i)}</b>{where}</p>{done}{made}')
     yield from _section("Lineage", "The record of each model: what was done to it, in order.", "".join(content))
+
+
+def _job(facts: Facts, i: int, k: int) -> str:
+    """One job of the recipe that made a model, as it stands in the recipe."""
+    at = f"models.{i}.lineage.{k}"
+    options = " ".join(
+        f"<code>{html.escape(name)}: {facts.write(f'{at}.options.{name}')}</code>"
+        for name in facts.at(f"{at}.options")
+    )
+    seconds = facts.write(f"{at}.seconds", "rate")
+    return f"<b>{facts.write(f'{at}.name')}</b>: {facts.write(f'{at}.stage')} {options} ({seconds} s)"
 
 
 def _step(facts: Facts, i: int, k: int) -> str:

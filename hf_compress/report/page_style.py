@@ -76,7 +76,8 @@ text-align:center;background:color-mix(in srgb,var(--own) calc(45% * var(--part)
 overflow-wrap:anywhere}}
 .word.gone{{color:var(--soft)}}
 .word small{{display:block;font-size:.68rem;color:var(--soft)}}
-ol.steps{{margin:8px 0 0;padding-left:1.3em;font-size:.92rem}}
+.model{{margin:18px 0 0}}
+ol.steps{{margin:4px 0 0;padding-left:1.3em;font-size:.92rem}}
 ol.steps li{{margin-bottom:6px;overflow-wrap:anywhere}}
 code{{font:.88em ui-monospace,"DejaVu Sans Mono",monospace}}
 pre{{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--card);border:1px solid var(--line);

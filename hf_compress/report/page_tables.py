@@ -15,11 +15,11 @@ from hf_compress.report.sparsity import Matrix, grid_of, has_zeros
 _MOST_CLASSES = 20
 
 
-def name_of(facts: Facts, place: int) -> str:
+def name_of(facts: Facts, place: int, tagged: bool = True) -> str:
     """A model's name with the dot of its colour, and whether it is a baseline."""
     name = facts.at(f"models.{place}.name")
     kinds = {facts.at("baseline"): "baseline", facts.at("second_baseline"): "second baseline"}
-    tag = f'<span class="tag">{kinds[name]}</span>' if name in kinds else ""
+    tag = f'<span class="tag">{kinds[name]}</span>' if tagged and name in kinds else ""
     return f'<span class="dot" style="--own:{colour_of(place)}"></span>{facts.write(f"models.{place}.name")}{tag}'
 
 
@@ -139,7 +139,7 @@ def change_tables(facts: Facts) -> str:
         ("", [name_of(facts, i), *(facts.write(f"models.{i}.changes.{key}", "text") for key in keys)]) for i in changed
     ]
     examples = [
-        ("", [name_of(facts, i), *(facts.write(f"models.{i}.changes.examples.{k}.{key}") for key in _EXAMPLE)])
+        ("", [name_of(facts, i, False), *(facts.write(f"models.{i}.changes.examples.{k}.{key}") for key in _EXAMPLE)])
         for i in changed
         for k in range(len(facts.at(f"models.{i}.changes.examples")))
     ]

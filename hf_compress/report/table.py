@@ -36,6 +36,7 @@ class Entry:
         changes: What `changed_answers` found; None for the baseline.
         steps: What its record says was done to it: `method` and its telling `settings`.
         classes: Precision, recall and F1 of each class, as `Answers.by_class` gives them; None: no classes.
+        lineage: The jobs of the recipe that made it, the first one first: `name`, `stage`, `options` and `seconds`.
         words: For some texts `tokens` and, for each of them, how many layers it leaves (`layers`), and of how many.
     """
 
@@ -54,6 +55,7 @@ class Entry:
     steps: list[dict[str, Any]] = field(default_factory=list)
     classes: list[dict[str, Any]] | None = None
     words: list[dict[str, Any]] = field(default_factory=list)
+    lineage: list[dict[str, Any]] = field(default_factory=list)
 
 
 def bytes_on_disk(folder: str | os.PathLike[str] | None) -> int | None:
