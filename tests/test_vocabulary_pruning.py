@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from pydoc_data.topics import topics
 
 import pytest
@@ -29,6 +30,8 @@ from transformers import (
 
 import hf_compress as hc
 from hf_compress.methods.vocabulary_pruning.runs import numbers_of, runs_of
+from hf_compress.methods.vocabulary_pruning.selection import kept_ids
+from hf_compress.methods.vocabulary_pruning.trimming import trimmed
 from tests.rounding import assert_equal_to_rounding
 
 
@@ -85,6 +88,21 @@ def unigram(folder):
 def unigram_with_bytes(folder):
     content = json.loads(unigram(folder).backend_tokenizer.to_str())
     content["model"]["vocab"] += [[f"<0x{byte:02X}>", -20.0] for byte in range(256)]
+    return with_bytes(content, folder)
+
+
+def bpe_with_bytes(folder):
+    """As Llama's: spaces belong to words, words of the vocabulary are taken whole, the rest may become bytes."""
+    names = [*ROBERTA.values(), *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=names, show_progress=False)
+    backend = trained(models.BPE(unk_token="<unk>"), trainer, pre=pre_tokenizers.Metaspace())
+    content = json.loads(backend.to_str())
+    content["model"]["ignore_merges"] = True
+    content["added_tokens"] = content["added_tokens"][: len(ROBERTA)]
+    return with_bytes(content, folder)
+
+
+def with_bytes(content, folder):
     content["model"]["byte_fallback"] = True
     content["decoder"] = {
         "type": "Sequence",
@@ -125,6 +143,7 @@ KINDS = {
     "byte-level": byte_level,
     "unigram": unigram,
     "unigram with bytes": unigram_with_bytes,
+    "bpe with bytes": bpe_with_bytes,
     "bpe with ends": bpe_with_ends,
 }
 _made = {}
@@ -208,7 +227,7 @@ def test_other_texts_fall_back(pruned):
 
 
 def test_texts_of_any_script_survive_bytes(tokenizer):
-    for kind in ("byte-level", "unigram with bytes"):
+    for kind in ("byte-level", "unigram with bytes", "bpe with bytes"):
         before = tokenizer(kind)
         _, after = hc.prune_vocabulary(bert(before), before, ["a few words"])
         assert len(after) < 300
@@ -216,6 +235,15 @@ def test_texts_of_any_script_survive_bytes(tokenizer):
             read = [one.decode(one(text)["input_ids"], skip_special_tokens=True) for one in (before, after)]
             assert read[1] == read[0]
             assert kind != "byte-level" or read[1] == text
+
+
+def test_any_corpus_is_read_by_the_same_tokens(tokenizer, kind):
+    before, generator = tokenizer(kind), random.Random(0)
+    for number in (1, 2, 5, 20):
+        corpus = [*generator.sample(LINES, number), UNSEEN]
+        after = trimmed(before, kept_ids(before, corpus))
+        assert len(after) < len(before)
+        assert [tokens(after, text) for text in corpus] == [tokens(before, text) for text in corpus]
 
 
 def test_unknown_words_stay_unknown(tmp_path):
@@ -230,6 +258,41 @@ def test_unknown_words_stay_unknown(tmp_path):
     assert tokens(after, "abcde word") == ["[UNK]", "word"]
     assert "abcd" in after.get_vocab()
     assert "ab" not in after.get_vocab()
+
+
+LAST = (("[SEP]", 5), ("[CLS]", 4))
+PROCESSORS = {
+    "template": lambda: processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=LAST
+    ),
+    "bert": lambda: processors.BertProcessing(*LAST),
+    "roberta": lambda: processors.RobertaProcessing(*LAST),
+    "sequence": lambda: processors.Sequence([processors.ByteLevel(), processors.BertProcessing(*LAST)]),
+}
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_special_tokens_that_stand_last_move(processor, tmp_path):
+    names = ["long", "word", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "rare"]
+    backend = Tokenizer(models.WordPiece({name: index for index, name in enumerate(names)}, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.post_processor = pre_tokenizers.BertPreTokenizer(), PROCESSORS[processor]()
+    backend.enable_padding(pad_id=2, pad_token="[PAD]")
+    before = opened(backend, PreTrainedTokenizerFast, tmp_path, **SPECIAL)
+    model, after = hc.prune_vocabulary(bert(before), before, ["word"])
+    assert json.loads(after.backend_tokenizer.to_str())["padding"]["pad_id"] == 1
+    assert after.convert_ids_to_tokens(range(len(after))) == ["word", *SPECIAL.values(), "<city>"]
+    assert model.embeddings.word_embeddings.padding_idx == model.config.pad_token_id == after.pad_token_id == 1
+    assert after("word <city> x")["input_ids"] == [3, 0, 5, 2, 4]
+
+
+def test_the_score_of_unknown_characters_stays(tmp_path):
+    """It lies 10 below the lowest one. Without the unused piece that has it, `xyz` would be unknown and `yz`."""
+    pieces = [("<unk>", 0.0), ("xy", -12.0), ("z", -12.0), ("yz", -1.0), ("unused", -15.0), ("also", -14.0)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    before = opened(backend, PreTrainedTokenizerFast, tmp_path, unk_token="<unk>", pad_token="<unk>")
+    _, after = hc.prune_vocabulary(bert(before), before, ["xyz", "yz"])
+    assert tokens(after, "xyz") == tokens(before, "xyz") == ["xy", "z"]
+    assert set(after.get_vocab()) == {"<unk>", "xy", "z", "yz", "unused", "<city>"}
 
 
 def test_merges_on_the_way_stay(tmp_path):
@@ -347,6 +410,7 @@ def test_refusals_leave_the_model_as_it_was(tokenizer):
     model = bert(before)
     weight = model.embeddings.word_embeddings.weight
     small = BertModel(BertConfig(vocab_size=50, **SIZES))
+    other = hc.compress(bert(before), hc.VocabularyPruningConfig(kept_ids=[0, 1, 9]))
     for call, message in (
         (lambda: hc.prune_vocabulary(model, before, []), "corpus must hold at least one text, got none"),
         (
@@ -362,6 +426,10 @@ def test_refusals_leave_the_model_as_it_was(tokenizer):
         (lambda: hc.compress(model, hc.VocabularyPruningConfig(corpus=["x"])), "was not opened from a folder"),
         (lambda: hc.compress(small, hc.VocabularyPruningConfig(kept_ids=[1, 50])), "model's 50 tokens, got 50"),
         (lambda: hc.trim_tokenizer(before, model), "must have gone through vocabulary_pruning"),
+        (
+            lambda: hc.trim_tokenizer(before, other),
+            r"must hold the special and added tokens of .*, got none for .\[CLS\]",
+        ),
         (lambda: hc.VocabularyPruningConfig(corpus=[]), "at least one file"),
         (lambda: hc.VocabularyPruningConfig(min_count=0), "min_count must be at least 1, got 0"),
         (lambda: hc.VocabularyPruningConfig(kept_ids=[3, 2]), "ascending"),
