@@ -1,6 +1,8 @@
 """Folders for ONNX Runtime: they compute what PyTorch computes, or are not written."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import transformers
 
 import hf_compress as hc
 from hf_compress.core.forward_state import FORWARD_STATE, forward_state
+from hf_compress.core.saving import complete_or_absent
 from tests.conftest import ARCHITECTURES, HEADS
 from tests.rounding import assert_equal_to_rounding
 
@@ -95,6 +98,8 @@ def test_missing_inputs(exported, tokenizer):
         assert_equal_to_rounding(runtime(input_ids=ids).logits, model(input_ids=ids).logits)
     with pytest.raises(ValueError, match="must have the inputs input_ids, .*; input_ids is missing"):
         runtime(attention_mask=torch.ones_like(ids))
+    with pytest.raises(ValueError, match="return_dict must be true"):
+        runtime(input_ids=ids, return_dict=False)
 
 
 def test_bad_folders(exported, tmp_path):
@@ -132,6 +137,28 @@ def test_only_single_precision(model, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="must be a transformers PreTrainedModel, got Linear"):
         hc.export_onnx(torch.nn.Linear(2, 2), tmp_path / "new", [])
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_whose_files_are_half_moved_has_no_graph(tmp_path, monkeypatch):
+    """The old graphs go first and the new ones come last."""
+    for name in ("model.onnx", "model_int8.onnx", "config.json"):
+        (tmp_path / name).write_text("old")
+    moved = []
+
+    def stop(source, target):
+        moved.append(Path(target).name)
+        raise KeyboardInterrupt
+
+    def interrupted():
+        with complete_or_absent(tmp_path) as staged:
+            for name in ("config.json", "export.json", "model.onnx"):
+                (staged / name).write_text("new")
+            monkeypatch.setattr(os, "replace", stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert moved == ["config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.slow
