@@ -38,6 +38,9 @@ from tests.guided_setup import dense  # noqa: E402
 from tests.two_processes import TwoProcesses  # noqa: E402
 
 
+# Reading them would put the folder on the path, and this process would find a method that it has not loaded.
+collect_ignore = ["toy_method", "toy_program.py"]
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(int(THREADS))
