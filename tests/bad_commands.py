@@ -288,6 +288,9 @@ def wrong_values() -> list[str]:
                 if value == "model" and name in ("demo", "report"):
                     # Their files do not replace the model's.
                     continue
+                if (name, option.name, value) == ("prune-vocabulary", "output_dir", "model"):
+                    # It opens another one, whose folder it must not replace.
+                    value = "pieces"
                 (others if option.name in seen else first).append(_with(name, option.name, value))
             seen.add(option.name)
     return first + others
