@@ -181,7 +181,7 @@ def _print_report(arguments: StageArguments, results: Mapping[str, Any]) -> None
 def print_report(folder: str) -> None:
     """Print the table of a report, and the folder of its other files."""
     print(Path(folder, "report.md").read_text(encoding="utf-8"))
-    print(f"table, report.json and plots are in {folder}")
+    print(f"report.html (one page to show), report.json, the table and plots are in {folder}")
 
 
 def _print_pushed(arguments: StageArguments, results: Mapping[str, Any]) -> None:

@@ -117,7 +117,7 @@ def make_small(graph: Path, small: Path, feeds: Sequence[Feed], live: Any, bound
     expected = _outputs(graph, feeds, live)
     layers = _layers(graph, folded, feeds[0])
     if not layers:
-        raise ValueError("int8 must be left out: the exported graph has no weights that could be small.")
+        raise ValueError("int8 must be left out: the exported graph has no weights that can be stored in eight bits.")
 
     def moved_with(kept: int) -> float:
         with _quiet():
