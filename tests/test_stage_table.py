@@ -14,7 +14,7 @@ from hf_compress.cli.options import stage_groups
 from hf_compress.cli.output import recovery_hint
 from hf_compress.methods import METHODS
 from hf_compress.methods.linformer import LinformerConfig
-from hf_compress.methods.structured_pruning import modeling
+from hf_compress.methods.structured_pruning import measuring
 from hf_compress.stages.arguments import DeviceArguments, OutputArguments, StageArguments
 from hf_compress.stages.finetune import Finetune
 from hf_compress.stages.models import ModelArguments
@@ -95,7 +95,7 @@ def test_too_few_tokens_are_found_before_the_pass_over_the_data(tmp_path, monkey
     rows = [f"{'good' if i % 2 else 'bad'} w{i % 9}\t{i % 2}" for i in range(40)]
     (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(modeling, "collect_inputs", None)
+    monkeypatch.setattr(measuring, "collect_inputs", None)
     line = "prune-structure --model_name_or_path model --data_dir . --output_dir out --max_length 16 --device cpu"
     assert main([*line.split(), "--calibration_samples", "4"]) == 2
     assert "data must hold at least 64 tokens" in capsys.readouterr().err

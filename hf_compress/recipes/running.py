@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import os
 import time
@@ -14,6 +15,7 @@ import torch
 from transformers import set_seed
 
 from hf_compress.core.saving import sole_training, write_json
+from hf_compress.core.shared_passes import shared_passes
 from hf_compress.recipes.estimates import duration
 from hf_compress.recipes.lineage import lineage_of, write_lineage
 from hf_compress.recipes.log import FILE as LOG_FILE
@@ -49,25 +51,41 @@ def run_plan(plan: Plan, fill: Fill, say: Callable[[str], None]) -> dict[str, Ma
     folder = Path(plan.recipe.output_dir)
     with sole_training(folder):
         left = plan.seconds_left
-        for place, checked in enumerate(plan.jobs, start=1):
-            title = plan.title(place)
-            # Another process may have run the recipe since it was planned.
-            planned = refreshed(checked)
-            if planned.state.results is not None:
-                say(f"{title}  {doing(planned)}")
-                results[planned.job.name] = planned.state.results
-                left -= checked.seconds if checked.to_do else 0
-                continue
-            say(f"{title}  {doing(planned)} of {duration(left)} left")
-            with logged_to(folder / LOG_FILE) as warned:
-                logger.info("%s begins with %s", title, dict(planned.values))
-                seconds, results[planned.job.name] = _run(planned, fill, folder)
-                logger.info("%s took %s", title, duration(seconds))
-            left = max(left - checked.seconds, 0.0)
-            about = f" ({warned.found} warning{'s' * (warned.found > 1)} in {LOG_FILE})" if warned.found else ""
-            say(f"{title}  done in {duration(seconds)}{about}")
+        numbered = enumerate(plan.jobs, start=1)
+        for _, members in itertools.groupby(numbered, key=lambda each: each[1].job.entry.name):
+            # The members of a family differ in what is left of a model, not in what it is measured on.
+            with shared_passes():
+                for place, checked in members:
+                    left = _take_turn(plan, place, checked, fill, say, left, results)
         _choose(plan, results, say)
     return results
+
+
+def _take_turn(
+    plan: Plan,
+    place: int,
+    checked: Planned,
+    fill: Fill,
+    say: Callable[[str], None],
+    left: float,
+    results: dict[str, Mapping[str, Any]],
+) -> float:
+    """Run or skip one job and note its results; returns the seconds that are left after it."""
+    folder, title = Path(plan.recipe.output_dir), plan.title(place)
+    # Another process may have run the recipe since it was planned.
+    planned = refreshed(checked)
+    if planned.state.results is not None:
+        say(f"{title}  {doing(planned)}")
+        results[planned.job.name] = planned.state.results
+        return left - checked.seconds if checked.to_do else left
+    say(f"{title}  {doing(planned)} of {duration(left)} left")
+    with logged_to(folder / LOG_FILE) as warned:
+        logger.info("%s begins with %s", title, dict(planned.values))
+        seconds, results[planned.job.name] = _run(planned, fill, folder)
+        logger.info("%s took %s", title, duration(seconds))
+    about = f" ({warned.found} warning{'s' * (warned.found > 1)} in {LOG_FILE})" if warned.found else ""
+    say(f"{title}  done in {duration(seconds)}{about}")
+    return max(left - checked.seconds, 0.0)
 
 
 def _choose(plan: Plan, results: Mapping[str, Mapping[str, Any]], say: Callable[[str], None]) -> None:

@@ -22,6 +22,7 @@ from hf_compress.core.batches import on_device
 from hf_compress.core.data_needs import Data, require_batches
 from hf_compress.core.modes import evaluating
 from hf_compress.core.processes import all_told
+from hf_compress.core.shared_passes import measured_once
 from hf_compress.methods.structured_pruning.allocation import budget_too_small
 from hf_compress.methods.structured_pruning.mask_tuning import Masks, masked, tune_masks
 
@@ -223,7 +224,9 @@ def fisher_selection(
     Raises:
         ValueError: If the budget cannot be met, or the data has no labels or gives a gradient that is not finite.
     """
-    unit_grads, neuron_grads = collect_gradients(model, layers, data)
+    unit_grads, neuron_grads = measured_once(
+        ("mask gradients",), model, data, lambda: collect_gradients(model, layers, data)
+    )
 
     def search(ratio: float) -> Masks:
         return search_masks(

@@ -5,21 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
-from hf_compress.core.batches import base_inputs, seen_tokens
-from hf_compress.core.calibration import collect_inputs
+from hf_compress.core.batches import base_inputs
 from hf_compress.core.data_needs import Data, DataNeeds
 from hf_compress.core.driver import LayerWalk
-from hf_compress.core.layer_calls import NotWalkable
-from hf_compress.core.moments import SecondMoments
 from hf_compress.core.processes import added_up
-from hf_compress.core.projections import Projection
+from hf_compress.core.shared_passes import measured_once
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
 from hf_compress.methods.structured_pruning.allocation import (
     UNIT_KINDS,
@@ -34,12 +31,11 @@ from hf_compress.methods.structured_pruning.correction import (
     cut_,
     gram_matrix,
     output_projection,
-    output_projections,
-    require_tokens,
     scaled_columns,
     warn_of_filled_zeros,
 )
 from hf_compress.methods.structured_pruning.fisher import fisher_selection
+from hf_compress.methods.structured_pruning.measuring import Lengths, empty_moments, measure_and_rank
 from hf_compress.methods.structured_pruning.selection import rank
 
 
@@ -121,79 +117,30 @@ def plain(model: PreTrainedModel, config: StructuredPruningConfig) -> dict[str, 
     return plain_sizes(model)
 
 
-class _Lengths:
-    """Counts the examples and the real tokens of the batches that it is called with."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        # Examples and tokens.
-        self._counts = torch.zeros(2, dtype=torch.float64)
-
-    def __call__(self, inputs: Mapping[str, Any]) -> None:
-        live = seen_tokens(self._model, inputs)
-        self._counts += torch.tensor([len(live), int(live.sum())])
-
-    def sums(self) -> list[Tensor]:
-        return [self._counts]
-
-    @property
-    def mean(self) -> float:
-        examples, tokens = self._counts.tolist()
-        return float(tokens / examples)
-
-
 def _compress_by_activations(
     model: PreTrainedModel, layers: Sequence[TransformerLayer], config: StructuredPruningConfig, data: Data
 ) -> StructuredPruningConfig:
-    moments = {key: _empty_moments(out) for key, out in output_projections(layers).items()}
-    lengths = _Lengths(model)
-    with added_up(lengths):
-        walk = _measure_intact(model, layers, config, data, moments, lengths)
-    require_tokens(layers, config, min(measured.num_rows for measured in moments.values()))
-    generator = torch.Generator().manual_seed(config.seed)
-    rankings = {
-        (index, kind): rank(layers[index], kind, gram_matrix(measured, config.center), config.selection, generator)
-        for (index, kind), measured in moments.items()
-    }
-    seq_len = config.seq_len or lengths.mean
+    measure = partial(measure_and_rank, model, layers, config, data)
+    if config.order == "one_shot":
+        # With order="sequential" the walk is part of what was measured, and goes on through this model.
+        what = ("activations", config.selection, config.center, config.seed, config.correction, config.ridge)
+        measured = measured_once(what, model, data, measure)
+    else:
+        measured = measure()
+    rankings = measured.rankings
+    seq_len = config.seq_len or measured.mean_length
     sublayers = _sublayers(layers, config, seq_len, {key: ranking.priorities for key, ranking in rankings.items()})
     sizes, tolerance = allocate(sublayers, config.mac_ratio * full_cost(sublayers))
     kept = dict(zip(rankings, sizes, strict=True))
-    if walk is None:
+    if measured.walk is None:
         for key, ranking in rankings.items():
-            cut_(layers[key[0]], key[1], ranking, kept[key], config, moments.pop(key))
+            cut_(layers[key[0]], key[1], ranking, kept[key], config, measured.moments[key])
     else:
         # Every sublayer is measured again, so the moments of the intact model only take up memory.
-        moments.clear()
-        _cut_in_order(walk, layers, config, kept, generator)
+        measured.moments.clear()
+        _cut_in_order(measured.walk, layers, config, kept, measured.generator)
     # Priorities are shares of squared norms; the record holds a ratio of norms.
     return _completed(config, layers, seq_len, tolerance**0.5)
-
-
-def _empty_moments(out: Projection) -> SecondMoments:
-    return SecondMoments(out.in_features, out.weight.device)
-
-
-def _measure_intact(
-    model: PreTrainedModel,
-    layers: Sequence[TransformerLayer],
-    config: StructuredPruningConfig,
-    data: Data,
-    moments: Mapping[tuple[int, UnitKind], SecondMoments],
-    lengths: _Lengths,
-) -> LayerWalk | None:
-    """Measure the intact model; with `order="sequential"`, return the walk that visits its layers in order."""
-    modules = {key: out.module for key, out in output_projections(layers).items()}
-    if config.order == "one_shot":
-        collect_inputs(model, modules, moments, data, lengths, "layer statistics")
-        return None
-    try:
-        within = [layer.module for layer in layers]
-        return LayerWalk(model, within, data, modules=modules, statistics=moments, on_batch=lengths)
-    except NotWalkable as error:
-        raise ValueError(
-            f"order='sequential' cannot be used with {model.config.model_type}: {error}. Use order='one_shot'."
-        ) from error
 
 
 def _cut_in_order(
@@ -207,7 +154,7 @@ def _cut_in_order(
     for index in walk:
         for kind in UNIT_KINDS:
             out = output_projection(layers[index], kind)
-            moments = _empty_moments(out)
+            moments = empty_moments(out)
             walk.observe({kind: out.module}, {kind: moments})
             ranking = rank(layers[index], kind, gram_matrix(moments, config.center), config.selection, generator)
             cut_(layers[index], kind, ranking, kept[index, kind], config, moments)
@@ -216,7 +163,7 @@ def _cut_in_order(
 def _compress_by_fisher(
     model: PreTrainedModel, layers: Sequence[TransformerLayer], config: StructuredPruningConfig, data: Data
 ) -> StructuredPruningConfig:
-    lengths = _Lengths(model)
+    lengths = Lengths(model)
     with added_up(lengths):
         for batch in data:
             lengths(base_inputs(model, batch))
