@@ -6,7 +6,8 @@
 Every method trains on the same rows for as many updates. Learning rates are chosen with the first seed on rows of the
 training split that nothing trains on, by the mean accuracy over the tasks: once for the teacher, and for each student
 once for hard labels, once for each kind of distillation, and once for proximal training (at `--tuned_weight`). Each
-finished cell is one line of the result file and is not computed again; `--table` prints what the file holds.
+finished cell is one line of the result file and is not computed again; `--table` prints what the file holds. On a GPU
+several cells at once keep it busy: `--workers`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import argparse
 import dataclasses
 import gc
 import json
+import multiprocessing
 import shutil
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +73,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, default=-1)
     parser.add_argument("--out", required=True, help="JSON lines.")
     parser.add_argument("--work_dir", default="runs")
+    parser.add_argument("--workers", type=int, default=1, help="Processes that compute cells.")
+    parser.add_argument("--tf32", action="store_true", help="Matrix products of TensorFloat-32, on a GPU.")
+    parser.add_argument("--commit", help="Where there is no git.")
     parser.add_argument("--table", action="store_true", help="Train nothing; print the table.")
     return parser.parse_args()
 
@@ -81,12 +89,21 @@ def bilstm(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: T
     return model
 
 
+# Task, student, method, seed, learning rate, proximal weight.
+Place = tuple[str, str, str, int, float, float]
+
+
 class Cells:
     """A file of JSON lines, one for each finished cell."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.file, self.args = Path(args.out), args
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.found: list[dict[str, Any]] = []
+        self.read()
+
+    def read(self) -> None:
+        """Take over what other processes have added."""
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         self.found = [json.loads(line) for line in lines]
 
@@ -95,8 +112,10 @@ class Cells:
         return next((cell for cell in self.found if cell["key"] == key), None)
 
     def add(self, key: dict[str, Any], scores: dict[str, Any], start: float) -> dict[str, Any]:
-        cell = {"key": key, **scores, "seconds": round(time.time() - start, 1), "commit": commit()}
+        cell = {"key": key, **scores, "seconds": round(time.time() - start, 1), "commit": self.args.commit or commit()}
         cell["machine"] = {k: v for k, v in machine().items() if k != "load_average_1min"}
+        if torch.cuda.is_available():
+            cell["machine"] |= {"gpu": torch.cuda.get_device_name(), "tf32": self.args.tf32}
         with self.file.open("a") as out:
             out.write(json.dumps(cell) + "\n")
         self.found.append(cell)
@@ -211,10 +230,11 @@ class Grid:
         rows = self.rows(name, task, tokenizer)
         folder = self.teacher_folder(name, seed, rate)
         common = {
-            "output_dir": str(folder) + "-run", "num_train_epochs": args.epochs, "learning_rate": rate,
+            "output_dir": tempfile.mkdtemp(dir=args.work_dir), "num_train_epochs": args.epochs, "learning_rate": rate,
             "max_steps": args.max_steps, "per_device_train_batch_size": args.batch_size, "warmup_steps": 0.06,
             "weight_decay": 0.01, "train_sampling_strategy": "group_by_length", "save_strategy": "no",
             "logging_steps": 10_000, "report_to": "none", "seed": seed, "disable_tqdm": True,
+            **({"tf32": True} if args.tf32 else {}),
         }  # fmt: skip
         trainer_class, teacher, teacher_name = hc.DistillationTrainer, None, args.teacher
         if method == "hard":
@@ -254,13 +274,23 @@ class Grid:
         gc.collect()
         return scores
 
-    def run(self) -> None:
-        """Compute all cells: for each seed the methods one after the other, each for all students and tasks."""
-        for seed in self.args.seeds:
-            for method, weight in self.variants():
-                for student in self.args.student:
-                    for task in self.args.only or self.tasks:
-                        self.cell(task, student, method, seed, self.chosen_rate(student, method), weight)
+    def steps(self) -> Iterator[list[Place]]:
+        """Lists of cells: those of one list need what the lists before it have found, and nothing of each other."""
+        args, first = self.args, self.args.seeds[0]
+        tuned, tasks = list(args.tuned_on or self.tasks), list(args.only or self.tasks)
+        if args.methods != ["hard"]:
+            yield [(task, "teacher", "hard", first, rate, 0.0) for rate in self.rates("teacher") for task in tuned]
+            rate = self.chosen_rate("teacher", "hard")
+            yield [(task, "teacher", "hard", seed, rate, 0.0) for seed in args.seeds for task in tasks]
+        yield [
+            (task, student, method, first, rate, args.tuned_weight)
+            for method in reversed(args.methods) for student in args.student if len(self.rates(student)) > 1
+            for rate in self.rates(student) for task in tuned
+        ]  # fmt: skip
+        yield [
+            (task, student, method, seed, self.chosen_rate(student, method), weight)
+            for seed in args.seeds for method, weight in self.variants() for student in args.student for task in tasks
+        ]  # fmt: skip
 
     def variants(self) -> Iterator[tuple[str, float]]:
         """Methods, and proximal training once for each weight."""
@@ -269,16 +299,52 @@ class Grid:
                 yield method, weight
 
 
-def main() -> None:
+_grids: list[Grid] = []
+
+
+def open_worker(args: argparse.Namespace) -> None:
+    """Prepare this process for `compute`."""
+    transformers_logging.set_verbosity_error()
+    disable_progress_bars()
+    torch.manual_seed(0)
+    if args.workers > 1:
+        torch.set_num_threads(1)
+    _grids.append(Grid(args, Cells(args)))
+
+
+def compute(place: Place) -> bool:
+    """Compute one cell in a process that `open_worker` has prepared; say whether it went well."""
+    [grid] = _grids
+    grid.cells.read()
+    try:
+        grid.cell(*place)
+    except Exception:
+        print(place, traceback.format_exc(), file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def compute_all(args: argparse.Namespace) -> bool:
+    """Compute all cells, those of one step at once; say whether all went well."""
+    Path(args.work_dir).mkdir(parents=True, exist_ok=True)
+    grid = Grid(args, Cells(args))
+    well = True
+    with multiprocessing.get_context("spawn").Pool(args.workers, open_worker, (args,)) as pool:
+        for step in grid.steps():
+            done: Iterable[bool] = pool.imap_unordered(compute, dict.fromkeys(step))
+            well = all(list(done)) and well
+            grid.cells.read()
+    return well
+
+
+def main() -> int:
     args = parse()
     transformers_logging.set_verbosity_error()
     disable_progress_bars()
-    cells = Cells(args)
-    if not args.table:
-        torch.manual_seed(0)
-        Grid(args, cells).run()
-    print_table(cells.found)
+    well = args.table or compute_all(args)
+    print_table(Cells(args).found)
+    return int(not well)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
