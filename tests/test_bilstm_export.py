@@ -38,7 +38,7 @@ def test_onnx_runtime(tmp_path, mode):
     model = bilstm(pair_mode=mode, num_layers=2, num_labels=3).float().eval()
     report = hc.export_onnx(model, tmp_path / "model", [batch_of(mode, *SHAPES[0])], int8=True, int8_bound=0.5)
     # Recurrent weights stay in float.
-    assert report["int8"]["num_small"] >= 1
+    assert report["int8"]["num_int8"] >= 1
     exported = hc.OnnxModel.from_pretrained(tmp_path / "model")
     for first, second in SHAPES:
         batch = batch_of(mode, first, second)

@@ -7,7 +7,7 @@ import pytest
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from hf_compress.export.int8 import make_small, movement  # noqa: E402
+from hf_compress.export.int8 import movement, write_int8  # noqa: E402
 from hf_compress.export.onnx_model import open_session  # noqa: E402
 
 
@@ -54,8 +54,8 @@ def everything(outputs, number):
 def test_nothing_stays_in_float_without_need(two_products, tmp_path):
     file, feeds = two_products(outlier=1.0)
     small = tmp_path / "small.onnx"
-    found = make_small(file, small, feeds, everything, bound=0.1)
-    assert (found.kept, found.num_small) == ([], 2)
+    found = write_int8(file, small, feeds, everything, bound=0.1)
+    assert (found.kept, found.num_int8) == ([], 2)
     # By hand: the outputs of both files.
     exact, rounded = (open_session(path).run(None, feeds[0])[0] for path in (file, small))
     assert 0 < found.moved == found.moved_without_guard < 0.03
@@ -68,7 +68,7 @@ def test_nothing_stays_in_float_without_need(two_products, tmp_path):
 
 def test_the_layer_with_an_outlier_stays_in_float(two_products, tmp_path):
     file, feeds = two_products(outlier=300.0)
-    found = make_small(file, tmp_path / "small.onnx", feeds, everything, bound=0.1)
+    found = write_int8(file, tmp_path / "small.onnx", feeds, everything, bound=0.1)
     assert found.kept == ["second_product"]
     assert found.moved_without_guard > 0.3 > 0.1 > found.moved > 0
     kinds = [node.op_type for node in onnx.load(tmp_path / "small.onnx").graph.node]
@@ -78,7 +78,7 @@ def test_the_layer_with_an_outlier_stays_in_float(two_products, tmp_path):
 def test_a_bound_that_no_layer_meets(two_products, tmp_path):
     file, feeds = two_products(outlier=300.0)
     with pytest.raises(ValueError, match=r"int8 moves the outputs .* leave int8 out, or allow more with int8_bound"):
-        make_small(file, tmp_path / "small.onnx", feeds, everything, bound=1e-6)
+        write_int8(file, tmp_path / "small.onnx", feeds, everything, bound=1e-6)
 
 
 def test_movement():

@@ -10,7 +10,7 @@ from scipy import stats
 
 from hf_compress.cli.main import main
 from hf_compress.report.quality import evaluated
-from hf_compress.stages.models import measured
+from hf_compress.stages.measured import measured
 from hf_compress.tasks.sources import DataArguments, load_task
 from tests.labelled_models import write_rows
 from tests.test_task_kinds import write_modules

@@ -20,7 +20,8 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.pre_tokenizers import Sequence, Split, Whitespace
 
 from hf_compress.report.quality import evaluated, standard_error
-from hf_compress.stages.models import measured, open_model
+from hf_compress.stages.measured import measured
+from hf_compress.stages.models import open_model
 from hf_compress.tasks.kinds import TASK_KINDS
 from hf_compress.tasks.language_modeling import LanguageModeling
 from hf_compress.tasks.question_answering import QuestionAnswering, SpanAnswers

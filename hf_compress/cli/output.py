@@ -231,7 +231,7 @@ def _print_exported(arguments: StageArguments, results: Mapping[str, Any]) -> No
     files = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in report["bytes"].items())
     print(f"within {report['largest_difference']:.1e} of PyTorch on {len(report['checks'])} batches; {files}")
     if "int8" in report:
-        _print_small(report["int8"])
+        _print_int8(report["int8"])
     for name, metrics in results["metrics"].items():
         shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
         print(f"{name:20s} {shown}")
@@ -244,12 +244,12 @@ def _print_exported(arguments: StageArguments, results: Mapping[str, Any]) -> No
     _print_saved(arguments)
 
 
-def _print_small(small: Mapping[str, Any]) -> None:
+def _print_int8(found: Mapping[str, Any]) -> None:
     print(
-        f"int8 moves the outputs by {small['moved']:.3f} of their spread ({small['moved_without_guard']:.3f} without "
-        f"the guard, {small['bound']:g} allowed)"
+        f"int8 moves the outputs by {found['moved']:.3f} of their spread ({found['moved_without_guard']:.3f} without "
+        f"the guard, {found['bound']:g} allowed)"
     )
-    print(f"{small['num_small']} layers in int8, left in float: {', '.join(small['kept']) or 'none'}")
+    print(f"{found['num_int8']} layers in int8, left in float: {', '.join(found['kept']) or 'none'}")
 
 
 _PRINTERS: dict[str, Callable[[StageArguments, Mapping[str, Any]], None]] = {

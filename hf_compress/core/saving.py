@@ -149,7 +149,8 @@ def require_own_folder(
 
     Args:
         output_dir: Folder of the results. It need not exist, and is not created here.
-        inputs: Name of an argument -> the model folder that it names. Names of the Hub and None are allowed.
+        inputs: Name of an argument -> the model folder, or file in one, that it names. Names of the Hub and None are
+            allowed.
 
     Raises:
         ValueError: If `output_dir` is empty, cannot be written, is the folder of an input, or belongs to a training
@@ -167,6 +168,8 @@ def require_own_folder(
         raise ValueError("output_dir is empty: name a folder.")
     target = Path(output_dir).absolute()
     for name, value in (inputs or {}).items():
+        if value and os.path.isfile(value):
+            value = Path(value).absolute().parent
         if value and os.path.isdir(value) and target.is_dir() and os.path.samefile(value, target):
             raise ValueError(
                 f"output_dir {str(output_dir)!r} is the folder of {name}: saving there would overwrite it. "

@@ -31,26 +31,26 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 @dataclass(frozen=True)
 class Guarded:
-    """The result of making weights of a graph small.
+    """The result of storing weights of a graph in eight bits.
 
     Args:
         moved: How far the outputs move on the real inputs, see `movement`.
-        moved_without_guard: The same with every weight small.
+        moved_without_guard: The same with every weight in eight bits.
         bound: That `moved` had to meet.
         kept: Names of the layers whose weights stay in float, those that lose most first.
-        num_small: Layers whose weights are small.
+        num_int8: Layers whose weights have eight bits.
     """
 
     moved: float
     moved_without_guard: float
     bound: float
     kept: list[str]
-    num_small: int
+    num_int8: int
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A node of the graph whose weights can be small: its name, what a person calls it, and its loss by itself."""
+    """A node whose weights can have eight bits: its name, what a person calls it, and its loss by itself."""
 
     node: str
     name: str
@@ -91,7 +91,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def make_small(graph: Path, small: Path, feeds: Sequence[Feed], live: Any, bound: float) -> Guarded:
+def write_int8(graph: Path, file: Path, feeds: Sequence[Feed], live: Any, bound: float) -> Guarded:
     """Write a graph with weights of eight bits, one scale for each output of a product.
 
     Activations become eight bits as they come (dynamic quantization). Layers are ranked by what their own rounding
@@ -99,20 +99,20 @@ def make_small(graph: Path, small: Path, feeds: Sequence[Feed], live: Any, bound
 
     Args:
         graph: An ONNX file in single precision.
-        small: Is written.
+        file: Is written.
         feeds: Real inputs by name.
         live: `(outputs, feed number) -> values of each output that count`, see `movement`.
         bound: The outputs must not move farther.
 
     Raises:
-        ValueError: If the outputs move farther although only one layer is small.
+        ValueError: If the outputs move farther although only one layer has eight bits.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    folded = small.with_name("folded.onnx")
+    folded = file.with_name("folded.onnx")
     with _quiet():
-        # Only weights that stand in the file can be small, not those that are computed from them.
+        # Only weights that stand in the file can have eight bits, not those that are computed from them.
         quant_pre_process(str(graph), str(folded), skip_symbolic_shape=True)
     expected = _outputs(graph, feeds, live)
     layers = _layers(graph, folded, feeds[0])
@@ -122,10 +122,10 @@ def make_small(graph: Path, small: Path, feeds: Sequence[Feed], live: Any, bound
     def moved_with(kept: int) -> float:
         with _quiet():
             quantize_dynamic(
-                str(folded), str(small), op_types_to_quantize=list(_TYPES), per_channel=True,
+                str(folded), str(file), op_types_to_quantize=list(_TYPES), per_channel=True,
                 weight_type=QuantType.QInt8, nodes_to_quantize=[layer.node for layer in layers[kept:]],
             )  # fmt: skip
-        return movement(expected, _outputs(small, feeds, live))
+        return movement(expected, _outputs(file, feeds, live))
 
     try:
         unguarded = moved_with(0)
@@ -163,7 +163,7 @@ def _outputs(file: Path, feeds: Sequence[Feed], live: Any) -> list[Array]:
 
 
 def _layers(graph: Path, folded: Path, feed: Feed) -> list[_Layer]:
-    """The layers whose weights can be small, those that lose most first."""
+    """The layers whose weights can have eight bits, those that lose most first."""
     import onnx
 
     names = {node.name: _scope(node) for node in onnx.load(str(graph), load_external_data=False).graph.node}

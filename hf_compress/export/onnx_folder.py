@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -18,11 +19,13 @@ from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenize
 
 from hf_compress.api import check_finite, steps_of
 from hf_compress.core.batches import layer_mask
+from hf_compress.core.cost import count_size
 from hf_compress.core.saving import complete_or_absent, require_own_folder, write_json
 from hf_compress.export.graph import OPSET, called_for_export, output_names, write_graph
 from hf_compress.export.inputs import Inputs, checked_inputs, example_inputs, read_inputs, size_of
-from hf_compress.export.int8 import Array, make_small
-from hf_compress.export.onnx_model import GRAPH, INSTALL, REPORT, SMALL_GRAPH, OnnxModel
+from hf_compress.export.int8 import Array, write_int8
+from hf_compress.export.onnx_model import GRAPH, INSTALL, INT8_GRAPH, REPORT, OnnxModel
+from hf_compress.tasks.pooling import own_sentence_files
 
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -61,7 +64,8 @@ def export_onnx(
 
     Returns:
         What `export.json` holds: sizes and differences of the comparison, bytes of the files, with int8 how far the
-        outputs moved and which layers stayed in float, the record's steps and the versions of all packages.
+        outputs moved and which layers stayed in float, the record's steps, the original's parameters and the versions
+        of all packages.
 
     Raises:
         ValueError: Before anything is written, if packages are missing, the model cannot be exported, is not in single
@@ -81,13 +85,27 @@ def export_onnx(
     with complete_or_absent(output_dir) as staged:
         report = _exported(model, staged, batches)
         if int8:
-            report["int8"] = _small(model, staged, batches, report["outputs"], int8_bound)
+            report["int8"] = _int8_report(model, staged, batches, report["outputs"], int8_bound)
         report["bytes"] = {file.name: file.stat().st_size for file in sorted(staged.glob("*.onnx"))}
-        model.config.save_pretrained(staged)
-        if processor is not None:
-            processor.save_pretrained(staged)
+        _write_beside(model, processor, staged)
         write_json(staged / REPORT, report)
     return report
+
+
+def _write_beside(
+    model: PreTrainedModel, processor: PreTrainedTokenizerBase | BaseImageProcessor | None, folder: Path
+) -> None:
+    """What readers of a folder need beside the graph: config, processor, how a sentence encoder pools."""
+    config = copy.deepcopy(model.config)
+    # A config that was never saved does not say what head the model has.
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    source = getattr(model.config, "_name_or_path", "")
+    for name, content in (own_sentence_files(source) if source else {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def require_bound(int8_bound: float) -> None:
@@ -128,6 +146,7 @@ def _exported(model: PreTrainedModel, folder: Path, batches: Sequence[Inputs]) -
         "opset": OPSET,
         "model": type(model).__name__,
         "steps": steps_of(model),
+        "size": count_size(model),
         "inputs": list(batches[0]),
         "outputs": names,
         "checks": checks,
@@ -180,7 +199,7 @@ def _compared(model: PreTrainedModel, exported: OnnxModel, batch: Inputs) -> dic
     return {"size": size_of(batch), "difference": largest}
 
 
-def _small(
+def _int8_report(
     model: PreTrainedModel, folder: Path, batches: Sequence[Inputs], names: Sequence[str], bound: float
 ) -> dict[str, Any]:
     """Write the graph of eight bits, with outputs of these names; returns its part of the report."""
@@ -190,4 +209,4 @@ def _small(
         named = {name: torch.from_numpy(np.asarray(value)) for name, value in zip(names, outputs, strict=True)}
         return [value.numpy() for value in _counting(model, batches[number], named)]
 
-    return asdict(make_small(folder / GRAPH, folder / SMALL_GRAPH, feeds, live, bound))
+    return asdict(write_int8(folder / GRAPH, folder / INT8_GRAPH, feeds, live, bound))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
-from transformers.utils.generic import ModelOutput
 
 from hf_compress.core.errors import first_line
+from hf_compress.core.exported import ExportedModel
 
 
 # Files of an exported folder.
-GRAPH, SMALL_GRAPH, REPORT = "model.onnx", "model_int8.onnx", "export.json"
+GRAPH, INT8_GRAPH, REPORT = "model.onnx", "model_int8.onnx", "export.json"
 INSTALL = "pip install 'hf_compress[onnx]'"
 
 
@@ -44,7 +46,7 @@ def open_session(file: str | os.PathLike[str], threads: int | None = None) -> An
         raise ValueError(f"ONNX Runtime cannot open {str(file)!r}: {first_line(error)}") from error
 
 
-class OnnxModel(nn.Module):
+class OnnxModel(ExportedModel):
     """An exported model that is called as the original is, with tensors by name; ONNX Runtime computes it on the CPU.
 
     Args:
@@ -61,17 +63,15 @@ class OnnxModel(nn.Module):
         tensor([[-1.2031,  1.4410]])
     """
 
-    main_input_name = "input_ids"
+    runtime = "ONNX Runtime"
 
     def __init__(
         self, file: str | os.PathLike[str], config: PretrainedConfig | None = None, threads: int | None = None
     ) -> None:
-        super().__init__()
-        self.session = open_session(file, threads)
-        self.config = config
-        self.inputs = [entry.name for entry in self.session.get_inputs()]
-        self.outputs = [entry.name for entry in self.session.get_outputs()]
-        self.eval()
+        session = open_session(file, threads)
+        inputs, outputs = ([entry.name for entry in ends] for ends in (session.get_inputs(), session.get_outputs()))
+        super().__init__(Path(file), inputs, outputs, config)
+        self.session = session
 
     @classmethod
     def from_pretrained(
@@ -87,66 +87,55 @@ class OnnxModel(nn.Module):
         Raises:
             ValueError: If the folder has no such graph.
         """
-        file = Path(folder, SMALL_GRAPH if int8 else GRAPH)
+        file = Path(folder, INT8_GRAPH if int8 else GRAPH)
         if not file.is_file():
             asked = " with int8" if int8 and Path(folder, GRAPH).is_file() else ""
             raise ValueError(f"{str(folder)!r} has no {file.name}: export the model{asked} first.")
-        return cls(file, AutoConfig.from_pretrained(folder), threads)
+        model = cls(file, AutoConfig.from_pretrained(folder), threads)
+        model.numbers = "int8" if int8 else "float32"
+        model.facts = export_report(folder)
+        return model
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
+    def compute(self, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        values = self.session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        return [torch.from_numpy(value) for value in values]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
 
-    @property
-    def base_model(self) -> OnnxModel:
-        return self
+def export_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the export noted in a folder; empty where there is nothing, or nothing that can be read."""
+    try:
+        found = json.loads(Path(folder, REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
-    def can_generate(self) -> bool:
-        """Pipelines ask; no exported graph does."""
-        return False
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        second_input_ids: Tensor | None = None,
-        second_attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        input_values: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> ModelOutput:
-        """Compute the outputs of the original.
+def exported_file(name: str) -> Path | None:
+    """The exported file that a name stands for; None where it stands for a model of transformers.
 
-        Args:
-            input_ids, attention_mask, token_type_ids: As the original takes them. A mask that is left out is all ones,
-                token types are all zeros.
-            second_input_ids, second_attention_mask: The second texts, of models that read pairs separately.
-            pixel_values, input_values: Images and sounds.
-            return_dict: Must be true; callers of transformers' models say so.
+    Args:
+        name: An ONNX file, a folder that `export_onnx` wrote (its graph of single precision), or a Hub name or folder
+            of a model.
 
-        Returns:
-            Tensors by name.
+    Example:
+        >>> exported_file("small_onnx/model_int8.onnx").name, exported_file("google-bert/bert-base-uncased")
+        ('model_int8.onnx', None)
+    """
+    path = Path(name)
+    if path.suffix == Path(GRAPH).suffix:
+        return path
+    return path / GRAPH if (path / REPORT).is_file() else None
 
-        Raises:
-            ValueError: If an input that the graph needs is missing, or `return_dict` is false.
-        """
-        if not return_dict:
-            raise ValueError("return_dict must be true: an exported model returns its outputs by name.")
-        given = {name: value for name, value in locals().items() if torch.is_tensor(value)}
-        outputs = self.session.run(None, {name: self._input(name, given).numpy() for name in self.inputs})
-        result = ModelOutput()  # type: ignore[no-untyped-call]  # of HF
-        for name, value in zip(self.outputs, outputs, strict=True):
-            result[name] = torch.from_numpy(value)
-        return result
 
-    def _input(self, name: str, given: dict[str, Tensor]) -> Tensor:
-        if name in given:
-            return given[name].cpu()
-        if "input_ids" in given and name in ("attention_mask", "token_type_ids"):
-            return torch.full_like(given["input_ids"], int(name == "attention_mask"))
-        raise ValueError(f"The exported model must have the inputs {', '.join(self.inputs)}; {name} is missing.")
+def open_exported(file: Path) -> OnnxModel:
+    """A graph in a folder that `export_onnx` wrote.
+
+    Raises:
+        ValueError: If it is none, or its folder does not say what was exported.
+    """
+    if file.name not in (GRAPH, INT8_GRAPH):
+        raise ValueError(f"{str(file)!r} must be {GRAPH} or {INT8_GRAPH} in a folder that export wrote.")
+    model = OnnxModel.from_pretrained(file.parent, int8=file.name == INT8_GRAPH)
+    if "size" not in model.facts:
+        raise ValueError(f"{str(file.parent)!r} has no {REPORT} with the size of the model: export it again.")
+    return model

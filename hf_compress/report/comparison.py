@@ -8,20 +8,20 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.core.architectures import ARCHITECTURES, TransformerLayer, layers_of
-from hf_compress.core.batches import base_inputs, seen_tokens
-from hf_compress.core.cost import Cost, CountsItself, count_cost, count_size
+from hf_compress.core.cost import CountsItself
+from hf_compress.core.exported import ExportedModel
 from hf_compress.core.forward_state import carries_state
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.saving import write_json
 from hf_compress.folder_card import steps_with_settings
 from hf_compress.methods import METHODS
 from hf_compress.report.changes import changed_answers
+from hf_compress.report.counting import cost_of, counted_layers, mean_length, shapes_of
 from hf_compress.report.latency import batches_by_length, batches_of, measure_latency
 from hf_compress.report.machine import environment
 from hf_compress.report.markdown import render_markdown
@@ -32,8 +32,7 @@ from hf_compress.report.sparsity import Matrix, has_zeros, matrices_of
 from hf_compress.report.table import Entry, build_report, bytes_on_disk
 from hf_compress.report.tokens import surviving_words
 from hf_compress.tasks.answers import Answers
-from hf_compress.tasks.inputs import length_sorted, padded_batch, row_lengths
-from hf_compress.tasks.task import Batch
+from hf_compress.tasks.inputs import length_sorted, row_lengths
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ _TEXTS = 5
 
 
 def compare_models(
-    models: Mapping[str, Measured | PreTrainedModel | str | os.PathLike[str]],
+    models: Mapping[str, Measured | PreTrainedModel | ExportedModel | str | os.PathLike[str]],
     rows: Dataset | None,
     tokenizer: PreTrainedTokenizerBase | None,
     task_name: str,
@@ -69,8 +68,8 @@ def compare_models(
     that what is known survives a later failure.
 
     Args:
-        models: Name -> classifier or folder of one, or a `Measured` with a tokenizer and rows of its own; the first is
-            the baseline.
+        models: Name -> classifier, exported or not, or folder of one that is not exported, or a `Measured` with a
+            tokenizer and rows of its own; the first is the baseline.
         rows: Tokenized examples with `labels`, for models that have none of their own.
         tokenizer: Of these models.
         task_name: Decides which metric is shown.
@@ -107,7 +106,8 @@ def compare_models(
         if not isinstance(model, Measured):
             if rows is None or tokenizer is None:
                 raise ValueError(f"rows and tokenizer must be given for {name!r}, which has none of its own.")
-            model = Measured(model, rows, tokenizer, task_of_rows(model.config, task_name), "")
+            original = cast(PreTrainedModel, model)
+            model = Measured(original, rows, tokenizer, task_of_rows(original.config, task_name), "")
         opened[name] = model
     counts = {name: len(each.rows) for name, each in opened.items()}
     if not all(counts.values()):
@@ -137,7 +137,7 @@ def compare_models(
 
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
-    seq_len = _mean_length(first)
+    seq_len = mean_length(first, shapes_of(first.model))
     for entry in _entries(opened, weighed, metric):
         entries.append(entry)
         write(entries)
@@ -149,15 +149,6 @@ def compare_models(
         report = write(entries)
     _plot(report, folder)
     return report
-
-
-def _mean_length(measured: Measured) -> float:
-    """Tokens that the layers see of a row, in the mean."""
-    if "input_ids" in measured.rows.column_names or measured.model.config.model_type not in ARCHITECTURES:
-        return sum(row_lengths(measured.rows)) / len(measured.rows)
-    # Images have one size.
-    batch = padded_batch(measured.rows, [0], measured.processor)
-    return float(seen_tokens(measured.model, base_inputs(measured.model, batch)).sum())
 
 
 def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric: str) -> Iterator[Entry]:
@@ -178,30 +169,30 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
         logger.info("Evaluating %s on %d examples.", name, len(each.rows))
         answers = evaluated(each)
         baseline = baseline or answers
-        layers = _counted_layers(each.model, name)
-        seq_len = _mean_length(each)
+        shapes = shapes_of(each.model)
+        layers, seq_len = counted_layers(shapes, name), mean_length(each, shapes)
         counted = (
             list(length_sorted(each.rows, 32, each.processor))
-            if drops and (layers or isinstance(each.model, CountsItself))
+            if drops and (layers or isinstance(shapes, CountsItself))
             else None
         )
         yield Entry(
             name=name,
             metrics=answers.metrics(),
-            cost=_cost(each.model, seq_len, counted, bool(layers)),
+            cost=cost_of(each.model, shapes, layers, seq_len, counted, row_lengths(each.rows)),
             latencies=[],
             folder=folders.get(name),
-            disk_bytes=bytes_on_disk(folders.get(name)),
+            disk_bytes=_weighed(each.model, folders.get(name)),
             heads=[layer.num_units for layer in layers],
             neurons=[layer.num_neurons for layer in layers],
             matrices=matrices_of(each.model),
             seq_len=seq_len,
             standard_error=None if answers is baseline else standard_error(baseline, answers, metric),
             changes=None if answers is baseline else changed_answers(baseline, answers, text_of),
-            steps=_steps(each.model),
+            steps=[*_steps(shapes), *_exported(each.model)],
             classes=answers.by_class(),
             words=_words(each),
-            lineage=_lineage(folders.get(name)),
+            lineage=_lineage(_folder(each.model, folders.get(name))),
         )
 
 
@@ -211,6 +202,24 @@ def _steps(model: PreTrainedModel) -> list[dict[str, Any]]:
         {"method": name, "settings": {key: settings[key] for key in settings if key in _inputs_of(name)}}
         for name, settings in steps_with_settings(model.config)
     ]
+
+
+def _folder(model: PreTrainedModel | ExportedModel, named: str | None) -> str | None:
+    return str(model.file.parent) if isinstance(model, ExportedModel) else named
+
+
+def _weighed(model: PreTrainedModel | ExportedModel, folder: str | None) -> int | None:
+    return model.file.stat().st_size if isinstance(model, ExportedModel) else bytes_on_disk(folder)
+
+
+def _exported(model: PreTrainedModel | ExportedModel) -> list[dict[str, Any]]:
+    """The export as one more step."""
+    if not isinstance(model, ExportedModel):
+        return []
+    settings: dict[str, Any] = {"runtime": model.runtime, "weights": model.numbers}
+    if model.numbers == "int8":
+        settings["layers_in_float"] = len(model.facts.get("int8", {}).get("kept", ()))
+    return [{"method": "export", "settings": settings}]
 
 
 def _lineage(folder: str | None) -> list[dict[str, Any]]:
@@ -236,23 +245,6 @@ def _words(each: Measured) -> list[dict[str, Any]]:
 def _inputs_of(method: str) -> set[str]:
     fields = dataclasses.fields(METHODS[method].config_class)
     return {field.name for field in fields if not field.metadata.get("output")}
-
-
-def _cost(model: PreTrainedModel, seq_len: float, data: list[Batch] | None, has_layers: bool) -> Cost:
-    if has_layers or isinstance(model, CountsItself):
-        return count_cost(model, seq_len, data=data)
-    size = count_size(model)
-    return Cost(params=size["params"], nonzero_params=size["nonzero_params"], macs=None, bytes=size["bytes"])
-
-
-def _counted_layers(model: PreTrainedModel, name: str) -> list[TransformerLayer]:
-    if isinstance(model, CountsItself):
-        return []
-    try:
-        return layers_of(model)
-    except ValueError as error:
-        logger.warning("The arithmetic of %s is not counted: %s", name, error)
-        return []
 
 
 def _plot(report: dict[str, Any], folder: Path) -> None:

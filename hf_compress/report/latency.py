@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_compress.core.batches import accepted_arguments
+from hf_compress.core.exported import ExportedModel
 from hf_compress.core.modes import evaluating
 from hf_compress.core.timing import time_in_turns
 from hf_compress.report.memory import peak_memory
@@ -31,15 +32,17 @@ class Latency:
         p50: Seconds a batch: median over repeats of the time for all batches, divided by their number.
         p95: Seconds a batch: 95th percentile over repeats.
         throughput: Examples a second at the median.
-        peak_memory: Bytes that the model and its largest batch need at once.
+        peak_memory: Bytes that the model and its largest batch need at once; None in other runtimes than PyTorch,
+            which do not tell.
         memory_kind: What `peak_memory` counts.
         threads: Of torch, inside one operation.
         dtype: Of the parameters.
-        attention: The attention implementation of transformers, or `unknown`.
+        attention: The attention implementation of transformers, or `unknown`; `exported` in other runtimes.
         device: Where the model ran.
         num_batches, num_examples: In one repeat.
         repeats: Times that all batches were run and timed.
         totals: Seconds of each repeat, in order; entry i of two models was measured in the same round.
+        runtime: What computed it.
     """
 
     name: str
@@ -47,7 +50,7 @@ class Latency:
     p50: float
     p95: float
     throughput: float
-    peak_memory: int
+    peak_memory: int | None
     memory_kind: str
     threads: int
     dtype: str
@@ -57,6 +60,7 @@ class Latency:
     num_examples: int
     repeats: int
     totals: tuple[float, ...]
+    runtime: str = "PyTorch"
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "totals": list(self.totals)}
@@ -87,6 +91,16 @@ def _named(models: Mapping[str, nn.Module] | Sequence[nn.Module]) -> dict[str, n
 
 def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _dtype_of(model: nn.Module) -> str:
+    if isinstance(model, ExportedModel):
+        return model.numbers
+    return str(next((p.dtype for p in model.parameters()), torch.float32)).removeprefix("torch.")
+
+
+def _attention_of(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) or "unknown"
 
 
 def _prepared(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
@@ -155,7 +169,8 @@ def measure_latency(
 def _summary(name: str, model: nn.Module, inputs: list[dict[str, Tensor]], totals: list[float]) -> Latency:
     sizes = [len(next(iter(batch.values()))) for batch in inputs]
     largest = max(inputs, key=lambda batch: sum(tensor.numel() for tensor in batch.values()))
-    memory, memory_kind = peak_memory(model, largest)
+    exported = isinstance(model, ExportedModel)
+    memory, memory_kind = (None, "not known") if exported else peak_memory(model, largest)
     median = float(np.median(totals))
     return Latency(
         name=name,
@@ -166,13 +181,14 @@ def _summary(name: str, model: nn.Module, inputs: list[dict[str, Tensor]], total
         peak_memory=memory,
         memory_kind=memory_kind,
         threads=torch.get_num_threads(),
-        dtype=str(next((p.dtype for p in model.parameters()), torch.float32)).removeprefix("torch."),
-        attention=getattr(getattr(model, "config", None), "_attn_implementation", None) or "unknown",
+        dtype=_dtype_of(model),
+        attention="exported" if exported else _attention_of(model),
         device=str(_device_of(model)),
         num_batches=len(inputs),
         num_examples=sum(sizes),
         repeats=len(totals),
         totals=tuple(totals),
+        runtime=model.runtime if isinstance(model, ExportedModel) else "PyTorch",
     )
 
 

@@ -56,7 +56,7 @@ def render_markdown(report: dict[str, Any]) -> str:
             m["name"], str(t["batch_size"]), f"{1e3 * t['p50']:.2f}", f"{1e3 * t['p95']:.2f}",
             f"{t['throughput']:.1f}", megabytes(t["peak_memory"]),
             _or_blank("{:.2f}x", m["mac_ratio"] and 1 / m["mac_ratio"]),
-            f"{t['speedup']['median']:.2f}x ({t['speedup']['low']:.2f} to {t['speedup']['high']:.2f})",
+            *(_span(t[which]) for which in ("speedup", "speedup_over_second") if which in t),
         ]
         for place in range(len(models[0]["latency"]))
         for m in models
@@ -72,7 +72,8 @@ def render_markdown(report: dict[str, Any]) -> str:
     ]
     if speed:
         header = ["model", "batch", "p50 ms", "p95 ms", "examples/s", "memory", "fewer MACs", "measured speed-up"]
-        lines += ["", *_table(header, speed)]
+        second = report.get("second_baseline")
+        lines += ["", *_table(header + ([f"over {second}"] if second else []), speed)]
     done = [f"- {m['name']}: {'; '.join(map(_step, m['steps']))}" for m in models if m["steps"]]
     if done:
         lines += ["", "## What was done", "", *done]
@@ -81,6 +82,10 @@ def render_markdown(report: dict[str, Any]) -> str:
         lines += ["", "## Verdict", "", *sentences]
     lines += [*_changes(models), *_zeros(models)]
     return "\n".join([*lines, "", "## How it was measured", "", *_measurement(report)]) + "\n"
+
+
+def _span(speedup: dict[str, float]) -> str:
+    return f"{speedup['median']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f})"
 
 
 def _step(step: dict[str, Any]) -> str:
@@ -143,12 +148,13 @@ def _measurement(report: dict[str, Any]) -> list[str]:
         f"- Python {place['python']}, torch {place['torch']}, transformers {place['transformers']}",
     ]
     if timed:
-        keys = ("threads", "dtype", "attention", "device")
-        threads, dtype, attention, device = (", ".join(sorted({str(t[key]) for t in timed})) for key in keys)
+        keys = ("threads", "runtime", "dtype", "attention", "device")
+        threads, runtime, dtype, attention, device = (", ".join(sorted({str(t[key]) for t in timed})) for key in keys)
         # Token pruning and linear attention register an attention of this name.
         attention = attention.replace("hf_compress", "hf_compress's own")
+        where = device if runtime == "PyTorch" else f"{device}, in {runtime}"
         lines += [
-            f"- {threads} thread{'' if threads == '1' else 's'}, {dtype}, {attention} attention, on {device}",
+            f"- {threads} thread{'' if threads == '1' else 's'}, {dtype}, {attention} attention, on {where}",
             f"- Models took turns on the same length-sorted batches, {timed[0]['repeats']} rounds; "
             "p50 and p95 are a batch's; speed-up: median (range) of the ratios of rounds",
             f"- Memory: {timed[0]['memory_kind']}",

@@ -215,7 +215,7 @@ def _hardware(facts: Facts) -> Iterator[str]:
     rows.append(("software", f"Python {facts.write('environment.python')}, {versions}"))
     for i in range(len(facts.at("models"))) if timed else ():
         at = f"models.{i}.latency.0"
-        shown = ", ".join(facts.write(f"{at}.{key}") for key in ("dtype", "device", "attention"))
+        shown = ", ".join(facts.write(f"{at}.{key}") for key in ("runtime", "dtype", "device", "attention"))
         threads = facts.write(f"{at}.threads", "text")
         rows.append((name_of(facts, i), f"{shown}; threads of one operation: {threads}"))
     if timed:

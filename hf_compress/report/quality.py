@@ -42,7 +42,7 @@ class Measured:
     """A model, and the examples encoded for it.
 
     Args:
-        model: On the device where it is measured.
+        model: On the device where it is measured; maybe an exported one, which is called as the original is.
         rows: As `task.encode` gave them with `processor`, labels in the model's order.
         processor: Its own tokenizer, or what prepares its images.
         task: In the model's order of labels.

@@ -12,7 +12,7 @@ from hf_compress.core.cost import Cost
 from hf_compress.report.latency import Latency, Speedup, speedups
 from hf_compress.report.machine import describe, environment
 from hf_compress.report.sparsity import Matrix, element_ratio
-from hf_compress.report.verdicts import quality_verdict, verdict
+from hf_compress.report.verdicts import quality_verdict, second_verdict, verdict
 
 
 REPORT_VERSION = 1
@@ -28,7 +28,7 @@ class Entry:
         cost: Of one sequence of the report's length.
         latencies: One for each batch size.
         folder: Where it was opened, if anywhere.
-        disk_bytes: Of its safetensors files; None when they are not in a local folder.
+        disk_bytes: Of its safetensors files, or of its exported file; None when they are not in a local folder.
         heads, neurons: Kept in each layer.
         matrices: Zeros of each weight matrix.
         seq_len: Tokens of the sequence whose multiply-accumulates were counted; None: the report's.
@@ -140,6 +140,12 @@ def build_report(
         ]
         if entry is not baseline and not timed:
             verdicts = [quality]
+        verdicts += [
+            second_verdict(t["batch_size"], over["median"], second_baseline, over["low"])
+            for t in timed
+            if second_baseline is not None and entry.name not in (baseline.name, second_baseline)
+            for over in [t["speedup_over_second"]]
+        ]
         ratio = element_ratio(entry.matrices)
         models.append(
             {

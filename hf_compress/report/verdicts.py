@@ -43,6 +43,25 @@ def verdict(batch_size: int, speedup: float, mac_ratio: float | None, lowest: fl
     return f"batch {batch_size}: {speedup:.2f}x faster measured, {promised}"
 
 
+def second_verdict(batch_size: int, speedup: float, name: str, lowest: float | None = None) -> str:
+    """Write one sentence on the measured speed-up over the second baseline.
+
+    Args:
+        batch_size, speedup, lowest: As for `verdict`.
+        name: Of the second baseline.
+
+    Example:
+        >>> second_verdict(1, 2.3, "dense int8")
+        'batch 1: 2.30x as fast as dense int8'
+        >>> second_verdict(1, 0.9, "dense int8")
+        'NOT faster than dense int8 at batch 1: 0.90x measured'
+    """
+    if not is_faster(speedup):
+        return f"NOT faster than {name} at batch {batch_size}: {speedup:.2f}x measured"
+    doubt = f", but slower in some rounds ({lowest:.2f}x)" if lowest is not None and lowest < 1 else ""
+    return f"batch {batch_size}: {speedup:.2f}x as fast as {name}{doubt}"
+
+
 def quality_verdict(
     metric: str, before: float, after: float, error: float | None = None, lower_is_better: bool = False
 ) -> str:

@@ -13,7 +13,8 @@ import evaluate as hub_metrics
 from hf_compress.core.saving import write_json
 from hf_compress.report.quality import evaluated
 from hf_compress.stages.arguments import DeviceArguments, StageArguments
-from hf_compress.stages.models import measured, task_for
+from hf_compress.stages.measured import common_device, folder_of, measured
+from hf_compress.stages.models import task_for
 from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.class_answers import ClassAnswers
@@ -29,7 +30,8 @@ class EvaluateArguments:
     """Which models are evaluated, on what.
 
     Args:
-        models: Hub names or folders of the models to evaluate.
+        models: Hub names or folders of the models to evaluate. A folder that was exported stands for its model.onnx;
+            name the file to have another one, as in small_onnx/model_int8.onnx.
         split: Which split is measured: train, validation or test. Left out: validation, or test where there is none.
         eval_batch_size: How many sequences go through the model at once.
         extra_metrics: Further metrics: hub names or local scripts that `evaluate.load` opens.
@@ -80,7 +82,7 @@ def _extra(names: Sequence[str], answers: Answers) -> dict[str, float]:
 
 def opened_task(data: DataArguments, wanted: str | None, models: Sequence[str]) -> tuple[Task, str]:
     """The task, and the split that models are measured on; the first model decides the kind of task."""
-    task = task_for(models[0], data) if models else load_task(data)
+    task = task_for(folder_of(models[0]), data) if models else load_task(data)
     split = task.measured_split(wanted)
     logger.info("Models are measured on the %s split.", split)
     return task, split
@@ -96,6 +98,7 @@ def evaluate(arguments: Evaluate) -> dict[str, dict[str, Any]]:
         ValueError: If a model or the split cannot be opened or does not fit.
     """
     wanted, data = arguments.evaluation, arguments.data
+    device = common_device(wanted.models, arguments.device.device)
     task, split = opened_task(data, wanted.split, wanted.models)
     if wanted.output_file:
         Path(wanted.output_file).parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +106,7 @@ def evaluate(arguments: Evaluate) -> dict[str, dict[str, Any]]:
             raise ValueError(f"output_file must be a file, {wanted.output_file!r} is a folder.")
     results: dict[str, dict[str, Any]] = {}
     for name in wanted.models:
-        model = measured(name, task, split, data.max_length, arguments.device.device)
+        model = measured(name, task, split, data.max_length, device)
         answers = evaluated(model, wanted.eval_batch_size)
         extra = _extra(wanted.extra_metrics or (), answers)
         results[name] = {**answers.metrics(), **extra, "split": split, "num_examples": len(answers)}

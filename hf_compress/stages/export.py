@@ -18,7 +18,7 @@ from hf_compress.report.machine import OtherWork, environment
 from hf_compress.report.quality import Measured, evaluated
 from hf_compress.stages.arguments import DeviceArguments, OutputArguments, StageArguments
 from hf_compress.stages.evaluate import opened_task
-from hf_compress.stages.models import measured
+from hf_compress.stages.measured import measured
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import calibration_batches
 

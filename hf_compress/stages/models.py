@@ -14,14 +14,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.api import apply_implied, check_finite, steps_of
-from hf_compress.core.devices import chosen_device
 from hf_compress.core.errors import first_line
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.positions import extend_positions_, most_tokens, position_offset
 from hf_compress.core.processes import is_first_process
 from hf_compress.core.saving import complete_or_absent, write_json
 from hf_compress.folder_card import write_card
-from hf_compress.report.quality import Measured
 from hf_compress.stages.processors import check_vocabulary, no_folder, open_processor
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.kinds import kind_of_model
@@ -190,27 +188,6 @@ def fit_labels(task: Task, model: PreTrainedModel, name: str) -> Task:
         return task.matched(model.config)
     except ValueError as error:
         raise ValueError(f"{name!r} does not fit the data: {error}") from error
-
-
-def measured(name: str, task: Task, split: str, max_length: int, device: str = "cpu") -> Measured:
-    """A model with its own tokenizer's reading of a split, in its own order of labels.
-
-    Args:
-        name: Hub name or folder.
-        task: Its labels must be the model's, in whatever order.
-        split: Which examples.
-        max_length: Longest input in tokens.
-        device: As `chosen_device` takes it.
-
-    Raises:
-        ValueError: If model and tokenizer cannot be opened, or do not fit each other or the task.
-    """
-    processor, model = open_processor(name, type(task)), open_model(name, task, match=False)
-    check_vocabulary(model.config, processor)
-    matched = fit_labels(task, model, name)
-    rows = matched.encode(split, processor, max_length)
-    model.to(chosen_device(device))  # type: ignore[arg-type]  # transformers declares no device here
-    return Measured(model, rows, processor, matched, split)
 
 
 def open_pair(

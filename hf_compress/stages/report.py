@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hf_compress.report.comparison import compare_models
 from hf_compress.stages.arguments import DeviceArguments, OutputArguments, StageArguments
 from hf_compress.stages.evaluate import opened_task
-from hf_compress.stages.models import measured
+from hf_compress.stages.measured import common_device, label_of, measured
 from hf_compress.tasks.arguments import DataArguments
 
 
@@ -18,8 +17,10 @@ class ReportArguments:
     """Which models are compared and how.
 
     Args:
-        models: Hub names or folders of the models to compare; the first is the dense baseline.
-        second_baseline: One of the models, not the first, that the speed of all models is compared with, too.
+        models: Hub names or folders of the models to compare; the first is the dense baseline. A folder that was
+            exported stands for its model.onnx; name the file to have another one, as in small_onnx/model_int8.onnx.
+        second_baseline: One of the models, not the first, that the speed of all models is compared with, too; for
+            exported models the dense one in the same runtime.
         split: Which split is measured: train, validation or test. Left out: validation, or test where there is none.
         latency_batch_sizes: Batch sizes whose latency is timed.
         latency_repeats: How many rounds are timed; the models take turns in each.
@@ -63,14 +64,15 @@ def report(arguments: Report) -> dict[str, Any]:
     wanted, second = arguments.comparison, arguments.comparison.second_baseline
     if second is not None and second not in wanted.models[1:]:
         raise ValueError(f"second_baseline must be one of the models after the first, got {second!r}.")
+    device = common_device(wanted.models, arguments.device.device)
     task, split = opened_task(arguments.data, wanted.split, wanted.models)
     models, folders = {}, {}
     for name in wanted.models:
-        label = Path(name).name or name
+        label = label_of(name)
         label = label if label not in models else name
         if label in models:
             raise ValueError(f"models must be different ones, got {name!r} twice.")
-        models[label] = measured(name, task, split, arguments.data.max_length, arguments.device.device)
+        models[label] = measured(name, task, split, arguments.data.max_length, device)
         folders[label] = name
     return compare_models(
         models,

@@ -67,6 +67,7 @@ class Stage:
         unused: Option of a shared dataclass that would change nothing here -> why. Help leaves it out, and giving it
             is an error.
         saves_model: Whether its folder holds a model that another stage can start from.
+        saves_exported: Whether its folder holds a model that other stages can measure, but not start from.
         method: Where the method of a generic stage is, as an entry point names it; the topic `method` is its config.
     """
 
@@ -80,6 +81,7 @@ class Stage:
     note: str = ""
     unused: Mapping[str, str] = field(default_factory=dict)
     saves_model: bool = True
+    saves_exported: bool = False
     method: str | None = None
 
     @cached_property
@@ -192,7 +194,7 @@ _IN_ORDER = (
     ),
     _stage(
         "export", "export", "export a model to ONNX (also int8), checked against PyTorch and timed beside it",
-        "export.Export.export", saves_model=False,
+        "export.Export.export", saves_model=False, saves_exported=True,
         unused={"device": "exported models run in ONNX Runtime on the CPU, and PyTorch is timed beside them"},
     ),
     _stage(
