@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SPREAD := -q -n auto --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: setup setup-demo demo test test-processors test-floor slow-test style types docs clean
+.PHONY: setup setup-demo demo test test-processors test-floor slow-test style types docs dist clean
 
 setup: $(VENV)/.installed
 
@@ -57,6 +57,19 @@ types: $(VENV)/.installed
 # Every public name with its docstring, as pages to open in a browser.
 docs: $(VENV)/.installed
 	$(BIN)/pdoc --docformat google hf_compress -o build/docs
+
+# Wheel and source archive, installed into a new environment that has nothing but what they require.
+RELEASE := build/release
+dist: $(VENV)/.installed
+	rm -rf dist $(RELEASE)
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt torch
+	$(RELEASE)/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt dist/*.whl
+	$(RELEASE)/bin/python -m pip --disable-pip-version-check check
+	HF_HUB_OFFLINE=1 $(RELEASE)/bin/python -I tests/release_program.py $(RELEASE)/work
+	$(RELEASE)/bin/python -m pip --disable-pip-version-check -q install --no-deps --force-reinstall dist/*.tar.gz
+	$(RELEASE)/bin/hf-compress --version
 
 # The oldest transformers that setup.cfg admits; give FLOOR_TRANSFORMERS=5.x.0 to look for an older one.
 FLOOR_TRANSFORMERS ?= 5.6.0

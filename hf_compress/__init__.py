@@ -10,7 +10,7 @@ import lazy_loader
 from wrapt import register_post_import_hook
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 # transformers imports its quantizer registry, and torch with it, only when a model class is first touched. Importing

@@ -52,6 +52,7 @@ def usage() -> str:
         f"  {RECIPE_COMMAND:{width}s} {_RECIPE_SUMMARY}",
         "",
         "hf-compress <command> --help explains the flags of a command; --version prints the version.",
+        'eval "$(hf-compress --completion bash)" completes commands, flags and values in bash (or zsh).',
         "Exit codes: 0 done, 2 bad input (one line says what to change), 1 anything else, 130 interrupted.",
     ]
     return "\n".join(lines)

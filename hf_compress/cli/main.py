@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from hf_compress import __version__
+from hf_compress.cli.completion import completion_script, proposals
 from hf_compress.cli.errors import describe, fail, is_bad_input
 from hf_compress.cli.help import RECIPE_COMMAND, command_help, recipe_help, usage
 from hf_compress.core.launcher import LostProcess
@@ -64,6 +65,12 @@ def _answer(arguments: list[str]) -> int:
     name, *rest = arguments
     if name == "--version":
         print(f"hf-compress {__version__}")
+        return 0
+    if name == "--completion":
+        print(completion_script(" ".join(rest)))
+        return 0
+    if name == "--complete":
+        print("\n".join(proposals(rest)))
         return 0
     commands = {stage.command: stage for stage in all_stages().values()}
     asks = [argument for argument in arguments if argument in ("-h", "--help", "--help_all", "--help-all")]

@@ -128,6 +128,18 @@ def read_group(path: str) -> Group:
     return Group(tuple(inherited.values()), training)
 
 
+def class_fields(module: str, name: str) -> list[str]:
+    """The names of the fields that a class of any installed package declares, in their order.
+
+    Args:
+        module, name: Where its source is, and its name there.
+    """
+    body = _source(module).classes[name].body
+    fields = [node for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    names = [ast.unparse(node.target) for node in fields if not ast.unparse(node.annotation).startswith("ClassVar")]
+    return [name for name in names if not name.startswith("_")]
+
+
 def _config_class(method: str) -> str | None:
     """The path of a method's config class.
 
