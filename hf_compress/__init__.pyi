@@ -42,6 +42,7 @@ from .training.arguments import JointTeacherArguments as JointTeacherArguments
 from .training.arguments import SnapshotTeacherArguments as SnapshotTeacherArguments
 from .training.collator import TeacherStudentCollator as TeacherStudentCollator
 from .training.distillation import DistillationTrainer as DistillationTrainer
+from .training.joined import join_trainers as join_trainers
 from .training.joint_teacher import JointTeacherTrainer as JointTeacherTrainer
 from .training.proximal import ProximalTrainer as ProximalTrainer
 from .training.proximal_arguments import ProximalArguments as ProximalArguments

@@ -211,8 +211,8 @@ def train(kind: str, folder: str, data: list[dict], resume: str | None = None, *
     read = Read()
     with double_precision():
         trainer = trainer_of(kind, folder, data, read, **options)
-        trainer.train(resume_from_checkpoint=resume)
-    return {"logs": logs_of(trainer), "weights": weights_of(trainer), "batches": read.batches}
+        loss = trainer.train(resume_from_checkpoint=resume).training_loss
+    return {"logs": logs_of(trainer), "weights": weights_of(trainer), "batches": read.batches, "training_loss": loss}
 
 
 def train_and_resume(kind: str, folder: str, data: list[dict], update: int, **options: Any) -> list[dict[str, Any]]:

@@ -120,9 +120,9 @@ def test_teacher_without_tokenizer_is_refused(pairs, tokenizer, tmp_path):
         add_teacher_columns({"processing_class": own}, pairs, hc.DataArguments(), str(tmp_path / "teacher"))
 
 
-def layer_trainer(folder, **options):
+def layer_trainer(folder, compat=None, **options):
     rows = [{"input_ids": torch.tensor([3, 4, 5]), "attention_mask": torch.ones(3), "labels": 1}] * 8
-    args = hc.DistillationArguments(**settings(folder, alpha_layer=1.0, max_steps=2))
+    args = hc.DistillationArguments(**settings(folder, alpha_layer=1.0, max_steps=2, compat=compat))
     student = hc.BiLSTMForSequenceClassification(hc.BiLSTMConfig(**{**SIZES, "num_layers": 2, **options}))
     return hc.DistillationTrainer(student, bert(SIZES["vocab_size"]), args, train_dataset=rows)
 
@@ -138,6 +138,11 @@ def test_hidden_states_are_distilled(tmp_path):
 def test_states_of_separate_texts_are_not_compared(tmp_path):
     with pytest.raises(ValueError, match="alpha_layer compares the states of the same tokens"):
         layer_trainer(tmp_path, pair_mode="separate").train()
+
+
+def test_embeddings_of_words_are_not_compared(tmp_path):
+    with pytest.raises(ValueError, match="compat='cald' compares the embeddings, too, which are no states of a "):
+        layer_trainer(tmp_path, compat="cald")
 
 
 @pytest.mark.parametrize(("num_labels", "problem"), [(2, None), (1, "regression"), (3, "multi_label_classification")])

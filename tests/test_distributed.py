@@ -46,6 +46,7 @@ def test_two_processes_train_as_one(tmp_path, pair, kind):
     one = program.train(kind, str(tmp_path / "one"), program.as_two_read(data), gradient_accumulation_steps=4)
     assert_agree(found, one)
     assert len(one["logs"]) == 5
+    assert [each["training_loss"] for each in found] == pytest.approx([one["training_loss"]] * 2, rel=1e-5)
     ours = [batch for pairs in zip(found[0]["batches"], found[1]["batches"], strict=True) for batch in pairs]
     assert ours == one["batches"]
 

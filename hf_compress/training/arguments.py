@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from hf_compress.core.launcher import check_launcher
 from hf_compress.training.compat import follow_published_
+from hf_compress.training.joined_arguments import join_arguments
 
 
 @dataclass
@@ -233,6 +234,9 @@ def arguments_like(kind: type[DistillationArguments], args: TrainingArguments | 
         return args
     if not isinstance(args, TrainingArguments):
         raise ValueError(f"args must be {kind.__name__} or TrainingArguments, got {type(args).__name__}.")
+    if not isinstance(args, DistillationArguments):
+        # Those of another kind of trainer keep their own fields.
+        kind = join_arguments(kind, type(args))
     # Not built again from its fields: those were completed when it was made, and a user may have changed them since.
     found: Any = copy.copy(args)
     found.__class__ = kind

@@ -71,6 +71,11 @@ def _layer_term(student: PreTrainedModel, teacher: PreTrainedModel, args: Distil
             "alpha_layer compares the states of the same tokens, but this student reads the texts of a pair one by "
             "one (pair_mode='separate'). Set alpha_layer=0 and distil the outputs, or make it with pair_mode='joint'."
         )
+    if args.compat == "cald" and hasattr(ours, "states_width"):
+        raise ValueError(
+            f"compat='cald' compares the embeddings, too, which are no states of a {ours.model_type}: leave compat "
+            "out, or set alpha_layer=0 and distil the outputs."
+        )
     pairs = arithmetic_of(args.compat).matched_states(ours.num_hidden_layers, theirs.num_hidden_layers, args.layer_map)
     return LayerTerm(
         pairs,

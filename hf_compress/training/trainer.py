@@ -21,6 +21,7 @@ from hf_compress.training.outside_parameters import OutsideParameters
 from hf_compress.training.own_loss import OwnLoss
 from hf_compress.training.parameter_groups import add_groups_, clip_apart_, clipped_apart
 from hf_compress.training.preflight import Preflight, check_training, missing_labels_named
+from hf_compress.training.their_loss import TheirLoss
 
 
 class CompressionTrainer(EvaluatingTrainer):
@@ -36,12 +37,16 @@ class CompressionTrainer(EvaluatingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._own_loss = OwnLoss(type(self), CompressionTrainer)
+        self._their_loss = TheirLoss()
         if (given := kwargs.get("args", args[1] if len(args) > 1 else None)) is not None:
             check_training(given)
         # Before anything else sees the model: callbacks look for what the config asks for.
         self.methods = MethodsInTraining(kwargs.get("model", args[0] if args else None))
         self.losses = LossComposer()
         super().__init__(*args, **kwargs)
+        if self.model is not self.methods.model:
+            # Another trainer, from which a class derives too, has opened it by its name or put adapters around it.
+            self.methods = MethodsInTraining(self.model)
         require_one_device(self.args.n_gpu)
         # The same for releases before `loss_is_scaled_for_ga`, which ask the model's signature only.
         self.model_accepts_loss_kwargs = False
@@ -79,7 +84,8 @@ class CompressionTrainer(EvaluatingTrainer):
             inputs: A prepared batch. Not to be changed.
         """
         with missing_labels_named(inputs):
-            loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+            again = {**inputs, **self.methods.forward_arguments()}
+            loss, outputs = self._their_loss(super().compute_loss, model, inputs, again)
         return {"task": loss}, outputs
 
     def compute_loss(
@@ -145,9 +151,11 @@ class CompressionTrainer(EvaluatingTrainer):
             self.methods.begin(self)
         self.losses.begin_training()
         try:
-            return super().train(*args, **kwargs)
+            outcome = super().train(*args, **kwargs)
         finally:
             self.methods.end(self)
+        # `log` has made it a mean over the processes.
+        return outcome._replace(training_loss=outcome.metrics["train_loss"])
 
     def require_same_training(self, config: PretrainedConfig, saved: PretrainedConfig) -> None:
         self.methods.check_resume(saved)
