@@ -64,6 +64,18 @@ def pruning(folder, drawn, values=None, **options):
     return build(CompressionTrainer, hc.DistillationArguments, folder, init, [drawn, callback], **options)
 
 
+def structure(folder, drawn, values=None, **options):
+    """How much is cut away before each trial; the students of the trials differ in size."""
+    data = [pad(ROWS)]
+
+    def init(trial):
+        given = values or ({"mac_ratio": trial.suggest_float("mac_ratio", 0.3, 0.9)} if trial else {})
+        return hc.compress(bert(0), hc.StructuredPruningConfig(min_neurons=1, seq_len=8, **given), data=data)
+
+    given = {"teacher_model": bert(1, 2)}
+    return build(hc.DistillationTrainer, hc.DistillationArguments, folder, init, [drawn], given, **options)
+
+
 def tokens(folder, drawn, values=None, **options):
     """Thresholds of a start and a switch that the search draws, in both stages."""
     annealing = hc.ThresholdAnnealingCallback(lambda_threshold=0.1, learning_rate=1e-2)
@@ -113,6 +125,13 @@ def joint_space(trial):
     return {**distillation_space(trial), "teacher_learning_rate": trial.suggest_float("teacher_learning_rate", 0, 0.1)}
 
 
+def proximal_space(trial):
+    return {
+        "proximal_weight": trial.suggest_float("proximal_weight", 0.1, 0.8),
+        "teacher_learning_rate": trial.suggest_float("teacher_learning_rate", 0.001, 0.1),
+    }
+
+
 def nothing(trial):
     return {}
 
@@ -120,8 +139,10 @@ def nothing(trial):
 SEARCHES = {
     "weight pruning": (pruning, nothing),
     "token pruning": (tokens, nothing),
+    "structured pruning": (structure, nothing),
     "fixed": (guided(hc.DistillationTrainer, hc.DistillationArguments), distillation_space),
     "joint": (guided(hc.JointTeacherTrainer, hc.JointTeacherArguments, save_teacher=False), joint_space),
+    "proximal": (guided(hc.ProximalTrainer, hc.ProximalArguments, save_teacher=False), proximal_space),
     "snapshots": (
         guided(hc.SnapshotTeacherTrainer, hc.SnapshotTeacherArguments, needs_teacher=False), distillation_space),
 }  # fmt: skip
@@ -136,7 +157,10 @@ def search(trainer, space, **options):
         )
 
 
-@pytest.mark.parametrize("kind", SEARCHES)
+KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "proximal" else ()) for kind in SEARCHES]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_trial_is_a_training_of_its_own(tmp_path, kind):
     make, space = SEARCHES[kind]
     drawn, seen = Drawn(), []
@@ -156,7 +180,7 @@ def test_every_trial_is_a_training_of_its_own(tmp_path, kind):
         assert alone.losses == pytest.approx([loss], rel=1e-5), values
 
 
-@pytest.mark.parametrize("kind", SEARCHES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_trials_that_fail_or_are_pruned_leave_no_trace(tmp_path, kind):
     make, space = SEARCHES[kind]
     ends = []

@@ -87,6 +87,8 @@ def test_the_first_form_of_fsdp_is_refused(shards, tmp_path):
     """It flattens weights, which methods look for by their names."""
     row = "`CompressionTrainer`"
     ROWS[row](tmp_path)
-    for found in shards.run(program.in_shards, row, str(tmp_path), fsdp_config={"version": 1, "sync_module_states": False}):
+    for found in shards.run(
+        program.in_shards, row, str(tmp_path), fsdp_config={"version": 1, "sync_module_states": False}
+    ):
         assert found["refused"].startswith("fsdp must be FSDP2, got version 1")
         assert found["updates"] == 0
