@@ -7,7 +7,8 @@ The student is the model pruned to half its multiply-accumulates, the teacher th
 trainer step with all of the teacher's outputs on disk / student step alone by hand; `joint`: step of
 `JointTeacherTrainer` with hidden states / (student step + teacher step by hand); `proximal`: step of
 `ProximalTrainer` / (its four forward and two backward passes and two updates by hand). Hand and trainer alternate in
-blocks of steps on the same batches, in one run; a ratio is the median over the blocks.
+blocks of steps on the same batches, in one run; a ratio is the median over the blocks after the first pass through the
+batches: on a GPU the side that goes first pays for each new shape (kernels that are loaded, memory that is reserved).
 """
 
 from __future__ import annotations
@@ -73,10 +74,16 @@ def now() -> float:
 
 
 class Alternate(TrainerCallback):
-    """Lets the hand loop run a block of steps before each block of the trainer, and times both."""
+    """Lets the hand loop run a block of steps before each block of the trainer, and times both.
 
-    def __init__(self, hand: Callable[[int], None], block: int) -> None:
-        self.hand, self.block = hand, block
+    Args:
+        hand: Makes the step of a number by hand.
+        block: Steps before the other side takes its turn.
+        different: Batches that differ; steps on a batch that is new are not counted.
+    """
+
+    def __init__(self, hand: Callable[[int], None], block: int, different: int) -> None:
+        self.hand, self.block, self.new = hand, block, -(-different // block) * block
         self.hand_seconds: list[float] = []
         self.trainer_seconds: list[float] = []
         self.between_seconds: list[float] = []
@@ -97,8 +104,7 @@ class Alternate(TrainerCallback):
         self.trainer_seconds.append(self._ended - self._start)
 
     def summary(self) -> dict:
-        # The first block of both sides allocates the optimizer's state.
-        own, theirs = self.trainer_seconds[self.block :], self.hand_seconds[self.block :]
+        own, theirs = self.trainer_seconds[self.new :], self.hand_seconds[self.new :]
         blocks = range(0, len(own), self.block)
         ratios = [sum(own[b : b + self.block]) / sum(theirs[b : b + self.block]) for b in blocks]
         low, _, high = statistics.quantiles(ratios, n=4)
@@ -124,7 +130,7 @@ def measure(
     torch.manual_seed(args.seed)
     guide = None if cached else copy.deepcopy(teacher).requires_grad_(kind in KINDS).eval()
     hand = HandLoop(copy.deepcopy(student), guide, kind, args.precision)
-    alternate = Alternate(lambda step: hand.step(batches[step % len(batches)]), args.block)
+    alternate = Alternate(lambda step: hand.step(batches[step % len(batches)]), args.block, len(batches))
     trainer_class, arguments_class = KINDS.get(kind, (hc.DistillationTrainer, hc.DistillationArguments))
     options = {"alpha_task": 1.0, "alpha_output": float(kind == "output"), "alpha_layer": float(kind != "output")}
     options |= {"temperature": TEMPERATURE}

@@ -22,7 +22,7 @@ EXCEPTIONS = {
     "`ThresholdAnnealingCallback`, `StageSwitchCallback`": {"PEFT student": "refused"},
 }
 MATRIX = {
-    row: dict.fromkeys(COLUMNS, "yes") | {"DeepSpeed": "refused", "fp16": "GPU, not run"} | EXCEPTIONS.get(row, {})
+    row: dict.fromkeys(COLUMNS, "yes") | {"DeepSpeed": "refused", "fp16": "on a GPU"} | EXCEPTIONS.get(row, {})
     for row in ROWS
 }
 
