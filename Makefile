@@ -54,9 +54,10 @@ style: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
-# Every public name with its docstring, as pages to open in a browser.
+# The documentation site in build/docs, for a browser (its search needs a server: python -m http.server -d build/docs). A broken
+# link or docstring is an error.
 docs: $(VENV)/.installed
-	$(BIN)/pdoc --docformat google hf_compress -o build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Wheel and source archive, installed into a new environment that has nothing but what they require.
 RELEASE := build/release

@@ -1,4 +1,4 @@
-"""Which trainer runs under which engine: `python -m tests.support_matrix` writes README's table from these cells.
+"""Which trainer runs under which engine: `python -m tests.support_matrix` writes a table of docs/support.md.
 
 A test runs one short training for each cell and compares with the word that stands here: `tests/test_sharded.py` for
 FSDP2, `tests/test_support_matrix.py` for the rest.
@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.support_rows import ROWS
 
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "support.md"
 BEGIN = "<!-- printed by `python -m tests.support_matrix` -->"
 END = "<!-- end of the table of engines -->"
 
@@ -39,10 +39,10 @@ def printed(text):
 
 
 def main():
-    text = README.read_text()
+    text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
-    sys.stdout.write(printed(README.read_text()) + "\n")
+    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
+    sys.stdout.write(printed(PAGE.read_text()) + "\n")
 
 
 if __name__ == "__main__":

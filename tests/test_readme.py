@@ -39,10 +39,3 @@ def test_the_first_program_runs(tmp_path, monkeypatch, model, tokenizer, sentenc
     assert hf_compress.steps_of(reloaded) == hf_compress.steps_of(trained)
     state = trained.state_dict()
     assert all(torch.equal(tensor, state[key].cpu()) for key, tensor in reloaded.state_dict().items())
-
-
-def test_every_link_leads_to_a_file():
-    root = Path(__file__).resolve().parents[1]
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert len(links) > 10
-    assert [link for link in links if link and not (root / link).exists()] == []

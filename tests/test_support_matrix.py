@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from hf_compress.training.trainer import CompressionTrainer
 from tests import crash_program, sharded_program
 from tests.rounding import assert_equal_to_rounding, differ_beyond_rounding
-from tests.support_matrix import MATRIX, README, printed, table
+from tests.support_matrix import MATRIX, PAGE, printed, table
 from tests.support_rows import ROWS, build, train
 
 
@@ -46,10 +46,10 @@ def moved(found, begun):
     return {name for name, value in begun.items() if differ_beyond_rounding(found[name].float(), value.float())}
 
 
-def test_readme_has_the_table_that_is_printed():
-    if not README.is_file():
-        pytest.skip("no README beside the tests")
-    assert printed(README.read_text()) == table(), "run `python -m tests.support_matrix`"
+def test_the_page_has_the_table_that_is_printed():
+    if not PAGE.is_file():
+        pytest.skip("no docs beside the tests")
+    assert printed(PAGE.read_text()) == table(), "run `python -m tests.support_matrix`"
 
 
 @every_row

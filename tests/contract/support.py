@@ -1,4 +1,4 @@
-"""Which method works on which architecture: `python -m tests.contract.support` tries all and writes README's table."""
+"""Which method works on which architecture: `python -m tests.contract.support` tries all, writes docs/support.md."""
 
 import copy
 import logging
@@ -16,7 +16,7 @@ from tests.contract.conftest import METHOD_CONFIGS
 from tests.rounding import assert_equal_to_rounding
 
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 BEGIN = "<!-- printed by `python -m tests.contract.support` -->"
 END = "<!-- end of what was printed -->"
 TITLES = {"linformer": "linear attention"}
@@ -104,10 +104,10 @@ def printed(text):
 
 def main():
     logging.disable(logging.WARNING)
-    text = README.read_text()
+    text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
-    sys.stdout.write(printed(README.read_text()) + "\n")
+    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
+    sys.stdout.write(printed(PAGE.read_text()) + "\n")
 
 
 if __name__ == "__main__":
