@@ -17,6 +17,7 @@ from tests.recipe_files import LINEAR, PRUNED, RECOVERED, TEACHER, UNTRAINED, wr
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("recipes")
     write_place(root)
+    (root / "empty.txt").write_text("\n")
     before = os.getcwd()
     os.chdir(root)
     yield root
@@ -61,6 +62,18 @@ MISTAKES = {
         TEACHER, {"stage": "evaluate", "name": "scores", "models": ["teacher"]},
         {**PRUNED, "model_name_or_path": "scores"}, says="evaluate saves no model",
     ),
+    "exported-start": bad(
+        TEACHER, {"stage": "export", "model_name_or_path": "teacher"}, {**PRUNED, "model_name_or_path": "export"},
+        says="export saves a model that can only be measured",
+    ),
+    "exported-float": bad(
+        TEACHER, {"stage": "export", "model_name_or_path": "teacher"},
+        {"stage": "report", "models": ["teacher", "export/model_int8.onnx"]}, says="with int8: true only",
+    ),
+    "exported-file": bad(
+        TEACHER, {"stage": "export", "model_name_or_path": "teacher"},
+        {"stage": "report", "models": ["teacher", "export/small.onnx"]}, says="name the stage, or export/model_int8",
+    ),
     "cycle": bad(
         {**TEACHER, "model_name_or_path": "pruned"}, PRUNED, says="must not need each other, got teacher -> pruned"
     ),
@@ -73,6 +86,17 @@ MISTAKES = {
         TEACHER, {"stage": "report", "models": ["teacher"], "data_dir": "unmeasured"}, says="neither a validation nor"
     ),
     "data-samples": bad(TEACHER, {**PRUNED, "calibration_samples": 65}, says="calibration_samples must be in 1..64"),
+    "corpus-absent": bad(
+        TEACHER, {"stage": "prune-vocabulary", "model_name_or_path": "teacher", "corpus": ["none.txt"]},
+        says="stage 'vocabulary_pruning': corpus 'none.txt' must exist",
+    ),
+    "corpus-empty": bad(
+        TEACHER, {"stage": "prune-vocabulary", "model_name_or_path": "teacher", "corpus": ["empty.txt"]},
+        says="must hold at least one text",
+    ),
+    "corpus-none": bad(
+        TEACHER, {"stage": "prune-vocabulary", "model_name_or_path": "teacher"}, says="must name files of texts"
+    ),
     "data-lengths": bad(TEACHER, max_length=64, says="max_length must be at most 32"),
     "labels": bad({**TEACHER, "model_name_or_path": "three"}, says="'three' does not fit the data"),
     "untrained": bad(

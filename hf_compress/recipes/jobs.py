@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_compress.export.onnx_model import INT8_GRAPH
 from hf_compress.recipes.reading import BASE, Entry, Recipe
 from hf_compress.stages.arguments import MODEL_OPTIONS
 from hf_compress.stages.option_files import nearest, takes_many
 
 
 # Options that may name an earlier stage.
-REFERRING = (*MODEL_OPTIONS, "tokenizer_name")
+REFERRING = (*MODEL_OPTIONS, "tokenizer_name", "second_baseline")
+# Those among them whose models are only measured: an exported one will do.
+_MEASURED = ("models", "second_baseline")
 
 Axis = tuple[str, str]
 
@@ -205,9 +208,23 @@ def _candidates(
         _refuse_near_miss(str(name), option, [*families, *by_name], where)
         return [(name, {})]
     for job in jobs:
-        if not job.entry.stage.saves_model:
-            raise ValueError(f"{where}: {option} is {name!r}, but {job.entry.stage.name} saves no model.")
+        _require_model(job, rest, option, f"{where}: {option} is {name!r}, but")
     return [(Result(job.name, rest), job.axes) for job in jobs]
+
+
+def _require_model(job: Job, rest: str, option: str, where: str) -> None:
+    """Refuse a stage that saves nothing that the option can use."""
+    stage = job.entry.stage
+    if stage.saves_model:
+        return
+    if not stage.saves_exported:
+        raise ValueError(f"{where} {stage.name} saves no model.")
+    if option not in _MEASURED:
+        raise ValueError(f"{where} {stage.name} saves a model that can only be measured: name what it was made of.")
+    if rest not in ("", INT8_GRAPH):
+        raise ValueError(f"{where} {stage.name} saves no {rest!r}: name the stage, or {job.name}/{INT8_GRAPH}.")
+    if rest and not job.options.get("int8"):
+        raise ValueError(f"{where} {stage.name} saves it with int8: true only.")
 
 
 def _refuse_near_miss(name: str, option: str, known: Sequence[str], where: str) -> None:

@@ -15,8 +15,10 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from hf_compress.api import rebuild, steps_of
 from hf_compress.core.errors import BROKEN_FILE, first_line
 from hf_compress.core.method import Method, MethodConfig, check_order
+from hf_compress.export.onnx_model import exported_file
 from hf_compress.methods import METHODS
 from hf_compress.stages.arguments import StageArguments
+from hf_compress.stages.measured import folder_of
 from hf_compress.stages.models import open_config
 from hf_compress.stages.processors import no_folder
 from hf_compress.stages.students import BILSTM, named_as_options
@@ -100,10 +102,12 @@ class Models:
 
 def _opened(name: str) -> PretrainedConfig:
     try:
-        config = open_config(name)
+        config = open_config(folder_of(name))
     except (OSError, ValueError) as error:
         raise ValueError(f"No model can be opened at {name!r}: {no_folder(name)}{first_line(error)}") from error
     folder = Path(name)
+    if exported_file(name) is not None:
+        return config
     if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
         raise ValueError(f"No model can be opened at {name!r}: the folder holds a config.json, but no weights.")
     return config

@@ -15,6 +15,7 @@ from typing import Any
 from hf_compress.api import method_of
 from hf_compress.core.method import MethodConfig
 from hf_compress.core.saving import require_own_folder
+from hf_compress.methods.vocabulary_pruning.corpus import corpus_texts
 from hf_compress.recipes.estimates import bytes_of, duration, seconds_of
 from hf_compress.recipes.examples import Data, Examples, data_of, measures
 from hf_compress.recipes.inputs import inputs_of, key_of
@@ -155,6 +156,8 @@ class _Checks:
             values["output_dir"] = str(self._folder / job.name)
         with _snapshots_present(job, values) as present:
             arguments = self._fill(job.entry.stage, present, job.entry.shared)
+        if corpus := arguments.option("corpus"):
+            corpus_texts(corpus)
         model, others = self._origins_read(job, arguments)
         teacher = others.get("teacher_name_or_path")
         examples = self._examples(job, arguments, model, teacher)

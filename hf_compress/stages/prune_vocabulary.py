@@ -33,6 +33,11 @@ class PruneVocabulary(StageArguments):
     output: OutputArguments
     device: DeviceArguments = DeviceArguments()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocabulary.corpus is None:
+            raise ValueError("corpus must name files of texts, got none: their tokens stay.")
+
 
 def prune_model_vocabulary(arguments: PruneVocabulary) -> dict[str, Any]:
     """Make a model and its tokenizer smaller by the tokens that a corpus never uses, and save them in one folder.
@@ -41,11 +46,10 @@ def prune_model_vocabulary(arguments: PruneVocabulary) -> dict[str, Any]:
         The recorded step, how many texts were read, the tokens and the size before and after, and the seconds it took.
 
     Raises:
-        ValueError: If there is no corpus, or model or tokenizer cannot lose tokens.
+        ValueError: If the corpus cannot be read, or model or tokenizer cannot lose tokens.
     """
     config = arguments.vocabulary
-    if config.corpus is None:
-        raise ValueError("corpus must name files of texts, got none: their tokens stay.")
+    assert config.corpus is not None
     texts = corpus_texts(config.corpus)
     name = arguments.model.model_name_or_path
     processor, model = open_pair(arguments.model) if has_head(name) else open_pretrained(arguments.model)
