@@ -21,9 +21,9 @@ DATA = "--data_dir data --max_length 16"
 TRAINED = f"--model_name_or_path model --output_dir out {DATA} --use_cpu --max_steps 1 --save_strategy no"
 # A command line of each command that would work.
 GOOD = {
-    "demo": f"demo --model_name_or_path model --output_dir out {DATA}",
     "finetune": f"finetune {TRAINED}",
     "distill": f"distill {TRAINED} --teacher_name_or_path other",
+    "search": f"search {TRAINED.replace('--model_name_or_path', '--models')} --teacher_name_or_path other --trials 1",
     "joint-distill": f"joint-distill {TRAINED} --teacher_name_or_path other",
     "snapshot-distill": f"snapshot-distill {TRAINED} --teacher_snapshots other",
     "proximal": f"proximal {TRAINED} --teacher_name_or_path other",
@@ -40,9 +40,10 @@ GOOD = {
 # Values of the right type that no option of that name takes.
 OUT_OF_RANGE = {
     "mac_ratio": ("0", "-0.5", "1.01", "nan", "inf"),
-    "epochs": ("0", "-1", "nan", "inf"),
-    "recovery_epochs": ("0", "-1", "inf"),
     "seed": ("-1", "99999999999999999999999"),
+    "trials": ("0", "-1"),
+    "max_drop": ("-1", "nan", "inf"),
+    "space": ("seed", "learning_rate=fast", "learning_rate=2:1", "max_step=1:2", "output_dir=a|b"),
     "max_length": ("0", "1", "-5", "100000"),
     "max_train_samples": ("0", "-3"),
     "max_eval_samples": ("0", "-3"),
@@ -225,7 +226,6 @@ CONTRADICTIONS = {
         "--report model", "--eval_dataset nyu-mll/glue", "--eval_task sst2", "--output_dir model",
         "--private maybe", "--eval_dataset a/b/c", "--learning_rate 1", "--device cpu", "--teacher t",
     ),
-    "demo": ("--train_file data/train.tsv", "--pattern 2:4", "--learning_rate 1"),
 }  # fmt: skip
 YAMLS = {
     "number": "1: 2\n", "null": "null: 1\n", "true": "true: 1\n", "empty": "", "words": "just words\n",
@@ -285,8 +285,8 @@ def wrong_values() -> list[str]:
     for name in COMMANDS:
         for option in _ours(name):
             for value in OUT_OF_RANGE.get(option.name, ()):
-                if value == "model" and name in ("demo", "report"):
-                    # Their files do not replace the model's.
+                if value == "model" and name == "report":
+                    # Its files do not replace the model's.
                     continue
                 if (name, option.name, value) == ("prune-vocabulary", "output_dir", "model"):
                     # It opens another one, whose folder it must not replace.

@@ -79,7 +79,7 @@ def test_there_are_many():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [name for name in bad_commands.GOOD if name != "demo"])
+@pytest.mark.parametrize("name", bad_commands.GOOD)
 def test_what_is_made_worse_works(name, place, files, tmp_path):
     """Otherwise a bad line could be refused for another reason."""
     assert main(shlex.split(bad_commands.GOOD[name])) == 0

@@ -27,7 +27,6 @@ FLOORS = {
     "hf_compress.loading": 3,
     "hf_compress.card_sections": 2,
     "hf_compress.folder_card": 3,
-    "hf_compress.hub_results": 2,
     "hf_compress.training": 4,
     "hf_compress.tasks": 4,
     "hf_compress.vocabulary": 4,
@@ -41,7 +40,7 @@ FLOORS = {
 }
 # It names the loader, which is imported with transformers' registry.
 EXEMPT = {"hf_compress"}
-OPTIONAL = {"matplotlib", "peft", "wandb", "onnx", "onnxruntime", "openvino"}
+OPTIONAL = {"matplotlib", "optuna", "peft", "wandb", "onnx", "onnxruntime", "openvino"}
 VAGUE = {"utils", "helpers", "common", "base", "misc", "tools"}
 
 

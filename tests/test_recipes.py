@@ -263,8 +263,8 @@ def yamls_of(page):
 def test_the_recipe_of_the_page_and_of_the_help_can_be_run(place, capsys):
     assert main(["run", "--help"]) == 0
     shown = capsys.readouterr().out.partition("A recipe:\n")[2].partition("\nThe name")[0]
-    first, target = yamls_of("recipes.md")
-    for text in (shown, first, f"{first}{target}"):
+    first, target, searched = yamls_of("recipes.md")
+    for text in (shown, first, f"{first}{target}", f"{first}{searched}"):
         Path("recipe.yaml").write_text(textwrap.dedent(text))
         flags = ("--model_name_or_path=encoder", "--data_dir=data", "--output_dir=out", "--max_length=16")
         run("recipe.yaml", capsys, *flags, "--dry_run")

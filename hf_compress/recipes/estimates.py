@@ -55,8 +55,10 @@ def seconds_of(
         read = min(arguments.option("calibration_samples") or 0, examples.train) + models * examples.measured
         work = 2.0 * read * origin.working
     else:
-        learned = _learned(training, examples)
-        work = 3.0 * learned * origin.working + examples.measured * origin.working
+        # A search trains the student that it has chosen once more.
+        trainings = 1 + (arguments.option("trials") or 0)
+        learned = trainings * _learned(training, examples)
+        work = 3.0 * learned * origin.working + trainings * examples.measured * origin.working
         if teacher is not None:
             work += learned * teacher.working * (3 if isinstance(training, LearningTeacherArguments) else 1)
     device = str(training.device) if training is not None else str(chosen_device(arguments.option("device") or "auto"))

@@ -11,7 +11,7 @@ from pathlib import Path
 FILE = "recipe.log"
 # Libraries whose handlers write to the terminal on their own.
 _PACKAGE = __name__.partition(".")[0]
-_OWN_HANDLERS = ("transformers", "datasets", "huggingface_hub", _PACKAGE)
+_OWN_HANDLERS = ("transformers", "datasets", "huggingface_hub", "optuna", _PACKAGE)
 
 
 class WarningCount(logging.Handler):

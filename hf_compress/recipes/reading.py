@@ -129,7 +129,7 @@ def _every_option() -> frozenset[str]:
 def _stage(place: int, entry: Any, where: str) -> Stage:
     if not isinstance(entry, dict) or not isinstance(entry.get("stage"), str):
         raise ValueError(f"{where}: stage {place} must be lines such as 'stage: finetune', got {entry!r}.")
-    known = {name: stage for name, stage in all_stages().items() if name != "demo"}
+    known = all_stages()
     by_command = {stage.command: stage for stage in known.values()}
     stage = known.get(entry["stage"]) or by_command.get(entry["stage"])
     if stage is None:

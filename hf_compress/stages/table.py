@@ -120,10 +120,6 @@ def _training(name: str, command: str, summary: str, path: str, **more: Any) -> 
 
 
 _IN_ORDER = (
-    _stage(
-        "demo", "demo", "fine-tune, prune to half the arithmetic, recover, report, reload: offline, on real text",
-        "demo.Demo.demo", defaults={"output_dir": "demo_output"},
-    ),
     _training("finetune", "finetune", "train a model on a task", "finetune.Finetune.finetune"),
     _stage(
         "structured_pruning", "prune-structure", "remove attention heads and neurons without retraining",
@@ -150,6 +146,10 @@ _IN_ORDER = (
     ),
     _training(
         "distill", "distill", "train a (compressed) student with a fine-tuned teacher", "distill.Distill.distill"
+    ),
+    _training(
+        "search", "search", "search for the fastest student that loses little: which cut, and how it is trained",
+        "search.Search.search",
     ),
     _training(
         "joint_distill", "joint-distill", "train a student with a teacher that is fine-tuned at the same time",
