@@ -13,9 +13,10 @@ from hf_compress.stages.table import STAGES
 
 
 @pytest.mark.parametrize(("line", "expected"), [
-    ("", {"finetune", "run", "--version"}), ("prune-", {"prune-structure", "prune-tokens", "prune-weights"}),
+    ("", {"demo", "finetune", "run", "--version"}), ("prune-", {"prune-structure", "prune-tokens", "prune-weights"}),
     ("prune-structure --mac", {"--mac_ratio"}), ("prune-structure --selection ", {"interpolative", "fisher"}),
     ("prune-structure --selection=f", {"fisher"}), ("distill --max_st", {"--max_steps"}), ("run --", {"--dry_run"}),
+    ("demo --", {"--dry_run"}),
     ("--completion ", {"bash", "zsh"}), ("finetune --freeze-embeddings ", {"true", "false"}),
 ])  # fmt: skip
 def test_what_is_proposed(line, expected):

@@ -9,7 +9,7 @@ import ast
 import re
 from collections.abc import Sequence
 
-from hf_compress.cli.help import RECIPE_COMMAND
+from hf_compress.cli.help import DEMO_COMMAND, RECIPE_COMMAND
 from hf_compress.cli.options import Group, class_fields, stage_groups
 from hf_compress.stages.table import Stage, all_stages
 
@@ -61,10 +61,10 @@ def proposals(words: Sequence[str]) -> list[str]:
     before, current = [word for word in before if word != "="], current.removeprefix("=")
     commands = {stage.command: stage for stage in all_stages().values()}
     if not before:
-        found = [*commands, RECIPE_COMMAND, "--help", "--version", "--completion"]
+        found = [DEMO_COMMAND, *commands, RECIPE_COMMAND, "--help", "--version", "--completion"]
     elif before[0] == "--completion":
         found = [*_SHELLS] if len(before) == 1 else []
-    elif before[0] == RECIPE_COMMAND:
+    elif before[0] in (DEMO_COMMAND, RECIPE_COMMAND):
         found = ["--dry_run", "--help"] if current.startswith("-") else []
     elif before[0] not in commands:
         found = []

