@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -306,9 +307,63 @@ def test_a_trainer_uploads_the_same_card_and_no_pickle(hub, small, tokenizer, se
     for text in ("**structured_pruning**", '.from_pretrained("me/trained")', "```bibtex", "## Limits",
                  "### Training hyperparameters"):  # fmt: skip
         assert text in card.text, text
+    assert "model-index" not in card.data.to_dict()
+    assert not [name for name in files if name.startswith(".eval_results")]
     (out / "left.pkl").write_bytes(b"x")
     with pytest.raises(ValueError, match="must hold no pickles, which can run code when they are read, got left.pkl"):
         trainer.push_to_hub()
+
+
+def measuring_trainer(small, tokenizer, sentences, out, metrics=None, **options):
+    args = TrainingArguments(
+        str(out), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        eval_strategy="steps", eval_steps=1, hub_model_id="me/measured", **options,
+    )  # fmt: skip
+    rows = [{**tokenizer(text), "labels": label} for text, label in sentences[:8]]
+    return hc.CompressionTrainer(
+        model=AutoModelForSequenceClassification.from_pretrained(small), args=args, train_dataset=rows,
+        eval_dataset=rows[:6], processing_class=tokenizer, compute_metrics=metrics,
+    )  # fmt: skip
+
+
+def accuracy_and_another(found):
+    return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean()), "another": 0.25}
+
+
+def test_a_trainer_uploads_results_in_the_present_form(hub, small, tokenizer, sentences, tmp_path):
+    out = tmp_path / "out"
+    trainer = measuring_trainer(
+        small, tokenizer, sentences, out, accuracy_and_another, metric_for_best_model="accuracy"
+    )
+    trainer.train()
+    page = (Path(__file__).resolve().parents[1] / "docs" / "hub.md").read_text()
+    exec(re.search(r"```python\n(trainer.push_to_hub.*?)```", page, re.DOTALL)[1], {"trainer": trainer})
+    files = hub.files["me/measured"]
+    [result] = yaml.safe_load(files[".eval_results/glue-sst2.yaml"])
+    measured = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    assert result["dataset"] == {"id": "nyu-mll/glue", "task_id": "sst2"}
+    assert (len(measured), result["value"]) == (2, measured[-1])
+    assert result["notes"] == "accuracy on 6 examples, after 2 updates, by Trainer"
+    card = ModelCard(files["README.md"].decode())
+    assert "model-index" not in card.data.to_dict()
+    assert card.data.datasets == ["nyu-mll/glue"]
+    assert "### Training results" in card.text
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"), [(None, "got none: evaluate"), (accuracy_and_another, "got accuracy, another")]
+)
+def test_a_result_that_is_not_known_is_refused_before_the_upload(
+    hub, small, tokenizer, sentences, tmp_path, metrics, said
+):
+    trainer = measuring_trainer(small, tokenizer, sentences, tmp_path / "out", metrics)
+    trainer.evaluate()
+    with pytest.raises(ValueError, match=f"dataset_tags names a benchmark, .* must have one metric, {said}"):
+        trainer.push_to_hub(dataset_tags=["nyu-mll/glue"])
+    assert not hub.files["me/measured"]
+    # A name that is no repository's is for the card alone.
+    trainer.create_model_card(dataset_tags=["glue"])
+    assert not (tmp_path / "out" / ".eval_results").exists()
 
 
 LOAD = """

@@ -27,6 +27,7 @@ FLOORS = {
     "hf_compress.loading": 3,
     "hf_compress.card_sections": 2,
     "hf_compress.folder_card": 3,
+    "hf_compress.hub_results": 2,
     "hf_compress.training": 4,
     "hf_compress.tasks": 4,
     "hf_compress.vocabulary": 4,

@@ -17,7 +17,7 @@ from hf_compress.core.saving import complete_or_absent
 from hf_compress.folder_card import FILE as CARD
 from hf_compress.folder_card import card_text, may_be_replaced
 from hf_compress.hub.contents import contents_of
-from hf_compress.hub.evaluation import result_file
+from hf_compress.hub.evaluation import reported_result
 from hf_compress.hub.upload import check_repo_id, connect, upload
 from hf_compress.stages.arguments import StageArguments
 
@@ -109,7 +109,7 @@ def push(arguments: Push) -> dict[str, Any]:
     if report is not None:
         own = entry_of(report, wanted.model_name_or_path)
         if wanted.eval_dataset is not None:
-            name, content = result_file(report, own, wanted.eval_dataset, wanted.eval_task)
+            name, content = reported_result(report, own, wanted.eval_dataset, wanted.eval_task)
             files[name] = content
     api, repo_id = None, wanted.repo_id
     if not wanted.dry_run:

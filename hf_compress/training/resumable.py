@@ -11,17 +11,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from hf_compress.core.architectures import base_of
-from hf_compress.core.errors import one_line
 from hf_compress.core.launcher import lost_process_named
-from hf_compress.core.pickles import is_pickle
 from hf_compress.core.saving import complete_or_absent
-from hf_compress.folder_card import FILE as CARD
-from hf_compress.folder_card import add_compression, may_be_replaced, write_card
+from hf_compress.folder_card import write_card
 from hf_compress.training.checkpoint_checks import (
     require_fitting_optimizer,
     require_fitting_weights,
@@ -34,6 +29,7 @@ from hf_compress.training.data_parallel import forget_evaluation_
 from hf_compress.training.engines import check_engine
 from hf_compress.training.epoch_order import EpochOrder
 from hf_compress.training.outside_parameters import OutsideParameters
+from hf_compress.training.publishing import PublishingTrainer
 from hf_compress.training.saved_names import accept_saved_names_
 
 
@@ -42,7 +38,7 @@ logger = logging.getLogger(__name__)
 Part = TypeVar("Part", EpochOrder, OutsideParameters)
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(PublishingTrainer):
     """A `Trainer` whose folders and checkpoints are whole or absent, and whose interrupted trainings go on exactly.
 
     What is trained, and with which loss, is `Trainer`'s; see `CompressionTrainer`.
@@ -57,11 +53,6 @@ class ResumableTrainer(Trainer):
         self.add_part(EpochOrder())
         # The checkpoint from which the running training went on.
         self._resumed: Path | None = None
-
-    def _core(self) -> PreTrainedModel:
-        """The student without its wrappers (distributed training, adapters)."""
-        core: PreTrainedModel = base_of(self.accelerator.unwrap_model(self.model))
-        return core
 
     def checkpoint_parts(self) -> Sequence[CheckpointPart]:
         """The state to save into every checkpoint besides the files that `Trainer` writes."""
@@ -97,38 +88,6 @@ class ResumableTrainer(Trainer):
                 write_card(staged, self._core(), folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.init_hf_repo`, with errors in one line."""
-        # Which errors its client raises depends on its release.
-        with one_line("push_to_hub is set, but the hub cannot be used", Exception):
-            super().init_hf_repo(*args, **kwargs)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.create_model_card`, with the steps of the model; a README.md that a person wrote stays."""
-        file = Path(str(self.args.output_dir), CARD)
-        if not self.is_world_process_zero() or not may_be_replaced(file):
-            return
-        super().create_model_card(*args, **kwargs)
-        add_compression(file, self._core(), self.hub_model_id)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.push_to_hub`, with our card; nothing is uploaded from a folder that holds pickles.
-
-        Raises:
-            ValueError: If `output_dir` holds files that can run code when they are read.
-        """
-        folder = Path(str(self.args.output_dir))
-        if self.is_world_process_zero():
-            # `Trainer` uploads neither checkpoints nor what begins so; its own arguments are written as JSON.
-            found = [file.name for file in sorted(folder.glob("*")) if file.is_file() and is_pickle(file)]
-            found = [name for name in found if not name.startswith("_") and name != TRAINING_ARGS_NAME]
-            if found:
-                raise ValueError(
-                    f"output_dir {str(folder)!r} must hold no pickles, which can run code when they are read, got "
-                    f"{', '.join(found)}: remove them before push_to_hub."
-                )
-        return super().push_to_hub(*args, **kwargs)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
@@ -225,7 +184,3 @@ class ResumableTrainer(Trainer):
                 self.args = given
         if given.push_to_hub:
             self.upload_checkpoint(os.path.join(self.checkpoints.folder, name))
-
-    def upload_checkpoint(self, checkpoint: str) -> None:
-        """Upload a whole checkpoint, as `hub_strategy` says."""
-        self._push_from_checkpoint(checkpoint)
