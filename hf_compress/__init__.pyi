@@ -8,7 +8,7 @@ from .api import to_plain as to_plain
 from .core.cost import Cost as Cost
 from .core.cost import count_cost as count_cost
 from .core.record import CompressionConfig as CompressionConfig
-from .export.onnx_folder import export_onnx as export_onnx
+from .export.folder import export_onnx as export_onnx
 from .export.onnx_model import OnnxModel as OnnxModel
 from .methods import METHODS as METHODS
 from .methods.layer_selection import LayerSelectionConfig as LayerSelectionConfig

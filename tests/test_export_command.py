@@ -93,6 +93,6 @@ def test_sentence_vectors(tmp_path, monkeypatch, model, tokenizer, sentences):
 )
 def test_support(architecture, method):
     """Cells of the table of `python -m tests.export_support`: a decoder, windows, all tokens after dropping some."""
-    found = verdict(architecture, method, tiny(architecture))
+    found = verdict(architecture, method, tiny(architecture), int8=False)
     print(architecture, method, found)
-    assert found.startswith("yes")
+    assert float(found) < 1e-4

@@ -1,13 +1,16 @@
 """A compressed sentence encoder opens with sentence-transformers; runs where that package is installed."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers
 from scipy import stats
 
+import hf_compress as hc
 from hf_compress.cli.main import main
 from hf_compress.report.quality import evaluated
 from hf_compress.stages.measured import measured
@@ -69,3 +72,33 @@ def test_one_import_opens_it_in_another_process(tmp_path, monkeypatch, pairs, mo
     states = net(**tokenizer("the good film", return_tensors="pt")).last_hidden_state[0].mean(0).detach().numpy()
     # A plain encoder's vectors are the mean over tokens, of length 1.
     np.testing.assert_allclose(found, states / np.linalg.norm(states), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_exported_encoder_takes_the_place_of_the_original(tmp_path, monkeypatch, pairs, model, tokenizer):
+    """Vectors, pooling and Spearman of a pruned encoder in ONNX Runtime; the exported folder says how it pools."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    model("bert").save_pretrained("encoder")
+    tokenizer.save_pretrained("encoder")
+    write_modules(tmp_path / "encoder", "cls")
+    data = "--data_dir data --max_length 32 --task_kind sentence-embedding"
+    prune = "prune-structure --model_name_or_path encoder --output_dir cut --mac_ratio 0.5 --calibration_samples 32"
+    assert main(f"{prune} {data} --device cpu".split()) == 0
+    times = "--int8 --int8_bound 0.5 --latency_repeats 1 --latency_batch_sizes 2 --latency_examples 2"
+    assert main(f"export --model_name_or_path cut --output_dir cut_onnx {data} {times}".split()) == 0
+    opened, texts = sentence_transformers.SentenceTransformer("cut", device="cpu"), [row["sentence1"] for row in pairs]
+    expected = opened.encode(texts)
+    opened[0].model = hc.OnnxModel.from_pretrained("cut_onnx", int8=True)
+    assert 0 < np.abs(opened.encode(texts) - expected).max() < np.abs(expected).max()
+    opened[0].model = hc.OnnxModel.from_pretrained("cut_onnx")
+    first, second = (opened.encode([row[name] for row in pairs]) for name in ("sentence1", "sentence2"))
+    assert np.abs(first - expected).max() < 1e-5
+    # By the package's own command, which finds the pooling in the exported folder.
+    names = ["cut", "cut_onnx"]
+    assert main(f"evaluate --models {' '.join(names)} {data} --output_file found.json".split()) == 0
+    cut, exported = (json.loads(Path("found.json").read_text())[name]["spearman"] for name in names)
+    assert exported == pytest.approx(cut, abs=2e-3)
+    cosines = (first * second).sum(-1) / np.linalg.norm(first, axis=-1) / np.linalg.norm(second, axis=-1)
+    assert exported == pytest.approx(stats.spearmanr(cosines, [row["label"] for row in pairs])[0], abs=2e-3)

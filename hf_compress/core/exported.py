@@ -40,6 +40,10 @@ class ExportedModel(nn.Module, ABC):
         self.facts: dict[str, Any] = {}
         self.eval()
 
+    def num_bytes(self) -> int:
+        """Of the files that hold it."""
+        return self.file.stat().st_size
+
     @abstractmethod
     def compute(self, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
         """The outputs in order, of all `inputs` by name."""

@@ -25,7 +25,10 @@ _STAGED = ".incomplete-model-"
 
 # The files that weights are read from, in any format, exported ones too, and those that name further files.
 _ADAPTER = re.compile(r"adapter_model\.(safetensors|bin)|adapter_config\.json")
-_WHOLE_MODEL = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|model(_int8)?\.onnx")
+_WHOLE_MODEL = re.compile(
+    r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|"
+    r"model(_int8)?\.onnx|openvino_model\.(xml|bin)|model\.pt2"
+)
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 _ALMOST_FULL = 2**20
@@ -33,7 +36,7 @@ _ALMOST_FULL = 2**20
 
 def _opens_last(file: Path) -> tuple[bool, bool]:
     """Sort key for writing: weights after everything else, and the index of shards after the shards."""
-    weights = ".safetensors" in file.suffixes or file.suffix == ".onnx"
+    weights = ".safetensors" in file.suffixes or file.suffix in (".onnx", ".xml", ".pt2")
     return weights, weights and (file.suffix == ".json" or "-of-" not in file.name)
 
 

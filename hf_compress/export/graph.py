@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_compress.core.batches import main_input
 from hf_compress.core.errors import first_line
 from hf_compress.core.modes import evaluating
+from hf_compress.export.inputs import Inputs
 
 
 # The oldest set of operators that PyTorch's exporter writes, so that older runtimes read the file, too.
@@ -30,6 +31,11 @@ def output_names(outputs: Mapping[str, Any]) -> list[str]:
     for name, value in outputs.items():
         names += [name] if torch.is_tensor(value) else [f"{name}.{index}" for index in range(len(value))]
     return names
+
+
+def output_values(outputs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of a model's output in the order of `output_names`."""
+    return [each for value in outputs.values() for each in ([value] if torch.is_tensor(value) else value)]
 
 
 def _free_axes(name: str, tensor: Tensor, main: str) -> dict[int, str]:
@@ -75,7 +81,7 @@ def _quiet_exporter() -> Iterator[None]:
         exporter.setLevel(before)
 
 
-def write_graph(model: PreTrainedModel, inputs: Mapping[str, Tensor], names: Sequence[str], file: Path) -> None:
+def write_graph(model: PreTrainedModel, inputs: Inputs, names: Sequence[str], file: Path) -> None:
     """Write a model as one ONNX file that holds its weights.
 
     Args:
@@ -94,18 +100,45 @@ def write_graph(model: PreTrainedModel, inputs: Mapping[str, Tensor], names: Seq
             f"{type(model).__name__} must have less than 2 GiB of weights to be exported into one ONNX file, got "
             f"{size / 2**30:.1f} GiB."
         )
+    given, axes = _recording(model, inputs)
+    with _recorded_as(model, "ONNX"):
+        torch.onnx.export(
+            model, (), str(file), dynamo=True, opset_version=OPSET, kwargs=given, dynamic_shapes=axes,
+            input_names=list(given), output_names=list(names), external_data=False, verbose=False,
+        )  # fmt: skip
+
+
+def record_model(model: PreTrainedModel, inputs: Inputs) -> torch.export.ExportedProgram:
+    """Record a model by `torch.export`, with free batch size and length.
+
+    Args:
+        model, inputs: As for `write_graph`.
+
+    Raises:
+        ValueError: If PyTorch cannot record the model.
+    """
+    given, axes = _recording(model, inputs)
+    free = {name: dict.fromkeys(own, torch.export.Dim.DYNAMIC) for name, own in axes.items()}
+    with _recorded_as(model, "torch.export"):
+        return torch.export.export(model, (), given, dynamic_shapes=free)
+
+
+def _recording(model: PreTrainedModel, inputs: Inputs) -> tuple[Inputs, dict[str, dict[int, str]]]:
+    """The inputs to record with, and their free axes."""
     # Different tensors under every name: the exporter takes one tensor under two names for one input.
     given = {name: tensor.clone() for name, tensor in inputs.items()}
-    axes = {name: _free_axes(name, tensor, main_input(model)) for name, tensor in given.items()}
+    return given, {name: _free_axes(name, tensor, main_input(model)) for name, tensor in given.items()}
+
+
+@contextmanager
+def _recorded_as(model: PreTrainedModel, format_: str) -> Iterator[None]:
+    """Record a model inside the `with` statement; what PyTorch says it cannot becomes one line."""
     try:
         with called_for_export(model), _quiet_exporter():
-            torch.onnx.export(
-                model, (), str(file), dynamo=True, opset_version=OPSET, kwargs=given, dynamic_shapes=axes,
-                input_names=list(given), output_names=list(names), external_data=False, verbose=False,
-            )  # fmt: skip
+            yield
     except (torch.onnx.OnnxExporterError, RuntimeError, ValueError) as error:
         reason = first_line(_root(error))
-        raise ValueError(f"{type(model).__name__} cannot be exported to ONNX: {reason}") from error
+        raise ValueError(f"{type(model).__name__} cannot be exported to {format_}: {reason}") from error
 
 
 def _root(error: BaseException) -> BaseException:

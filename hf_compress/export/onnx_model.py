@@ -108,34 +108,3 @@ def export_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def exported_file(name: str) -> Path | None:
-    """The exported file that a name stands for; None where it stands for a model of transformers.
-
-    Args:
-        name: An ONNX file, a folder that `export_onnx` wrote (its graph of single precision), or a Hub name or folder
-            of a model.
-
-    Example:
-        >>> exported_file("small_onnx/model_int8.onnx").name, exported_file("google-bert/bert-base-uncased")
-        ('model_int8.onnx', None)
-    """
-    path = Path(name)
-    if path.suffix == Path(GRAPH).suffix:
-        return path
-    return path / GRAPH if (path / REPORT).is_file() else None
-
-
-def open_exported(file: Path) -> OnnxModel:
-    """A graph in a folder that `export_onnx` wrote.
-
-    Raises:
-        ValueError: If it is none, or its folder does not say what was exported.
-    """
-    if file.name not in (GRAPH, INT8_GRAPH):
-        raise ValueError(f"{str(file)!r} must be {GRAPH} or {INT8_GRAPH} in a folder that export wrote.")
-    model = OnnxModel.from_pretrained(file.parent, int8=file.name == INT8_GRAPH)
-    if "size" not in model.facts:
-        raise ValueError(f"{str(file.parent)!r} has no {REPORT} with the size of the model: export it again.")
-    return model

@@ -209,7 +209,7 @@ def _folder(model: PreTrainedModel | ExportedModel, named: str | None) -> str | 
 
 
 def _weighed(model: PreTrainedModel | ExportedModel, folder: str | None) -> int | None:
-    return model.file.stat().st_size if isinstance(model, ExportedModel) else bytes_on_disk(folder)
+    return model.num_bytes() if isinstance(model, ExportedModel) else bytes_on_disk(folder)
 
 
 def _exported(model: PreTrainedModel | ExportedModel) -> list[dict[str, Any]]:

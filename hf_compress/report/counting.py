@@ -76,22 +76,21 @@ def cost_of(
         The cost. The multiply-accumulates of an exported model that drops tokens are not counted: only the original
         can tell what it drops.
     """
-    if layers and not isinstance(model, ExportedModel) or isinstance(model, CountsItself):
-        return count_cost(model, seq_len, data=data)
-    by_layer: list[float] = []
     if isinstance(model, ExportedModel):
-        size = {**model.facts["size"], "bytes": model.file.stat().st_size}
-        if not carries_state(shapes):
-            by_layer = _macs(shapes, layers, [seq_len] if data is None else list(lengths))
-    else:
-        size = count_size(model)
-    return Cost(
-        params=size["params"],
-        nonzero_params=size["nonzero_params"],
-        macs=sum(by_layer) if by_layer else None,
-        bytes=size["bytes"],
-        macs_by_layer=by_layer,
-    )
+        size = model.facts["size"]
+        known = not carries_state(shapes)
+        by_layer = _macs(shapes, layers, [seq_len] if data is None else list(lengths)) if known else []
+        return Cost(
+            params=size["params"],
+            nonzero_params=size["nonzero_params"],
+            macs=sum(by_layer) if by_layer else None,
+            bytes=model.num_bytes(),
+            macs_by_layer=by_layer,
+        )
+    if layers or isinstance(model, CountsItself):
+        return count_cost(model, seq_len, data=data)
+    size = count_size(model)
+    return Cost(params=size["params"], nonzero_params=size["nonzero_params"], macs=None, bytes=size["bytes"])
 
 
 def _macs(model: PreTrainedModel, layers: list[TransformerLayer], lengths: list[float]) -> list[float]:

@@ -10,9 +10,11 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
+from hf_compress.core.exported import ExportedModel
 from hf_compress.core.saving import write_json
-from hf_compress.export.onnx_folder import export_onnx, require_bound
-from hf_compress.export.onnx_model import OnnxModel
+from hf_compress.export.folder import export_model, require_bound, require_format
+from hf_compress.export.formats import FORMATS, open_exported
+from hf_compress.export.onnx_model import INT8_GRAPH
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
 from hf_compress.report.machine import OtherWork, environment
 from hf_compress.report.quality import Measured, evaluated
@@ -25,13 +27,8 @@ from hf_compress.tasks.inputs import calibration_batches
 
 logger = logging.getLogger(__name__)
 
-# Format -> why it is refused.
-_NOT_WRITTEN = {
-    "openvino": "OpenVINO opens the files of --format onnx (openvino.Core().read_model)",
-    "torch-export": "torch.export.export(model, (), batch) records every model that --format onnx exports",
-    "compressed-tensors": "no method of this package writes packed integers yet",
-}
-_TORCH, _ONNX, _INT8 = "PyTorch", "ONNX Runtime", "ONNX Runtime int8"
+_COMPRESSED_TENSORS = "it stores rounded weights, and no method of this package rounds weights yet"
+_TORCH = "PyTorch"
 # Of the draw of the examples that outputs are compared on, and how many are padded to one length.
 _SEED, _BATCH = 0, 16
 
@@ -42,14 +39,16 @@ class ExportArguments:
 
     Args:
         model_name_or_path: Hub name or folder of the model to export, dense or compressed.
-        format: onnx. The formats openvino, torch-export and compressed-tensors are refused with the reason.
-        int8: Also write the model with weights of eight bits; layers that move the outputs too far stay in float.
+        format: onnx, openvino (where that package is installed) or torch-export. compressed-tensors is refused with a
+            reason.
+        int8: Also write the model with weights of eight bits, in the format onnx; layers that move the outputs too far
+            stay in float.
         int8_bound: How far int8 may move the outputs: the root mean square of their change over their standard
             deviation on real examples.
         check_examples: How many real examples the exported outputs are compared on.
         split: Which split is measured: train, validation or test. Left out: validation, or test where there is none.
         latency_batch_sizes: Batch sizes whose latency is timed, beside PyTorch.
-        latency_repeats: How many rounds are timed; PyTorch and ONNX Runtime take turns in each.
+        latency_repeats: How many rounds are timed; PyTorch and the other runtime take turns in each.
         latency_examples: How many examples are timed, evenly spread over the lengths.
     """
 
@@ -64,10 +63,9 @@ class ExportArguments:
     latency_examples: int = 64
 
     def __post_init__(self) -> None:
-        if self.format in _NOT_WRITTEN:
-            raise ValueError(f"format must be onnx, got {self.format!r}: {_NOT_WRITTEN[self.format]}.")
-        if self.format != "onnx":
-            raise ValueError(f"format must be onnx, got {self.format!r}.")
+        if self.format == "compressed-tensors":
+            raise ValueError(f"format must be another one, got {self.format!r}: {_COMPRESSED_TENSORS}.")
+        require_format(self.format, self.int8)
         require_bound(self.int8_bound)
         for name in ("check_examples", "latency_repeats", "latency_examples"):
             if getattr(self, name) < 1:
@@ -109,11 +107,12 @@ def export(arguments: Export) -> dict[str, Any]:
     batches = calibration_batches(
         rows, original.processor, min(wanted.check_examples, len(rows)), _SEED, batch_size=_BATCH
     )
-    report = export_onnx(original.model, folder, batches, original.processor, wanted.int8, wanted.int8_bound)
-    exported = {_ONNX: OnnxModel.from_pretrained(folder)}
+    processor, runtime = original.processor, FORMATS[wanted.format].runtime
+    report = export_model(original.model, folder, batches, processor, wanted.format, wanted.int8, wanted.int8_bound)
+    exported = {runtime: open_exported(Path(folder, FORMATS[wanted.format].file))}
     if wanted.int8:
-        exported[_INT8] = OnnxModel.from_pretrained(folder, int8=True)
-    models: dict[str, PreTrainedModel | OnnxModel] = {_TORCH: original.model, **exported}
+        exported[f"{runtime} int8"] = open_exported(Path(folder, INT8_GRAPH))
+    models: dict[str, PreTrainedModel | ExportedModel] = {_TORCH: original.model, **exported}
     measures = {name: _with_model(original, model) for name, model in models.items()}
     results = {
         "export": report,
@@ -127,7 +126,7 @@ def export(arguments: Export) -> dict[str, Any]:
     return results
 
 
-def _with_model(original: Measured, model: PreTrainedModel | OnnxModel) -> Measured:
+def _with_model(original: Measured, model: PreTrainedModel | ExportedModel) -> Measured:
     """The same examples for another runtime's model, which is called and moved as a model of transformers is."""
     return replace(original, model=cast(PreTrainedModel, model))
 

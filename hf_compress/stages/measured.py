@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.devices import chosen_device
 from hf_compress.core.exported import ExportedModel
-from hf_compress.export.onnx_model import exported_file, open_exported
+from hf_compress.export.formats import exported_file, open_exported
 from hf_compress.report.quality import Measured
 from hf_compress.stages.models import fit_labels, open_model
 from hf_compress.stages.processors import check_vocabulary, open_processor

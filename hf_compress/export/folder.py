@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,17 @@ from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenize
 from hf_compress.api import check_finite, steps_of
 from hf_compress.core.batches import layer_mask
 from hf_compress.core.cost import count_size
+from hf_compress.core.exported import ExportedModel
 from hf_compress.core.saving import complete_or_absent, require_own_folder, write_json
-from hf_compress.export.graph import OPSET, called_for_export, output_names, write_graph
+from hf_compress.export.formats import FORMATS, Format
+from hf_compress.export.graph import OPSET, called_for_export, output_names, output_values
 from hf_compress.export.inputs import Inputs, checked_inputs, example_inputs, read_inputs, size_of
 from hf_compress.export.int8 import Array, write_int8
-from hf_compress.export.onnx_model import GRAPH, INSTALL, INT8_GRAPH, REPORT, OnnxModel
+from hf_compress.export.onnx_model import GRAPH, INT8_GRAPH, REPORT
 from hf_compress.tasks.pooling import own_sentence_files
 
 
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# Outputs of PyTorch and ONNX Runtime may differ by so much, times the largest output if that exceeds 1.
+# Outputs of PyTorch and of another runtime may differ by so much, times the largest output if that exceeds 1.
 TOLERANCE = 1e-4
 # Outputs [examples, tokens].
 _SCORES_OF_TOKENS = ("start_logits", "end_logits")
@@ -77,19 +77,42 @@ def export_onnx(
         >>> hc.export_onnx(model, "exported", batches, tokenizer, int8=True)["int8"]["kept"]  # doctest: +SKIP
         []
     """
-    _require_packages()
+    return export_model(model, output_dir, data, processor, "onnx", int8, int8_bound)
+
+
+def export_model(
+    model: PreTrainedModel,
+    output_dir: str | os.PathLike[str],
+    data: Iterable[Mapping[str, Any]],
+    processor: PreTrainedTokenizerBase | BaseImageProcessor | None,
+    format_: str,
+    int8: bool = False,
+    int8_bound: float = 0.2,
+) -> dict[str, Any]:
+    """As `export_onnx`, to any of `FORMATS`; with int8 to ONNX only."""
+    require_format(format_, int8)
     _require_exportable(model)
     require_bound(int8_bound)
     require_own_folder(output_dir, {"the model": getattr(model.config, "_name_or_path", None)})
-    batches = read_inputs(model, data, _EXAMPLES)
+    batches, target = read_inputs(model, data, _EXAMPLES), FORMATS[format_]
     with complete_or_absent(output_dir) as staged:
-        report = _exported(model, staged, batches)
+        report = {"format": format_, **_exported(model, staged, batches, target)}
         if int8:
             report["int8"] = _int8_report(model, staged, batches, report["outputs"], int8_bound)
-        report["bytes"] = {file.name: file.stat().st_size for file in sorted(staged.glob("*.onnx"))}
+        # Nothing but the format's files is there yet.
+        report["bytes"] = {file.name: file.stat().st_size for file in sorted(staged.iterdir())}
         _write_beside(model, processor, staged)
         write_json(staged / REPORT, report)
     return report
+
+
+def require_format(name: str, int8: bool = False) -> None:
+    """Raise `ValueError` unless the format exists, its packages are installed, and it has int8 if that is asked."""
+    if name not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}.")
+    FORMATS[name].require_packages()
+    if int8 and name != "onnx":
+        raise ValueError(f"int8 must be left out for format {name}: only the graphs of ONNX Runtime have the guard.")
 
 
 def _write_beside(
@@ -114,14 +137,6 @@ def require_bound(int8_bound: float) -> None:
         raise ValueError(f"int8_bound must be positive, got {int8_bound}.")
 
 
-def _require_packages() -> None:
-    for name in _PACKAGES:
-        try:
-            version(name)
-        except PackageNotFoundError as error:
-            raise ValueError(f"The package {name} must be installed to export to ONNX: {INSTALL}.") from error
-
-
 def _require_exportable(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
         hint = " Merge its adapters first (merge_and_unload)." if hasattr(model, "peft_config") else ""
@@ -134,16 +149,16 @@ def _require_exportable(model: PreTrainedModel) -> None:
     check_finite(model)
 
 
-def _exported(model: PreTrainedModel, folder: Path, batches: Sequence[Inputs]) -> dict[str, Any]:
+def _exported(model: PreTrainedModel, folder: Path, batches: Sequence[Inputs], target: Format) -> dict[str, Any]:
     """Write the graph of single precision and compare it; returns the report."""
     start = time.perf_counter()
     names = list(outputs_of(model, batches[0]))
-    write_graph(model, example_inputs(batches[0]), names, folder / GRAPH)
+    target.write(model, example_inputs(batches[0]), names, folder / target.file)
     seconds = time.perf_counter() - start
-    checks = [_compared(model, OnnxModel(folder / GRAPH), batch) for batch in checked_inputs(batches)]
+    exported = target.open(folder / target.file, None)
+    checks = [_compared(model, exported, batch) for batch in checked_inputs(batches)]
     return {
-        "format": "onnx",
-        "opset": OPSET,
+        **({"opset": OPSET} if "onnx" in target.packages else {}),
         "model": type(model).__name__,
         "steps": steps_of(model),
         "size": count_size(model),
@@ -152,7 +167,7 @@ def _exported(model: PreTrainedModel, folder: Path, batches: Sequence[Inputs]) -
         "checks": checks,
         "largest_difference": max(check["difference"] for check in checks),
         "seconds": round(seconds, 1),
-        "versions": {name: version(name) for name in ("hf_compress", "transformers", "torch", *_PACKAGES)},
+        "versions": target.versions(),
     }
 
 
@@ -160,8 +175,7 @@ def outputs_of(model: PreTrainedModel, batch: Inputs) -> dict[str, Tensor]:
     """The tensors that a model returns, by the names of the exported graph; on the CPU."""
     with called_for_export(model):
         outputs = model(**batch)
-    values = [each for value in outputs.values() for each in ([value] if torch.is_tensor(value) else value)]
-    return {name: value.cpu() for name, value in zip(output_names(outputs), values, strict=True)}
+    return {name: value.cpu() for name, value in zip(output_names(outputs), output_values(outputs), strict=True)}
 
 
 def _counting(model: PreTrainedModel, batch: Inputs, outputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -177,8 +191,8 @@ def _counting(model: PreTrainedModel, batch: Inputs, outputs: Mapping[str, Tenso
     return [value[live] if of_tokens(name, value) else value for name, value in outputs.items()]
 
 
-def _compared(model: PreTrainedModel, exported: OnnxModel, batch: Inputs) -> dict[str, Any]:
-    """The size of a batch, and by how much the outputs of ONNX Runtime differ from PyTorch's at most."""
+def _compared(model: PreTrainedModel, exported: ExportedModel, batch: Inputs) -> dict[str, Any]:
+    """The size of a batch, and by how much the outputs of the other runtime differ from PyTorch's at most."""
     wanted = outputs_of(model, batch)
     both = (_counting(model, batch, outputs) for outputs in (wanted, exported(**batch)))
     largest = 0.0
