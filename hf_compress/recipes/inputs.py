@@ -7,7 +7,6 @@ import glob
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ import torch
 import transformers
 
 from hf_compress import __version__
-from hf_compress.methods import METHODS
 from hf_compress.recipes.jobs import Job, Result
+from hf_compress.recipes.sources import sources_of
+from hf_compress.stages.table import Stage
 
 
 # Options that name what a stage writes: what lies there is no input.
@@ -27,27 +27,14 @@ _WRITTEN = ("output_file", "teacher_cache_dir", "logging_dir")
 _NO_INPUT = ("checkpoint-", ".", "_", "README")
 
 
-def code_version() -> dict[str, str]:
-    """What computes: the releases, and a digest of the sources of this package and of those that add methods."""
+def code_version(stage: Stage) -> dict[str, str]:
+    """What computes a stage: the releases, and a digest of the sources that it can run."""
     return {
         "hf_compress": __version__,
-        "sources": _sources(),
+        "sources": sources_of(stage),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-@functools.cache
-def _sources() -> str:
-    homes = {__name__.partition(".")[0]} | {
-        method.config_class.__module__.partition(".")[0] for method in METHODS.values()
-    }
-    digest = hashlib.blake2b(digest_size=16)
-    for home in sorted(homes):
-        root = Path(str(sys.modules[home].__file__)).parent
-        for file in sorted(root.rglob("*.py")):
-            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def file_digest(file: str | Path) -> str:
@@ -123,7 +110,7 @@ def inputs_of(job: Job, keys: Mapping[str, str], commits: Mapping[str, str | Non
         "files": files,
         "hub": {name: commit for name, commit in commits.items() if commit is not None and name in named},
         "stages": {name: keys[name] for name in job.needs()},
-        "code": code_version(),
+        "code": code_version(job.entry.stage),
     }
 
 
