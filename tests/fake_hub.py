@@ -91,6 +91,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"url": f"{self.hub.url}/{repo}"})
 
     def commit(self, repo, lines):
+        if self.hub.refuses is not None:
+            code, why = self.hub.refuses
+            self.answer({"error": why}, code)
+            return
         assert lines[0]["key"] == "header"
         found = {}
         for line in lines[1:]:
@@ -148,6 +152,8 @@ class FakeHub:
         self.user, self.sha = user, "0123456789abcdef0123456789abcdef01234567"
         self.files, self.commits = defaultdict(dict), defaultdict(list)
         self.private, self.objects, self.requests = {}, {}, []
+        # A code and a reason with which commits are refused.
+        self.refuses = None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.hub = self
         self.url = f"http://127.0.0.1:{self._server.server_port}"

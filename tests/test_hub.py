@@ -257,6 +257,19 @@ def test_what_cannot_be_uploaded_is_one_line_before_any_work(
     assert not hub.objects
 
 
+@pytest.mark.parametrize(("code", "why"), [
+    (403, "Private repository storage limit reached"), (400, "The card is no YAML"),
+])  # fmt: skip
+def test_an_upload_that_the_hub_refuses_is_one_line_and_leaves_nothing(hub, small, capsys, code, why):
+    hub.refuses = code, why
+    assert pushed("--model_name_or_path", small, "--repo_id", "me/tiny") == 2
+    [said] = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith(f"hf-compress: Uploading to me/tiny at {hub.url} failed: ")
+    assert not hub.files["me/tiny"]
+    hub.refuses = None
+    assert pushed("--model_name_or_path", small, "--repo_id", "me/tiny") == 0
+
+
 def test_pickles_are_known_by_what_is_in_them(tmp_path):
     def written(name, content):
         (tmp_path / name).write_bytes(content)

@@ -221,6 +221,7 @@ def texts(tokenizer, sentences):
 
 
 # What it says of the outputs that it makes for metrics, and of its own imports.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_trainer_of_trl_distils_a_pruned_model(tmp_path, trl, texts, batches):
     tokenizer, rows = texts
@@ -250,6 +251,7 @@ def test_a_trainer_of_trl_distils_a_pruned_model(tmp_path, trl, texts, batches):
     assert hc.steps_of(opened) == hc.steps_of(joined.model)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_trainer_of_trl_puts_adapters_on_a_pruned_model_that_it_opens(tmp_path, trl, texts, batches):
     peft = pytest.importorskip("peft")
@@ -275,6 +277,7 @@ def test_a_trainer_of_trl_puts_adapters_on_a_pruned_model_that_it_opens(tmp_path
     assert all("q_proj" in name or "v_proj" in name for name in changed)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_weights_are_pruned_in_a_trainer_of_trl(tmp_path, trl, texts):
     tokenizer, rows = texts

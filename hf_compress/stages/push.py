@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
+from hf_compress.api import check_finite
 from hf_compress.card_sections import REPORT_FILE, entry_of, read_report
 from hf_compress.core.errors import BROKEN_FILE, one_line
 from hf_compress.core.loaded import require_complete
@@ -77,6 +78,12 @@ class Push(StageArguments):
         check_repo_id(self.hub.repo_id)
         if "eval_task" in self.chosen() and self.hub.eval_dataset is None:
             raise ValueError("eval_task must be left out without eval_dataset, the benchmark that it belongs to.")
+        inside = Path(self.hub.model_name_or_path).resolve()
+        if self.output_dir and inside in Path(self.output_dir).resolve().parents:
+            raise ValueError(
+                f"output_dir must lie outside of model_name_or_path, got {self.output_dir!r}: the next push would "
+                "upload what this one writes."
+            )
         if self.hub.eval_dataset is not None:
             with one_line("eval_dataset must be the Hub's name of a data set", ValueError):
                 check_repo_id(self.hub.eval_dataset)
@@ -111,6 +118,7 @@ def push(arguments: Push) -> dict[str, Any]:
         if wanted.eval_dataset is not None:
             name, content = reported_result(report, own, wanted.eval_dataset, wanted.eval_task)
             files[name] = content
+    model = _opened(wanted.model_name_or_path)
     api, repo_id = None, wanted.repo_id
     if not wanted.dry_run:
         api, user = connect()
@@ -119,7 +127,7 @@ def push(arguments: Push) -> dict[str, Any]:
     card = Path(wanted.model_name_or_path, CARD)
     if may_be_replaced(card):
         history = card.read_text(encoding="utf-8").partition(_HISTORY) if card.is_file() else ("", "", "")
-        text = card_text(_opened(wanted.model_name_or_path), wanted.model_name_or_path, repo_id, report)
+        text = card_text(model, wanted.model_name_or_path, repo_id, report)
         files[CARD] = (text + "".join(history[1:])).encode()
     results: dict[str, Any] = {"repo_id": repo_id, "files": sorted(files), "left_out": found.left_out}
     if api is None:
@@ -161,6 +169,8 @@ def _opened(folder: str) -> PreTrainedModel:
         model, loaded = kind.from_pretrained(folder, output_loading_info=True)
         require_complete(loaded)
     opened: PreTrainedModel = model
+    with one_line(f"{folder!r} must not be uploaded", ValueError):
+        check_finite(opened)
     return opened
 
 
