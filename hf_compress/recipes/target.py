@@ -11,7 +11,9 @@ from hf_compress.stages.option_files import reject_unknown
 
 
 NAME = "target"
-_KEYS = ("dense", "among", "max_drop", "metric", "split", "device", "batch_size")
+# Options of the report that measures the candidates.
+_REPORT = ("split", "device", "latency_repeats", "latency_examples")
+_KEYS = ("dense", "among", "max_drop", "metric", "batch_size", *_REPORT)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def read_target(written: Any, where: str) -> Target:
         raise ValueError(f"{where}: max_drop must be a number of points, at least 0, got {drop!r}.")
     sizes = written.get("batch_size", [1])
     options = {"latency_batch_sizes": sizes if isinstance(sizes, list) else [sizes]}
-    options |= {name: written[name] for name in ("split", "device") if name in written}
+    options |= {name: written[name] for name in _REPORT if name in written}
     return Target(dense, tuple(among), float(drop), written.get("metric"), {"models": [dense, *among], **options})
 
 
