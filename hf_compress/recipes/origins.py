@@ -15,7 +15,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from hf_compress.api import rebuild, steps_of
 from hf_compress.core.errors import BROKEN_FILE, first_line
 from hf_compress.core.method import Method, MethodConfig, check_order
-from hf_compress.export.onnx_model import exported_file
+from hf_compress.export.formats import exported_file
 from hf_compress.methods import METHODS
 from hf_compress.stages.arguments import StageArguments
 from hf_compress.stages.measured import folder_of
