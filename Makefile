@@ -57,7 +57,7 @@ types: $(VENV)/.installed
 # The documentation site in build/docs, for a browser (its search needs a server: python -m http.server -d build/docs). A broken
 # link or docstring is an error.
 docs: $(VENV)/.installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --config-file .mkdocs.yml
 
 # Wheel and source archive, installed into a new environment that has nothing but what they require.
 RELEASE := build/release

@@ -67,18 +67,15 @@ def anchors(path):
 
 
 def commands(page, inline=False):
-    """The words of every command line of ours in a page.
+    """The words of every command line of ours in a page, or in one block of it.
 
     Args:
-        page: The page's path.
+        page: The page's path, or a block.
         inline: Also those in the middle of a sentence.
     """
-    lines = [
-        line
-        for block in blocks(page)
-        if block.language in ("", "bash")
-        for line in re.sub(r"\\\n\s*", "", block.text).splitlines()
-    ]
+    found = [page] if isinstance(page, Block) else blocks(page)
+    shown = [block for block in found if block.language in ("", "bash")]
+    lines = [line for block in shown for line in re.sub(r"\\\n\s*", "", block.text).splitlines()]
     if inline:
         lines += re.findall(r"`(hf-compress [^`]*)`", _BLOCK.sub("", text_of(page)))
     return [shlex.split(line, comments=True) for line in lines if line.startswith("hf-compress ")]

@@ -1,10 +1,10 @@
 """The documentation says what is there: its links, commands, messages and options exist, and the site builds."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 from transformers import TrainingArguments
@@ -113,8 +113,8 @@ def test_what_replaces_other_options_exists(page):
 
 def site_module(name):
     """A module of the site's own programs."""
-    spec = spec_from_file_location(f"site_{name}", ROOT / "docs" / "site" / f"{name}.py")
-    module = module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"site_{name}", ROOT / "docs" / "site" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -126,7 +126,15 @@ def test_every_public_name_is_in_the_reference():
     assert len(shown) == len(set(shown))
     # A module, whose names have a page.
     assert set(hf_compress.__all__) - {path.rpartition(".")[2] for path in shown} == {"students"}
-    assert set(pages) <= {f"reference/{line}.md" for line in re.findall(r"reference/(\w+)\.md", text_of("mkdocs.yml"))}
+    assert set(pages) <= {
+        f"reference/{line}.md" for line in re.findall(r"reference/(\w+)\.md", text_of(".mkdocs.yml"))
+    }
+
+
+def test_every_page_can_be_reached():
+    navigation = set(re.findall(r"([\w/]+\.md)$", text_of(".mkdocs.yml"), re.MULTILINE))
+    shown = site_module("pages").SHOWN if importlib.util.find_spec("mkdocs") else {}
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} | set(shown.values()) <= navigation
 
 
 def test_links_are_led_to_pages():
@@ -154,7 +162,18 @@ def test_parameters_that_share_a_line_stand_alone():
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path):
     pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "-f",
+        ".mkdocs.yml",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     html = {path.relative_to(tmp_path / "site"): path.read_text() for path in (tmp_path / "site").rglob("*.html")}

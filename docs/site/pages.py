@@ -14,7 +14,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from hf_compress.cli.help import command_help, recipe_help, usage
+from hf_compress.cli.help import command_help, demo_help, recipe_help, usage
 from hf_compress.stages.table import all_stages
 
 
@@ -160,8 +160,14 @@ def api_pages() -> dict[str, str]:
 
 
 def commands_page() -> str:
-    """What `--help` of every command prints."""
-    parts = ["# Commands", f"```text\n{usage()}\n```", "## run", f"```text\n{recipe_help()}\n```"]
+    """What `--help` of every command prints, and what recipes call it: their stages have the same options."""
+    parts = [
+        "# Commands and stages of recipes",
+        f"```text\n{usage()}\n```",
+        "## run",
+        f"```text\n{recipe_help()}\n```",
+    ]
+    parts += ["## demo", f"```text\n{demo_help()}\n```"]
     for stage in all_stages().values():
-        parts += [f"## {stage.command}", f"```text\n{command_help(stage)}\n```"]
+        parts += [f"## {stage.command}", f"In recipes: `stage: {stage.name}`.", f"```text\n{command_help(stage)}\n```"]
     return "\n\n".join(parts)
