@@ -89,6 +89,23 @@ def test_the_loss_of_another_trainer_beside_ours(tmp_path, ours, theirs):
     assert {"eval_loss/task", "eval_loss/output", "eval_loss/layer"} <= joined.evaluate(ROWS).keys()
 
 
+def test_thresholds_learn_inside_another_trainer(tmp_path):
+    """Its passes without gradients leave nothing behind that the loss of the thresholds would read."""
+    trained = []
+    for kind, options in ((hc.join_trainers(hc.DistillationTrainer, Blind), {}),
+                          (hc.DistillationTrainer, {"alpha_task": 0.5})):  # fmt: skip
+        student = hc.compress(bert(0, 2), hc.TokenPruningConfig(masking_mode="soft"))
+        trainer = kind(
+            student, teacher_model=bert(1, 2), args=kind.arguments_class(str(tmp_path), **options, **PLAIN),
+            train_dataset=ROWS, data_collator=pad,
+            callbacks=[hc.ThresholdAnnealingCallback(lambda_threshold=0.1, learning_rate=1e-2)],
+        )  # fmt: skip
+        begun = student.bert.token_thresholds.values.clone()
+        trained.append(weights_after(trainer))
+        assert differ_beyond_rounding(trained[-1]["bert.token_thresholds.values"], begun)
+    assert_same_weights(*trained)
+
+
 def test_a_sequence_to_sequence_trainer_distils_and_generates(tmp_path):
     both = hc.join_trainers(hc.DistillationTrainer, Seq2SeqTrainer, Seq2SeqTrainingArguments)
     options, generating = {"temperature": 3.0, **PLAIN}, {"predict_with_generate": True, "generation_max_length": 7}

@@ -19,16 +19,14 @@ class TheirLoss:
     def __init__(self) -> None:
         self._gives_outputs = True
 
-    def __call__(
-        self, compute: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any], again: Mapping[str, Any]
-    ) -> tuple[Tensor, Any]:
+    def __call__(self, compute: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """The loss and the outputs, with gradients where the loss has them.
 
         Args:
             compute: The `compute_loss`.
             model: As for `compute`.
-            inputs: A batch; `compute` gets a copy that it may change.
-            again: The batch for another pass of the model.
+            inputs: A batch; `compute` gets a copy that it may change. What layers share in it is left by a pass with
+                gradients.
         """
         if self._gives_outputs:
             loss, outputs = compute(model, dict(inputs), return_outputs=True)
@@ -37,7 +35,7 @@ class TheirLoss:
             self._gives_outputs = False
         else:
             loss = compute(model, dict(inputs))
-        return loss, model(**again)
+        return loss, model(**inputs)
 
 
 def _has_gradients(outputs: Any) -> bool:

@@ -84,8 +84,7 @@ class CompressionTrainer(EvaluatingTrainer):
             inputs: A prepared batch. Not to be changed.
         """
         with missing_labels_named(inputs):
-            again = {**inputs, **self.methods.forward_arguments()}
-            loss, outputs = self._their_loss(super().compute_loss, model, inputs, again)
+            loss, outputs = self._their_loss(super().compute_loss, model, inputs)
         return {"task": loss}, outputs
 
     def compute_loss(
