@@ -38,6 +38,7 @@ def hf(home, *words):
     return subprocess.run([HF, *words], env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_hf_runs_our_command(home):
     done = hf(home, "compress", "--version")
     assert (done.returncode, done.stdout.strip()) == (0, f"hf-compress {__version__}"), done.stderr

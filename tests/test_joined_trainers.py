@@ -72,8 +72,9 @@ class LossAlone(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
-@pytest.mark.parametrize("theirs", [Blind, LossAlone])
-@pytest.mark.parametrize("ours", [hc.DistillationTrainer, hc.JointTeacherTrainer])
+@pytest.mark.parametrize(("ours", "theirs"), [
+    (hc.DistillationTrainer, Blind), (hc.DistillationTrainer, LossAlone), (hc.JointTeacherTrainer, Blind),
+])  # fmt: skip
 def test_the_loss_of_another_trainer_beside_ours(tmp_path, ours, theirs):
     """Their half of the loss is our weight of one half; the teacher's terms reach the student in both."""
     both, fields = hc.join_trainers(ours, theirs), {"alpha_layer": 0.5, **PLAIN}

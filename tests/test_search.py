@@ -157,10 +157,11 @@ def search(trainer, space, **options):
         )
 
 
-KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "proximal" else ()) for kind in SEARCHES]
+def quick(*slow):
+    return [pytest.param(kind, marks=pytest.mark.slow if kind in slow else ()) for kind in SEARCHES]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick("proximal"))
 def test_every_trial_is_a_training_of_its_own(tmp_path, kind):
     make, space = SEARCHES[kind]
     drawn, seen = Drawn(), []
@@ -180,7 +181,7 @@ def test_every_trial_is_a_training_of_its_own(tmp_path, kind):
         assert alone.losses == pytest.approx([loss], rel=1e-5), values
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick("proximal", "structured pruning"))
 def test_trials_that_fail_or_are_pruned_leave_no_trace(tmp_path, kind):
     make, space = SEARCHES[kind]
     ends = []
