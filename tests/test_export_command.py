@@ -12,7 +12,9 @@ import transformers
 
 import hf_compress as hc
 from hf_compress.cli.main import main
-from tests.export_support import tiny, verdict
+from tests.conftest import ARCHITECTURES
+from tests.contract.conftest import REFUSED
+from tests.export_support import BEGIN, END, METHODS, tiny, verdict
 from tests.labelled_models import write_rows
 
 
@@ -84,6 +86,21 @@ def test_sentence_vectors(tmp_path, monkeypatch, model, tokenizer, sentences):
     means = torch.stack([row[mask.bool()].mean(0) for row, mask in zip(states, batch["attention_mask"], strict=True)])
     expected = means / means.norm(dim=-1, keepdim=True)
     assert (names["encode"](texts) - expected).abs().max() < 1e-5
+
+
+def test_the_page_has_every_cell():
+    """Whoever adds an architecture or a method prints the table again (`python -m tests.export_support`)."""
+    lines = PAGE.read_text().partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert header[1:] == [method.replace("_", " ") for method in METHODS]
+    assert [row[0] for row in rows] == list(ARCHITECTURES)
+    for architecture, *cells in rows:
+        for method, cell in zip(METHODS, cells, strict=True):
+            assert (cell == "") == ((method, architecture) in REFUSED), (architecture, method)
+            if cell:
+                difference, int8 = cell.split(", int8 ")
+                assert float(difference) < 1e-4
+                assert float(int8.split(",")[0]) <= 0.2
 
 
 @pytest.mark.slow

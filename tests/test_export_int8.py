@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+import hf_compress as hc  # noqa: E402
 from hf_compress.export.int8 import movement, write_int8  # noqa: E402
 from hf_compress.export.onnx_model import open_session  # noqa: E402
+from tests.conftest import ARCHITECTURES, HEADS, _batches  # noqa: E402
 
 
 WIDTH = 32
@@ -88,3 +91,24 @@ def test_movement():
     assert movement(before, [before[0], before[1] + 0.5]) == 0.5
     assert movement([np.array([[3.0, 4.0]])], [np.array([[3.0, 4.5]])]) == pytest.approx(0.1)
     assert movement([np.zeros((2, 1))], [np.ones((2, 1))]) == float("inf")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_outliers_in_a_modernbert(tmp_path):
+    """A channel of two layers becomes large and its weights small: the same model, too much for eight bits."""
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = HEADS["sequence_classification"].from_config(ARCHITECTURES["modernbert"]()).eval()
+    batches = _batches(model.config, count=2, size=8, length=20)
+    before = hc.export_onnx(model, tmp_path / "before", batches, int8=True)["int8"]
+    assert (before["kept"], before["moved"] < 0.1) == ([], True)
+    for layer in model.model.layers[1:]:
+        with torch.no_grad():
+            layer.mlp_norm.weight[3] *= 1000
+            layer.mlp.Wi.weight[:, 3] /= 1000
+    found = hc.export_onnx(model, tmp_path / "outliers", batches, int8=True)["int8"]
+    assert found["moved_without_guard"] > 0.2
+    assert found["moved"] < 0.1
+    assert sorted(found["kept"]) == ["model.layers.1.mlp.Wi", "model.layers.2.mlp.Wi"]
+    assert found["num_int8"] == before["num_int8"] - 2
