@@ -86,6 +86,10 @@ MISTAKES = {
         TEACHER, {"stage": "report", "models": ["teacher"], "data_dir": "unmeasured"}, says="neither a validation nor"
     ),
     "data-samples": bad(TEACHER, {**PRUNED, "calibration_samples": 65}, says="calibration_samples must be in 1..64"),
+    "windows": bad(
+        {"stage": "proximal", "teacher_name_or_path": "base", "student_layers": 1, "compat": "prokt",
+         "gradient_accumulation_steps": 3}, says="must divide the 4 batches of an epoch",
+    ),
     "corpus-absent": bad(
         TEACHER, {"stage": "prune-vocabulary", "model_name_or_path": "teacher", "corpus": ["none.txt"]},
         says="stage 'vocabulary_pruning': corpus 'none.txt' must exist",

@@ -100,6 +100,7 @@ class Data:
         if config is not None and not origin.made and type(task).has_head(config):
             fit_labels(task, self._models.skeleton(str(origin.name)), str(origin.name))
         train = len(task.splits["train"]) if "train" in task.splits else 0
+        _check_windows(arguments, train)
         tokens = self._tokens(arguments, origin, task, data)
         return Examples(task, train, len(task.splits[measured]) if measured else 0, tokens)
 
@@ -146,3 +147,17 @@ def _check_samples(arguments: StageArguments, task: Task) -> None:
         available = len(task.split("train"))
         if asked > available:
             raise ValueError(f"calibration_samples must be in 1..{available} (the training rows), got {asked}.")
+
+
+def _check_windows(arguments: StageArguments, rows: int) -> None:
+    """Refuse epochs that end within a window where the published code of ProKT does not allow that."""
+    training = arguments.training_arguments
+    if training is None or getattr(training, "compat", None) != "prokt":
+        return
+    size, accumulation = training.train_batch_size, training.gradient_accumulation_steps
+    batches = rows // size if training.dataloader_drop_last else -(-rows // size)
+    if batches % accumulation:
+        raise ValueError(
+            f"gradient_accumulation_steps must divide the {batches} batches of an epoch with compat='prokt', got "
+            f"{accumulation}: change it or per_device_train_batch_size, or leave compat out."
+        )
