@@ -13,7 +13,9 @@ from transformers import AutoConfig
 import hf_compress as hc
 from hf_compress.cli.main import main
 from hf_compress.stages import search
+from hf_compress.stages.arguments import TeacherArguments
 from hf_compress.stages.search_space import read_dials
+from hf_compress.tasks.arguments import DataArguments
 from hf_compress.training.arguments import DistillationArguments
 from tests.recipe_files import PRUNED, RECOVERED, TEACHER, write_place, write_recipe
 
@@ -138,6 +140,16 @@ def test_mistakes_are_found_before_the_first_stage(place, name, capsys):
     assert main(["run", recipe]) == 2
     assert says in capsys.readouterr().err
     assert not Path("bad").exists()
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    training = DistillationArguments(str(tmp_path), report_to="none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="search must be started as one process"):
+        search.Search(
+            searched=search.SearchArguments(["a"]), teacher=TeacherArguments("b"), data=DataArguments(),
+            distillation=training,
+        )  # fmt: skip
 
 
 def test_a_search_takes_what_a_family_offers(place, capsys):

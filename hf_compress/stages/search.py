@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -99,6 +100,9 @@ class Search(StageArguments):
     distillation: DistillationArguments
 
     def __post_init__(self) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Each process would measure speeds of its own, and choose by them.
+            raise ValueError("search must be started as one process, got several.")
         super().__post_init__()
         if find_spec("optuna") is None:
             raise ValueError("search must have optuna, which is not installed: pip install 'hf_compress[search]'.")
