@@ -6,6 +6,7 @@ It keeps what it is sent in memory. What it refuses, it refuses with the Hub's o
 import base64
 import hashlib
 import json
+import socket
 import threading
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -93,7 +94,11 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, repo, lines):
         if self.hub.refuses is not None:
             code, why = self.hub.refuses
-            self.answer({"error": why}, code)
+            if code is None:
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+            else:
+                self.answer({"error": why}, code)
             return
         assert lines[0]["key"] == "header"
         found = {}
@@ -152,7 +157,7 @@ class FakeHub:
         self.user, self.sha = user, "0123456789abcdef0123456789abcdef01234567"
         self.files, self.commits = defaultdict(dict), defaultdict(list)
         self.private, self.objects, self.requests = {}, {}, []
-        # A code and a reason with which commits are refused.
+        # A code and a reason with which commits are refused; with None as the code, the connection ends.
         self.refuses = None
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.hub = self

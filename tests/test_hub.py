@@ -259,6 +259,7 @@ def test_what_cannot_be_uploaded_is_one_line_before_any_work(
 
 @pytest.mark.parametrize(("code", "why"), [
     (403, "Private repository storage limit reached"), (400, "The card is no YAML"),
+    (None, "gone"),
 ])  # fmt: skip
 def test_an_upload_that_the_hub_refuses_is_one_line_and_leaves_nothing(hub, small, capsys, code, why):
     hub.refuses = code, why

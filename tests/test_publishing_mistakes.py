@@ -2,8 +2,11 @@
 
 import json
 import os
+import resource
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,25 @@ def test_bad_push(name, capsys):
 @pytest.mark.parametrize("name", EXPORTED)
 def test_bad_export(name, capsys):
     refused(*EXPORTED[name], capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["push", "export"])
+def test_a_disk_without_room(command):
+    """As far as a program can tell: no file may become larger than 10 kB."""
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    files = tree()
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_compress", *shlex.split(bad_commands.GOOD[command])], preexec_fn=small_files,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}, capture_output=True, text=True,
+        timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("hf-compress: output_dir 'out' cannot be written")
+    assert tree() == files
 
 
 def test_there_are_many():
