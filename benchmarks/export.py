@@ -50,6 +50,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--max_eval_samples", type=int)
     parser.add_argument("--mac_ratios", type=float, nargs="*", default=[0.5, 0.3], help="Of the pruned copies.")
+    parser.add_argument(
+        "--token_thresholds", type=float, nargs="*", default=[],
+        help="Also copies of the dense model and of its smallest copy that drop tokens below these scores; the "
+        "thresholds are not learned, so their accuracy says nothing. Near 0 none is dropped: what is left is the last "
+        "layer for the first token alone.",
+    )  # fmt: skip
     parser.add_argument("--calibration_samples", type=int, default=512)
     parser.add_argument("--int8_bound", type=float, default=0.2)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32])
@@ -99,6 +105,10 @@ def main() -> None:
     for ratio in args.mac_ratios:
         pruning = hc.StructuredPruningConfig(mac_ratio=ratio)
         models[f"pruned to {ratio:g}"] = hc.compress(copy.deepcopy(dense), pruning, data=calibration).eval()
+    for threshold in args.token_thresholds:
+        dropping = hc.TokenPruningConfig(final_token_threshold=threshold)
+        for name in dict.fromkeys((DENSE, list(models)[len(args.mac_ratios)])):
+            models[f"{name}, tokens at {threshold:g}"] = hc.compress(copy.deepcopy(models[name]), dropping).eval()
     results: dict[str, Any] = {"export": {}, "metrics": {}, "runs": []}
     with tempfile.TemporaryDirectory() as place:
         for name, model in models.items():
