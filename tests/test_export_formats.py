@@ -7,13 +7,17 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from datasets import Dataset
+from transformers import AutoTokenizer, ViTForImageClassification, ViTImageProcessor
 
 import hf_compress as hc
 from hf_compress.cli.main import main
 from hf_compress.export.folder import export_model
 from hf_compress.export.formats import exported_file, open_exported
 from hf_compress.export.recorded_model import RecordedModel
+from hf_compress.report.counting import cost_of, counted_layers, mean_length, shapes_of
+from hf_compress.report.quality import Measured
+from tests.bilstm_models import bilstm, texts
 from tests.conftest import ARCHITECTURES, HEADS, _batches
 from tests.labelled_models import TEXTS, write_perfect_model, write_rows
 from tests.rounding import assert_equal_to_rounding
@@ -114,3 +118,38 @@ def test_broken_files(tmp_path):
         open_exported(tmp_path / "model.pt2")
     with pytest.raises(ValueError, match="must be a file that export wrote, one of model_int8.onnx, model.onnx"):
         open_exported(tmp_path / "other.pt2")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_length_that_becomes_a_constant_is_refused(tmp_path):
+    model = bilstm(num_layers=1).float().eval()
+    batch = dict(zip(("input_ids", "attention_mask"), texts([9, 4, 7]), strict=True))
+    with pytest.raises(ValueError, match="BiLSTMForSequenceClassification cannot be exported to torch.export: Constr"):
+        export_model(model, tmp_path / "out", [batch], None, "torch-export")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_images_are_counted_on_shapes_alone(tmp_path):
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ARCHITECTURES["vit"](num_labels=3)).eval()
+    config = hc.StructuredPruningConfig(mac_ratio=0.6, selection="magnitude", correction=False)
+    model = hc.compress(model, config, data=_batches(model.config))
+    images = _batches(model.config, count=1)[0]["pixel_values"]
+    export_model(model, tmp_path / "out", [{"pixel_values": images}], None, "torch-export")
+    exported = open_exported(exported_file(str(tmp_path / "out")))
+    shapes = shapes_of(exported)
+    assert all(parameter.is_meta for parameter in shapes.parameters())
+    side = model.config.image_size
+    rows = Dataset.from_dict({"pixel_values": images.tolist()}).with_format("numpy")
+    processor = ViTImageProcessor(size={"height": side, "width": side})
+    # Patches and the class token.
+    tokens = mean_length(Measured(exported, rows, processor, None, ""), shapes)
+    assert tokens == (side // model.config.patch_size) ** 2 + 1
+    found = cost_of(exported, shapes, counted_layers(shapes, "exported"), tokens, None, [])
+    expected = hc.count_cost(model, tokens)
+    assert (found.macs, found.params, found.nonzero_params) == (
+        expected.macs, expected.params, expected.nonzero_params,
+    )  # fmt: skip
