@@ -36,6 +36,8 @@ def run(*flags):
 
 
 def test_a_plan_is_printed_and_nothing_is_written(place, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     files = tree()
     assert run("--mac_ratio", "0.7", "--dry_run") == 0
     assert tree() == files
