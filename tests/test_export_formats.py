@@ -51,6 +51,7 @@ def refused_with_a_pickle(file, changed):
         RecordedModel(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("format_", OTHERS)
 def test_outputs_of_the_original(tmp_path, format_):
