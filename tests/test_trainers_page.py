@@ -6,13 +6,14 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 import hf_compress as hc
 from tests.test_distilled_positions import batch_of, language_model
 
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "trainers.md").read_text()
-JOINED, LORA, SEARCH = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+ZEROS, JOINED, LORA, SEARCH = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 HEAD = "sequence_classification"
 
 
@@ -34,6 +35,17 @@ def classifiers(model, batches, tokenizer, sentences, tmp_path, monkeypatch):
             weight.mul_(1.1)
     calibration = batches(student.config, count=2)
     return {"student": student, "teacher": teacher, "rows": rows, "calibration": calibration, "tokenizer": tokenizer}
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_zeros_by_a_callback(classifiers):
+    args = TrainingArguments("out", max_steps=10, use_cpu=True, save_strategy="no", report_to="none")
+    program = ZEROS.replace('"4x1"', '"4x1", pruning_frequency=1')
+    run(program, **classifiers, model=classifiers["student"], args=args)
+    pruned = AutoModelForSequenceClassification.from_pretrained("sparse")
+    assert [step["method"] for step in hc.steps_of(pruned)] == ["weight_pruning"]
+    # docs/saved_models.md says so.
+    assert not Path("sparse", "README.md").exists()
 
 
 def test_another_trainer(tmp_path, monkeypatch, tokenizer):
