@@ -54,16 +54,16 @@ def run_tests(bench: Bench) -> None:
                 ended = f"ended with {code}"
             except subprocess.TimeoutExpired:
                 code = None
-        found: dict[str, Any] = {"output": log.read_text()[-8000:]}
+        output = {"output": log.read_text()[-8000:]}
         if not (folder / "tests.xml").is_file():
-            return {**found, "error": f"pytest {ended} without a report"}
+            return {**output, "error": f"pytest {ended} without a report"}
         cases = list(ElementTree.parse(folder / "tests.xml").iter("testcase"))
         bad = {f"{case.get('classname')}::{case.get('name')}": part.get("message", "")[:500]
                for case in cases for part in case if part.tag in ("failure", "error")}  # fmt: skip
         skipped = sum(part.tag == "skipped" for case in cases for part in case)
         line = f"{len(cases)} tests, {len(bad)} failed, {skipped} skipped"
-        found |= {"tests": len(cases), "failed": bad, "skipped": skipped, "line": line}
-        return found if code == 0 and cases else {**found, "error": f"pytest {ended}: {line}"}
+        found = {"tests": len(cases), "failed": bad, "skipped": skipped, "line": line}
+        return found if code == 0 and cases else {**found, **output, "error": f"pytest {ended}: {line}"}
 
     bench.entry("pytest", run)
 
