@@ -100,7 +100,10 @@ def limits_section(report: Mapping[str, Any] | None, own: Mapping[str, Any] | No
         "added to it, and most where examples are rare.",
     ]
     if report is None or own is None:
-        lines.append("- Nothing was measured for this card: neither its quality nor its speed is known.")
+        lines.append(
+            "- This card holds no measurements, as no report lay beside the model when it was saved: what "
+            "`hf-compress report` measured of its quality and speed stands in the report's own folder."
+        )
     else:
         lines.append("- Times are of the hardware above; other processors and runtimes have other ones.")
         lines += _lost_class(report, own)

@@ -248,6 +248,17 @@ def test_full_disk(place, tmp_path, monkeypatch, capsys, where):
     assert not list(Path(tmp_path, "full").glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("selection", ["interpolative", "fisher"])
+def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(place, monkeypatch, capsys, selection):
+    def nothing(*args, **kwargs):
+        raise AssertionError("measured a model whose shapes forbid the budget")
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("hf_compress.stages.prune_structure.compress", nothing)
+    assert main(f"{PRUNE} --mac_ratio 0.01 --selection {selection}".split()) == 2
+    assert "mac_ratio must be at least" in capsys.readouterr().err
+
+
 def test_data_without_labels_for_fisher():
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(

@@ -148,8 +148,8 @@ def test_the_card_of_an_upload_says_what_the_report_measured(small):
         "LOST 0.0200 accuracy",
     ):  # fmt: skip
         assert text in card.text, text
-    assert "Nothing was measured" not in card.text
-    assert "Nothing was measured" in card_text(model, small)
+    assert "holds no measurements" not in card.text
+    assert "holds no measurements" in card_text(model, small)
 
 
 def test_relations_are_those_of_the_methods(small, monkeypatch):

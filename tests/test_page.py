@@ -25,6 +25,7 @@ from hf_compress.stages.arguments import OutputArguments
 from hf_compress.stages.report import Report, ReportArguments
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.class_answers import ClassAnswers, SetAnswers
+from hf_compress.tasks.token_classification import TagAnswers
 from tests.page_reading import Page, at, untraced
 from tests.test_report import entry
 
@@ -147,6 +148,50 @@ def test_names_beside_points_do_not_overlap():
         assert not [b for b in boxes[:place] if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]]
 
 
+@pytest.mark.parametrize("apart", [0.0, 0.002, 0.008, 0.02, 0.05])
+def test_names_leave_the_markers_of_near_points_free(apart):
+    near = [entry(name, 0.73, 500, [seconds], [5.0])
+            for name, seconds in (("dense", 1.7), ("pruned", 1.0), ("small", 1.0 + apart))]  # fmt: skip
+    page = Page(quality_latency(Facts(build_report(near, "t", "accuracy", 1, 1.0)), 0))
+    circles = [(float(e.attributes["cx"]), float(e.attributes["cy"])) for e in page.elements if e.tag == "circle"]
+    names = {e.text: e.attributes for e in page.elements if e.tag == "text" and e.attributes.get("class") == "name"}
+    assert list(names) == ["dense", "pruned", "small"]
+    for i, (name, found) in enumerate(names.items()):
+        wide, x, y = 6 * len(name), float(found["x"]), float(found["y"])
+        left = x - {"start": 0, "middle": wide / 2, "end": wide}[found["text-anchor"]]
+        for k, (cx, cy) in enumerate(circles):
+            # The halo is 2 wide; a name's own marker may be nearer.
+            far = 6.5 + (2 if k != i else 0)
+            beside = left - cx >= far or cx - left - wide >= far
+            # Of the letters above the line, and of those that go below it.
+            assert beside or cy - y - 3 >= far - 2 or y - 9 - cy >= far - 2, (name, k)
+
+
+@pytest.mark.parametrize(("dense", "small"), [(True, True), (True, False), (False, True), (False, False)])
+def test_models_that_answer_one_class_are_not_shown_in_green(dense, small):
+    bad = {"answer": "bad", "right": 0.73}
+    entries = [entry(name, score, 1000, seconds, [9.0], only_answer=bad if constant else None, standard_error=error)
+               for name, score, seconds, constant, error in
+               (("dense", 0.73, [1.0], dense, None), ("small", 0.75, [0.5], small, 0.001))]  # fmt: skip
+    report = json.loads(json.dumps(build_report(entries, "cola", "accuracy", 200, 9.0)))
+    page = Page(render_page(report))
+    assert untraced(page, report) == []
+    tiles = [element for element in page.elements if element.tag == "b" and element.within.classes() == {"tile"}]
+    assert any("good" in tile.classes() for tile in tiles) == (not dense and not small)
+    assert ("bad" in tiles[2].classes()) == small
+    told = [element.text for element in page.elements if element.tag == "li" and "ONE CLASS" in element.text]
+    assert len(told) == 2 * (dense or small) + dense
+
+
+def test_an_error_of_zero_is_not_shown_as_certainty():
+    entries = [
+        entry(name, 0.73, 1000, [1.0], [9.0], standard_error=error) for name, error in (("a", None), ("b", 0.0))
+    ]
+    text = render_page(build_report(entries, "cola", "accuracy", 200, 9.0))
+    assert "&plusmn;" not in text
+    assert "no example differs" in text
+
+
 def test_a_report_with_little_in_it_is_a_page():
     entries = [Entry(name, {"accuracy": 0.5}, Cost(1, 1, None, 4), []) for name in ("a", "b")]
     report = build_report(entries, "sst2", "accuracy", 1, 1.0)
@@ -179,6 +224,20 @@ def test_quality_of_each_class_counts_by_hand():
     sets = SetAnswers(np.array([[1.0, -1], [1, 1], [-1, 1]]), np.array([[1, 1], [1, 0], [0, 1]]), ("x", "y"))
     assert [row["recall"] for row in sets.by_class()] == pytest.approx([1.0, 0.5])
     assert [row["examples"] for row in sets.by_class()] == [2, 2]
+
+
+def test_the_only_answer_counts_by_hand():
+    def classes(*answered):
+        return ClassAnswers(np.eye(3)[list(answered)], np.zeros(len(answered)), ("a", "b")).only_answer()
+
+    assert [classes(1, 1, 1), classes(2, 2), classes(1, 0, 1), classes(1)] == ["b", "2", None, None]
+    assert ClassAnswers(np.ones((3, 1)), np.zeros(3)).only_answer() is None
+    sets = [SetAnswers(np.array(logits), np.zeros((2, 2)), ("x", "y")).only_answer()
+            for logits in ([[1, -1], [2, -3]], [[-1, -1], [-2, -3]], [[1, -1], [1, 1]])]  # fmt: skip
+    assert sets == ["x", "none", None]
+    tags = [TagAnswers([np.zeros(2)] * 2, [np.array(row) for row in found], ("O", "B-x")).only_answer()
+            for found in ([[0, 0], [0, 0]], [[0, 0], [0, 1]])]  # fmt: skip
+    assert tags == ["O", None]
 
 
 def test_surviving_words_are_those_of_a_trace(model, tokenizer, sentences):
@@ -278,3 +337,14 @@ def test_a_browser_shows_the_page_in_both_schemes_and_widths(report, tmp_path):
     assert messages
     assert found["scroll"] > 390
     assert found["wide"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
+def test_the_classes_of_five_models_fit_a_page_of_1100(tmp_path):
+    entries = [entry(f"recovered-0.{i} int8", 0.9, 500, [1.0], [5.0], classes=[named(0), named(1)]) for i in range(5)]
+    probe = """<script>parent.document.documentElement.dataset.probe = JSON.stringify(
+    [...document.querySelectorAll('.wide')].map(e => e.scrollWidth - e.clientWidth))</script></body>"""
+    page = render_page(build_report(entries, "t", "accuracy", 1, 1.0)).replace("</body>", probe)
+    dom, _ = chromium(page, tmp_path, "light", 1100, "--dump-dom")
+    assert max(json.loads(next(e.attributes["data-probe"] for e in Page(dom).elements if e.tag == "html"))) <= 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -14,6 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 import hf_compress as hc
 from hf_compress.cli.main import main
+from hf_compress.cli.output import results_table
+from hf_compress.tasks.metrics import classification_metrics
 from tests.test_bad_input import write_model, write_tokenizer
 
 
@@ -115,6 +119,17 @@ def test_baselines_are_the_trainings_by_hand(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "weight_decay was 0.01, and now it is 0.3" in error
     assert "baselines/hard_labels" in error
+
+
+def test_the_table_names_trainings_that_answer_one_class():
+    """Against all 2x2 tables of answers to a few examples."""
+    for counts in itertools.product(range(3), repeat=4):
+        labels, answered = np.repeat([0, 0, 1, 1], counts), np.repeat([0, 1, 0, 1], counts)
+        if len(labels):
+            metrics = {f"eval_{name}": value for name, value in classification_metrics(answered, labels, 2).items()}
+            table = results_table({"proximal": metrics, "hard_labels": {"eval_accuracy": 0.5}})
+            constant = len(set(answered)) == 1 or len(set(labels)) == 1
+            assert table.endswith("are the same, for proximal") == constant, counts
 
 
 def test_a_baseline_whose_checkpoint_is_damaged_begins_with_a_zero_head(tmp_path):

@@ -127,6 +127,32 @@ def test_a_report_without_timing_is_a_table_of_quality():
     assert "- b: the same accuracy (0.5000)" in text
 
 
+BAD, GOOD = {"answer": "bad", "right": 0.73}, {"answer": "good", "right": 0.27}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        (BAD, BAD, "ONE CLASS: all answers of dense and its own are 'bad' (right for 0.7300 of the examples): nothing "
+         "is compared; batch 1: 2.00x faster measured, the same MACs"),
+        (BAD, GOOD, "ONE CLASS: all answers of dense are 'bad' (right for 0.7300 of the examples), all its own are "
+         "'good' (right for 0.2700 of the examples): nothing is compared; batch 1"),
+        (BAD, None, "ONE CLASS: all answers of dense are 'bad' (right for 0.7300 of the examples), no baseline to "
+         "compare with; the same accuracy (0.7300), with no example gained or lost; batch 1"),
+        (None, BAD, "ONE CLASS: all its answers are 'bad' (right for 0.7300 of the examples), which takes no model; "
+         "the same accuracy (0.7300), with no example gained or lost; batch 1"),
+        (None, None, "the same accuracy (0.7300), with no example gained or lost; batch 1"),
+    ],
+)  # fmt: skip
+def test_models_that_answer_one_class_are_named(before, after, sentence):
+    dense = entry("dense", 0.73, 1000, [1.0, 1.0], [9.0, 9.0], only_answer=before)
+    small = entry("small", 0.73, 1000, [0.5, 0.5], [4.0, 4.0], only_answer=after, standard_error=0.0)
+    report = build_report([dense, small], "cola", "accuracy", 200, 9.0)
+    assert f"- small: {sentence}" in render_markdown(report)
+    own = "- dense: ONE CLASS: all its answers are 'bad' (right for 0.7300 of the examples), which takes no model\n"
+    assert (own in render_markdown(report)) == (before is not None)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,20 @@ def test_each_model_reads_by_its_own_tokenizer(place, monkeypatch):
     alone = measured("model", "twin")
     assert [each["accuracy"] for each in alone.values()] == [1.0, 1.0]
     assert "the same accuracy (1.0000)" in (place / "out" / "report.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_answers_one_class_is_named(place):
+    shutil.copytree("model", "constant")
+    weights = load_file("constant/model.safetensors")
+    weights["classifier.weight"].zero_()
+    weights["classifier.bias"] = torch.tensor([0.0, 1.0])
+    save_file(weights, "constant/model.safetensors", metadata={"format": "pt"})
+    first, second = compare("model", "constant")["models"]
+    right = second["metrics"]["accuracy"]
+    assert (first["only_answer"], second["only_answer"]) == (None, {"answer": "down", "right": right})
+    told = f"- constant: ONE CLASS: all its answers are 'down' (right for {right:.4f} of the examples)"
+    assert told in Path("out", "report.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -141,6 +141,8 @@ def _print_proximal(arguments: StageArguments, results: Mapping[str, Any]) -> No
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Write the metrics of several trainings on one data set as a table.
 
+    Below it stands which of them answer one class to everything, as far as the metrics of two classes show it.
+
     Args:
         results: Name -> results of a training.
 
@@ -165,7 +167,19 @@ def results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for title, found in results.items():
         cells = (f"{found[name]:{width}.4f}" if name in found else f"{'-':>{width}s}" for name in columns)
         lines.append(f"{title:20s}" + "".join(cells))
+    constant = [title for title, found in results.items() if _answers_one_class(found)]
+    if constant:
+        lines.append(f"ONE CLASS: all answers (or all right ones) are the same, for {', '.join(constant)}")
     return "\n".join(lines)
+
+
+def _answers_one_class(found: Mapping[str, Any]) -> bool:
+    """Whether metrics of two classes are those of a constant answer, or of examples of one class."""
+    if found.get("eval_matthews_correlation") != 0:
+        return False
+    right, f1 = found["eval_accuracy"], found["eval_f1"]
+    # Nothing of the positive class is found; or nothing of the other one, when F1 follows from the accuracy.
+    return bool(f1 == 0 or abs(f1 - 2 * right / (1 + right)) < 1e-9)
 
 
 def _print_evaluated(arguments: StageArguments, results: Mapping[str, Any]) -> None:

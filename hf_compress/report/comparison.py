@@ -191,9 +191,15 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
             changes=None if answers is baseline else changed_answers(baseline, answers, text_of),
             steps=[*_steps(shapes), *_exported(each.model)],
             classes=answers.by_class(),
+            only_answer=_only_answer(answers),
             words=_words(each),
             lineage=_lineage(_folder(each.model, folders.get(name))),
         )
+
+
+def _only_answer(answers: Answers) -> dict[str, Any] | None:
+    only, right = answers.only_answer(), answers.right()
+    return None if only is None or right is None else {"answer": only, "right": float(right.mean())}
 
 
 def _steps(model: PreTrainedModel) -> list[dict[str, Any]]:

@@ -73,15 +73,20 @@ def _head(facts: Facts) -> Iterator[str]:
 
 def _verdict(facts: Facts) -> Iterator[str]:
     cards = [_card(facts, i) for i in range(1, len(facts.at("models")))]
-    if cards:
-        yield f'<section><h2>Verdict</h2><div class="cards">{"".join(cards)}</div></section>'
+    # The baseline has no card; a sentence stands there only where it is no baseline to trust.
+    own = [f"<li>{facts.write(f'models.0.verdicts.{k}')}</li>" for k in range(len(facts.at("models.0.verdicts")))]
+    told = f'<div class="bad">{name_of(facts, 0)}<ul>{"".join(own)}</ul></div>' if own else ""
+    if cards or told:
+        yield f'<section><h2>Verdict</h2>{told}<div class="cards">{"".join(cards)}</div></section>'
 
 
 def _card(facts: Facts, i: int) -> str:
     """The three numbers that decide about a model, and the sentences."""
     at, tiles = f"models.{i}", []
     for place, timed in enumerate(facts.at(f"{at}.latency")[:2]):
-        good = "good" if is_faster(timed["speedup"]["median"]) else "bad"
+        # The speed of models that answer one class to everything is no success.
+        fast = "" if _constant(facts, 0) or _constant(facts, i) else "good"
+        good = fast if is_faster(timed["speedup"]["median"]) else "bad"
         speed = facts.write(f"{at}.latency.{place}.speedup.median", "times")
         batch = facts.write(f"{at}.latency.{place}.batch_size", "text")
         tiles.append(f'<div class="tile"><b class="{good}">{speed}</b><span>at batch {batch}</span></div>')
@@ -99,10 +104,17 @@ def _card(facts: Facts, i: int) -> str:
 
 def _judged(facts: Facts, i: int) -> str:
     """Whether the change of quality is good, bad, or no more than chance."""
+    if _constant(facts, i):
+        return "bad"
     change, error = facts.at(f"models.{i}.quality_change"), facts.at(f"models.{i}.standard_error")
-    if not change or (error is not None and abs(change) <= 2 * error):
+    if not change or _constant(facts, 0) or (error is not None and abs(change) <= 2 * error):
         return ""
     return "good" if (change > 0) != facts.at("lower_is_better") else "bad"
+
+
+def _constant(facts: Facts, i: int) -> bool:
+    """Whether a model answers one class to every example."""
+    return facts.at(f"models.{i}.only_answer") is not None
 
 
 def _tables(facts: Facts) -> Iterator[str]:

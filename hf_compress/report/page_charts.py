@@ -19,6 +19,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 14.0, 14.0, 42.0
 # Of one character of a label in the page's fonts, generously, and of its line.
 _CHARACTER, _LINE = 6.9, 14.0
 _LONGEST = 30
+# Half the width of a marker, and of one with the space that the halo of another model's name covers.
+_MARKER, _CLEAR = 7.0, 10.0
 # Where a label may stand beside its point: offsets in x and y, and which end of the text is there.
 _PLACES = (
     (10, 4, "start"), (-10, 4, "end"), (8, -9, "start"), (8, 17, "start"), (-8, -9, "end"), (-8, 17, "end"),
@@ -106,14 +108,19 @@ def _free(box: Box, taken: Sequence[Box]) -> bool:
 
 def _labels(points: Sequence[tuple[float, float, str]]) -> Iterator[str]:
     """Names beside their points where there is room; the legend names the others."""
-    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y, _ in points]
-    for x, y, name in points:
+    taken: list[Box] = []
+    for place, (x, y, name) in enumerate(points):
+        markers = [
+            (a - half, b - half, a + half, b + half)
+            for other, (a, b, _) in enumerate(points)
+            for half in [_MARKER if other == place else _CLEAR]
+        ]
         text = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..."
         width = _CHARACTER * len(text)
         for dx, dy, anchor in _PLACES:
             left = x + dx - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
             box = (left, y + dy - _LINE + 3, left + width, y + dy + 3)
-            if _free(box, taken):
+            if _free(box, [*taken, *markers]):
                 taken.append(box)
                 yield f'<text class="name" x="{x + dx}" y="{y + dy}" text-anchor="{anchor}">{html.escape(text)}</text>'
                 break

@@ -60,6 +60,9 @@ th,td{{padding:7px 12px;text-align:right;border-bottom:1px solid var(--line);fon
 white-space:nowrap}}
 th:first-child,td:first-child,.words td,.words th{{text-align:left}}
 .words td{{white-space:normal;min-width:8em}}
+.classes th,.classes td{{padding:7px 8px}}
+.classes th,.classes td:first-child{{white-space:normal;overflow-wrap:anywhere}}
+.classes td:first-child{{min-width:6em}}
 tr:last-child td{{border-bottom:0}}
 tr.base td{{background:color-mix(in srgb,var(--soft) 9%,transparent)}}
 .dot{{display:inline-block;width:.7em;height:.7em;border-radius:50%;background:var(--own);margin-right:.5em}}
@@ -90,6 +93,7 @@ svg line,svg path{{stroke:var(--line);fill:none}}
 svg .name{{paint-order:stroke;stroke:var(--card);stroke-width:4px;stroke-linejoin:round}}
 svg .front{{stroke:var(--soft);stroke-dasharray:5 4;stroke-width:1.5}}
 svg .own{{fill:var(--own);stroke:var(--card);stroke-width:1.5}}
+svg circle{{fill-opacity:.8}}
 .legend{{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:.88rem;margin:8px 0}}
 .legend span{{overflow-wrap:anywhere}}
 footer{{margin-top:44px;font-size:.85rem;color:var(--soft)}}

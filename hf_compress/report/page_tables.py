@@ -50,7 +50,6 @@ def quality_table(facts: Facts) -> str:
     rows = []
     for i in range(len(models)):
         at = f"models.{i}"
-        error = facts.write(f"{at}.standard_error", "fraction")
         rows.append(
             (
                 _mark(facts, i),
@@ -58,7 +57,7 @@ def quality_table(facts: Facts) -> str:
                     name_of(facts, i),
                     facts.write(f"{at}.metrics.{metric}", "fraction"),
                     facts.write(f"{at}.quality_change", "signed") if i else "",
-                    f"&plusmn; {error}" if error != "-" else "",
+                    _error(facts, at),
                     facts.write(f"{at}.cost.params", "count"),
                     facts.write(f"{at}.cost.nonzero_params", "count"),
                     facts.write(f"{at}.cost.macs", "count"),
@@ -70,6 +69,14 @@ def quality_table(facts: Facts) -> str:
     name = html.escape(metric.replace("_", " "))
     header = ["model", name, "change", "standard error", "parameters", "not zero", "MACs", "MACs kept", "on disk"]
     return table(header, rows)
+
+
+def _error(facts: Facts, at: str) -> str:
+    """The standard error of a change. One of 0 only says that these examples show no difference."""
+    error = facts.at(f"{at}.standard_error")
+    if error is None:
+        return ""
+    return f"&plusmn; {facts.write(f'{at}.standard_error', 'fraction')}" if error else "no example differs"
 
 
 def speed_table(facts: Facts, place: int) -> str:
@@ -121,7 +128,7 @@ def class_table(facts: Facts) -> str:
         rows.append(("", cells))
     names = [facts.write(f"models.{i}.name") for i in shown]
     header = ["class", "examples", *(f"{kind}<br>{name}" for kind in ("recall", "F1") for name in names)]
-    return table(header, rows)
+    return table(header, rows, "classes")
 
 
 def hidden_classes(facts: Facts) -> bool:

@@ -12,7 +12,7 @@ from hf_compress.core.cost import Cost
 from hf_compress.report.latency import Latency, Speedup, speedups
 from hf_compress.report.machine import describe, environment
 from hf_compress.report.sparsity import Matrix, element_ratio
-from hf_compress.report.verdicts import quality_verdict, second_verdict, verdict
+from hf_compress.report.verdicts import only_answer_verdict, quality_verdict, second_verdict, verdict
 
 
 REPORT_VERSION = 1
@@ -37,6 +37,8 @@ class Entry:
         steps: What its record says was done to it: `method` and its telling `settings`.
         classes: Precision, recall and F1 of each class, as `Answers.by_class` gives them; None: no classes.
         lineage: The jobs of the recipe that made it, the first one first: `name`, `stage`, `options` and `seconds`.
+        only_answer: The class that it answers to every example: `answer`, and the fraction of examples for which that
+            is `right`; None where answers differ, or are no classes.
         words: For some texts `tokens` and, for each of them, how many layers it leaves (`layers`), and of how many.
     """
 
@@ -54,6 +56,7 @@ class Entry:
     changes: dict[str, Any] | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
     classes: list[dict[str, Any]] | None = None
+    only_answer: dict[str, Any] | None = None
     words: list[dict[str, Any]] = field(default_factory=list)
     lineage: list[dict[str, Any]] = field(default_factory=list)
 
@@ -124,6 +127,10 @@ def build_report(
         quality = quality_verdict(
             metric, baseline.metrics[metric], entry.metrics[metric], entry.standard_error, lower_is_better
         )
+        same = only_answer_verdict(baseline.name, baseline.only_answer, entry.only_answer, entry is baseline)
+        if same:
+            # Where both are constant, their metrics only count classes.
+            quality = f"{same}; {quality}" if None in (baseline.only_answer, entry.only_answer) else same
         timed = [
             {**latency.to_dict(), "speedup": asdict(at_size[entry.name])}
             for latency, at_size in zip(entry.latencies, ratios, strict=True)
@@ -140,6 +147,8 @@ def build_report(
         ]
         if entry is not baseline and not timed:
             verdicts = [quality]
+        if entry is baseline and same:
+            verdicts = [same]
         verdicts += [
             second_verdict(t["batch_size"], over["median"], second_baseline, over["low"])
             for t in timed

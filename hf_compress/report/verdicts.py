@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 # A median below this is called "not faster": repeats of one and the same model differ by about as much.
 _FASTER = 1.05
@@ -80,13 +83,48 @@ def quality_verdict(
         'accuracy 0.9200 -> 0.9150 (a difference within two standard errors of 0.0100)'
         >>> quality_verdict("perplexity", 36.0, 41.5, 0.5, lower_is_better=True)
         'perplexity WORSE by 5.5000 (36.0000 -> 41.5000, standard error 0.5000)'
+        >>> quality_verdict("accuracy", 0.92, 0.92, 0.0)
+        'the same accuracy (0.9200), with no example gained or lost'
     """
     change, numbers = after - before, f"{before:.4f} -> {after:.4f}"
     if change == 0:
-        return f"the same {metric} ({after:.4f})"
+        # An error of 0 only says that these examples show no difference, not that there is none.
+        return f"the same {metric} ({after:.4f})" + (", with no example gained or lost" if error == 0 else "")
     if error is not None and abs(change) <= 2 * error:
         return f"{metric} {numbers} (a difference within two standard errors of {error:.4f})"
     known = f", standard error {error:.4f}" if error is not None else ""
     if lower_is_better:
         return f"{metric} {'WORSE' if change > 0 else 'better'} by {abs(change):.4f} ({numbers}{known})"
     return f"{'LOST' if change < 0 else 'gained'} {abs(change):.4f} {metric} ({numbers}{known})"
+
+
+def only_answer_verdict(
+    baseline: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, is_baseline: bool = False
+) -> str:
+    """Write one clause on models that answer one class to every example; empty where neither does.
+
+    Args:
+        baseline: Name of the baseline.
+        before, after: The `only_answer` of the baseline and of the model, as `Entry` holds them.
+        is_baseline: Whether the model is the baseline itself.
+
+    Example:
+        >>> bad = {"answer": "bad", "right": 0.73}
+        >>> only_answer_verdict("dense", None, bad)
+        "ONE CLASS: all its answers are 'bad' (right for 0.7300 of the examples), which takes no model"
+        >>> only_answer_verdict("dense", bad, bad)
+        "ONE CLASS: all answers of dense and its own are 'bad' (right for 0.7300 of the examples): nothing is compared"
+    """
+
+    def told(who: str, only: Mapping[str, Any]) -> str:
+        return f"{who} are {only['answer']!r} (right for {only['right']:.4f} of the examples)"
+
+    if before is None or is_baseline:
+        return f"ONE CLASS: {told('all its answers', after)}, which takes no model" if after is not None else ""
+    if after is None:
+        return f"ONE CLASS: {told(f'all answers of {baseline}', before)}, no baseline to compare with"
+    if before == after:
+        return f"ONE CLASS: {told(f'all answers of {baseline} and its own', after)}: nothing is compared"
+    return (
+        f"ONE CLASS: {told(f'all answers of {baseline}', before)}, {told('all its own', after)}: nothing is compared"
+    )

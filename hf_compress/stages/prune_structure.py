@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from hf_compress.core.batches import base_inputs, seen_tokens
 from hf_compress.core.cost import count_cost
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
 from hf_compress.methods.structured_pruning.correction import require_tokens
+from hf_compress.methods.structured_pruning.modeling import check
 from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
 from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, save_stage, task_for
 from hf_compress.tasks.arguments import DataArguments
@@ -61,9 +63,10 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
     samples = arguments.calibration_samples(len(rows))
     batches = calibration_batches(rows, tokenizer, samples, calibration.calibration_seed)
     lengths = _lengths(model, batches)
+    seq_len = config.seq_len or sum(lengths) / len(lengths)
     # The method would find out only after its pass over the data.
     require_tokens(layers_of(model), config, sum(lengths))
-    seq_len = config.seq_len or sum(lengths) / len(lengths)
+    check(model, dataclasses.replace(config, seq_len=seq_len))
     before = count_cost(model, seq_len)
     start = time.perf_counter()
     compress(model, config, data=batches)

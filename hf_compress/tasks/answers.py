@@ -27,6 +27,10 @@ class Answers(ABC):
         """[examples] whether each answer is right; None where an answer is more or less good."""
         return None
 
+    def only_answer(self) -> str | None:
+        """The class that the model answers to all of several examples; None where answers differ or are no classes."""
+        return None
+
     def by_class(self) -> list[dict[str, Any]] | None:
         """`name`, `examples`, `precision`, `recall` and `f1` of each class; None where answers are no classes."""
         return None

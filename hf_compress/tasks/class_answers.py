@@ -63,6 +63,12 @@ class ClassAnswers(Answers):
     def describe(self, example: int) -> tuple[str, str]:
         return self._name(int(self.labels[example])), self._name(int(self.logits[example].argmax()))
 
+    def only_answer(self) -> str | None:
+        answered = np.unique(self.logits.argmax(-1))
+        if self.logits.shape[-1] == 1 or len(self) < 2 or len(answered) > 1:
+            return None
+        return self._name(int(answered[0]))
+
     def by_class(self) -> list[dict[str, Any]] | None:
         if self.logits.shape[-1] == 1:
             return None
@@ -103,6 +109,10 @@ class SetAnswers(Answers):
 
     def right(self) -> npt.NDArray[np.bool_]:
         return np.asarray(((self.logits > 0) == self.labels.astype(bool)).all(-1))
+
+    def only_answer(self) -> str | None:
+        answered = self.logits > 0
+        return self._set(answered[0]) if len(self) > 1 and bool((answered == answered[0]).all()) else None
 
     def by_class(self) -> list[dict[str, Any]]:
         return _by_class(self.labels > 0, self.logits > 0, self.names)

@@ -86,6 +86,10 @@ class TagAnswers(Answers):
     def right(self) -> npt.NDArray[np.bool_]:
         return np.array([bool((g == f).all()) for g, f in zip(self.gold, self.found, strict=True)], dtype=bool)
 
+    def only_answer(self) -> str | None:
+        answered = np.unique(np.concatenate([*self.found, np.empty(0, np.int64)]))
+        return self.names[int(answered[0])] if len(answered) == 1 and len(self) > 1 else None
+
     def describe(self, example: int) -> tuple[str, str]:
         gold, found = (" ".join(self.names[i] for i in tags[example]) for tags in (self.gold, self.found))
         return gold, found
