@@ -31,8 +31,9 @@ def folder(tmp_path, model, tokenizer, sentences):
 # What is typed after `--data_dir .` -> what the one line says.
 FINETUNE, PRUNE = "finetune --model_name_or_path", "prune-structure --model_name_or_path dense"
 MISTAKES = {
-    f"{FINETUNE} encoder --label_column id --output_dir out": "looks like a number for each",
-    f"{FINETUNE} dnse --output_dir out": "there is no folder 'dnse' here",
+    f"{FINETUNE} encoder --label_column id --output_dir out": "id has 64 classes in the 64 rows of train",
+    f"{FINETUNE} dnse --output_dir out": "there is no folder 'dnse' here. Did you mean 'dense'? As a name on the",
+    "distill --model_name_or_path dense --teacher_name_or_path encoder --output_dir out": "fine-tune it first",
     f"{PRUNE} --freeze_embeddings true --output_dir out": "freeze_embeddings",
     f"{PRUNE} --max_eval_samples 9 --output_dir out": "max_eval_samples",
     "report --models dense --output_dir dense": "is the folder of the model dense",

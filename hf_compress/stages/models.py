@@ -31,6 +31,8 @@ from hf_compress.tasks.task import Processor, Task
 
 logger = logging.getLogger(__name__)
 
+_UNTRAINED = "It has no head for the task: fine-tune it first (hf-compress finetune)."
+
 
 @dataclass
 class ModelArguments:
@@ -146,7 +148,8 @@ def open_model(name: str, task: Task | None = None, fresh_head: bool = False, ma
         model, loaded = kind.model_class.from_pretrained(name, output_loading_info=True, **settings)
         inside = f"{model.base_model_prefix}."
         # Checkpoints of masked language models have no pooler; it belongs to the head.
-        require_complete(loaded, _may_be_new(inside, kind, new))
+        untrained = kind.heads and not kind.has_head(config)
+        require_complete(loaded, _may_be_new(inside, kind, new), _UNTRAINED if untrained else "")
     check_finite(model)
     apply_implied(model)
     if task is not None and match:

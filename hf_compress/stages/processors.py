@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from hf_compress.core.errors import first_line
+from hf_compress.stages.option_files import nearest
 from hf_compress.tasks.task import Processor, Task
 
 
@@ -33,8 +34,17 @@ def has_tokenizer(name: str) -> bool:
 
 
 def no_folder(name: str) -> str:
-    """The beginning of an error about a hub name: it may be meant as a folder that does not exist."""
-    return "" if Path(name).exists() else f"there is no folder {name!r} here, and "
+    """The beginning of an error about a hub name: it may be meant as a folder that does not exist.
+
+    Example:
+        >>> no_folder("nowhere/near")
+        "there is no folder 'nowhere/near' here. As a name on the Hub: "
+    """
+    place = Path(name)
+    if place.exists():
+        return ""
+    beside = [str(path) for path in place.parent.glob("*") if path.is_dir()]
+    return f"there is no folder {name!r} here.{nearest(name, beside, alike=0.75)} As a name on the Hub: "
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -70,6 +70,7 @@ class ImageClassification(LabelledTask):
             splits=drawn(splits, args),
             files={split: table.where for split, table in tables.items()},
             **labels.task_fields(),
+            labels_from=target,
         )
 
     @property

@@ -22,6 +22,7 @@ class LabelledTask(Task):
 
     Args:
         label_names: Class names in the order of the ids in `splits`; empty for regression.
+        labels_from: The files' column of labels.
         numbers: For each class, the id that the files give it; None where they name classes by texts.
         declared: Whether the files list their classes, so that a class may occur in no row.
         first_rows: Split -> label name -> the first row (counted from 1) that has it.
@@ -29,6 +30,7 @@ class LabelledTask(Task):
     """
 
     label_names: tuple[str, ...]
+    labels_from: str = "label"
     numbers: tuple[int, ...] | None = None
     declared: bool = False
     first_rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -81,7 +83,7 @@ class LabelledTask(Task):
         self.split("train")
         if self.label_names and len(self.first_rows["train"]) < 2:
             raise ValueError(
-                f"{self.files['train']}: label must have at least two classes, got only "
+                f"{self.files['train']}: {self.labels_from} must have at least two classes, got only "
                 f"{', '.join(self.first_rows['train'])}."
             )
 
@@ -98,11 +100,13 @@ class LabelledTask(Task):
                         )
         if seen is not None and self.num_labels > _MANY and len(self.splits["train"]) < 2 * self.num_labels:
             raise ValueError(
-                f"label has {self.num_labels} classes in the {len(self.splits['train'])} rows of train, which looks "
-                "like a number for each row. Name the column that holds the classes (label_column)."
+                f"{self.labels_from} has {self.num_labels} classes in the {len(self.splits['train'])} rows of "
+                "train, which looks like a number for each row. Name the column that holds the classes (label_column)."
             )
         if self.num_labels < 2:
-            raise ValueError(f"label must have at least two classes, got only {', '.join(self.label_names)}.")
+            raise ValueError(
+                f"{self.labels_from} must have at least two classes, got only {', '.join(self.label_names)}."
+            )
 
 
 def _array_of(places: Sequence[int], labels: Array) -> Array:

@@ -102,6 +102,7 @@ class SequenceClassification(LabelledTask):
             splits=drawn(splits, args),
             files={split: table.where for split, table in tables.items()},
             **labels.task_fields(),
+            labels_from=column,
             text_columns=texts,
             several=several,
         )

@@ -143,6 +143,7 @@ class TokenClassification(LabelledTask):
             splits=drawn(splits, args),
             files={split: table.where for split, table in tables.items()},
             label_names=lists.labels.names,
+            labels_from=tags,
             numbers=lists.labels.numbers,
             declared=lists.labels.declared,
             first_rows=lists.labels.first_rows or {},
