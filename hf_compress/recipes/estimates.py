@@ -12,6 +12,7 @@ from hf_compress.core.devices import chosen_device
 from hf_compress.recipes.examples import Examples
 from hf_compress.recipes.origins import Origin
 from hf_compress.stages.arguments import StageArguments
+from hf_compress.stages.export import Export
 from hf_compress.training.arguments import LearningTeacherArguments
 
 
@@ -20,6 +21,8 @@ _BYTES = 4
 _CHECKPOINT = 3
 # What a stage does beside arithmetic: open, read, save.
 _OVERHEAD = 5.0
+# What an export of a six-layer encoder spends on recording its graph, and on eight bits.
+_RECORDING, _EIGHT_BITS = 30.0, 10.0
 # The share of the speed of large products that layers of an encoder reach in eager PyTorch.
 _REACHED = 0.35
 
@@ -51,9 +54,14 @@ def seconds_of(
     if examples is None:
         return _OVERHEAD
     training = arguments.training_arguments
+    overhead = _OVERHEAD
     if training is None:
+        if isinstance(arguments, Export):
+            # The original and its exported files are measured side by side.
+            models = 2 + arguments.export.int8
+            overhead += _RECORDING + _EIGHT_BITS * arguments.export.int8
         read = min(arguments.option("calibration_samples") or 0, examples.train) + models * examples.measured
-        work = 2.0 * read * origin.working
+        work = 2.0 * (read + models * _timed(arguments, examples)) * origin.working
     else:
         # A search trains the student that it has chosen once more.
         trainings = 1 + (arguments.option("trials") or 0)
@@ -62,7 +70,14 @@ def seconds_of(
         if teacher is not None:
             work += learned * teacher.working * (3 if isinstance(training, LearningTeacherArguments) else 1)
     device = str(training.device) if training is not None else str(chosen_device(arguments.option("device") or "auto"))
-    return _OVERHEAD + work * examples.tokens / (_REACHED * multiply_accumulates_per_second(device))
+    return overhead + work * examples.tokens / (_REACHED * multiply_accumulates_per_second(device))
+
+
+def _timed(arguments: StageArguments, examples: Examples) -> int:
+    """How often an example is read of each model whose latency is measured; one more round warms up."""
+    sizes = arguments.option("latency_batch_sizes") or ()
+    rounds = 1 + (arguments.option("latency_repeats") or 0)
+    return len(sizes) * rounds * min(arguments.option("latency_examples") or 0, examples.measured)
 
 
 def _learned(training: TrainingArguments, examples: Examples) -> float:

@@ -1,0 +1,32 @@
+"""The estimate of a recipe counts what a stage does beside its own arithmetic."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from hf_compress.recipes.estimates import multiply_accumulates_per_second, seconds_of
+from hf_compress.recipes.examples import Examples
+from hf_compress.recipes.origins import Origin
+from hf_compress.stages.arguments import OutputArguments
+from hf_compress.stages.export import Export, ExportArguments
+from hf_compress.tasks.arguments import DataArguments
+
+
+ORIGIN = Origin("dense", working=10_000_000)
+EXAMPLES = Examples(SimpleNamespace(name="reviews"), train=500, measured=200, tokens=64.0)
+
+
+def estimate(**wanted):
+    arguments = Export(
+        export=ExportArguments("dense", **wanted), data=DataArguments(data_dir="."), output=OutputArguments("out")
+    )
+    return seconds_of(arguments, ORIGIN, EXAMPLES, None, 0)
+
+
+def test_an_export_records_measures_and_times():
+    assert estimate() > 30
+    assert estimate(int8=True) > estimate() + 10
+    more = estimate(latency_repeats=17) - estimate(latency_repeats=7)
+    # Ten more rounds of two models, two batch sizes and 64 examples.
+    read = 10 * 2 * 2 * 64
+    assert more == pytest.approx(2.0 * read * 10e6 * 64 / (0.35 * multiply_accumulates_per_second("cpu")), rel=1e-6)
