@@ -217,7 +217,7 @@ CONTRADICTIONS = {
     "evaluate": ("--models", "--train_file data/train.tsv", "--output_dir out"),
     "report": ("--models", "--latency_batch_sizes", "--output_file x.json"),
     "export": (
-        "--format openvino", "--format torch-export", "--format compressed-tensors", "--format tflite",
+        "--format safetensors", "--format torch-export --int8 true", "--format compressed-tensors", "--format tflite",
         "--output_dir model",
     ),
     "push": (
