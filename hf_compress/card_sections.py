@@ -14,6 +14,11 @@ from hf_compress.core.errors import one_line
 
 
 REPORT_FILE = "report.json"
+# Trainer -> title and arXiv number of its paper.
+_TRAINERS = {
+    "DistillationTrainer": ("Distilling the Knowledge in a Neural Network", "1503.02531"),
+    "ProximalTrainer": ("Follow Your Path: a Progressive Method for Knowledge Distillation", "2107.09305"),
+}
 
 
 def read_report(place: str | Path) -> dict[str, Any]:
@@ -47,6 +52,26 @@ def entry_of(report: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
             return model
     names = ", ".join(repr(model["name"]) for model in models)
     raise ValueError(f"report must hold the model of {str(folder)!r}, got those named {names}: measure this one.")
+
+
+def training_of(folder: str | Path) -> dict[str, Any] | None:
+    """The `trainer` and `settings` of a training by a teacher, of which a folder's `results.json` tells; else None."""
+    try:
+        found = json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))["training"]
+        return {"trainer": str(found["trainer"]), "settings": dict(found["settings"])}
+    except (OSError, ValueError, TypeError, LookupError):
+        # Other programs write files of this name, too.
+        return None
+
+
+def training_section(training: Mapping[str, Any] | None) -> str:
+    """Name the teacher that trained a model, the weights of the losses and the paper; empty without a teacher."""
+    if training is None:
+        return ""
+    title, identifier = _TRAINERS.get(training["trainer"], ("", ""))
+    paper = f" ([{title}](https://arxiv.org/abs/{identifier}))" if title else ""
+    shown = ", ".join(f"`{name}={value}`" for name, value in training["settings"].items())
+    return f"## How it was trained\n\nBy a teacher, with `{training['trainer']}`{paper}: {shown}"
 
 
 def measured_section(report: Mapping[str, Any], own: Mapping[str, Any]) -> str:

@@ -23,6 +23,8 @@ from hf_compress.card_sections import (
     limits_section,
     measured_section,
     read_report,
+    training_of,
+    training_section,
 )
 from hf_compress.core.architectures import base_of
 from hf_compress.core.engines import is_sharded
@@ -210,7 +212,7 @@ def _write(folder: str | Path, model: Any, target: str | Path | None) -> None:
 def card_text(
     model: PreTrainedModel, folder: str | Path, name: str | None = None, report: Mapping[str, Any] | None = None
 ) -> str:
-    """The whole card of a model: metadata, steps, how to open it, what was measured, papers and limits.
+    """The whole card of a model: metadata, steps, how to open it, its teacher, what was measured, papers and limits.
 
     Args:
         model: The saved model.
@@ -225,7 +227,8 @@ def card_text(
     if name is not None:
         title = f"# {name.rpartition('/')[2]}"
     data = ModelCardData(library_name="transformers", **_metadata(model))
-    return f"---\n{data.to_yaml()}\n---\n\n{_body(model, folder, title, name, report)}"
+    trained = training_section(training_of(folder))
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(model, folder, title, name, report, trained)}"
 
 
 def _metadata(model: PreTrainedModel) -> dict[str, Any]:
@@ -241,7 +244,12 @@ def _metadata(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _body(
-    model: PreTrainedModel, folder: str | Path, title: str, name: str | None, report: Mapping[str, Any] | None
+    model: PreTrainedModel,
+    folder: str | Path,
+    title: str,
+    name: str | None,
+    report: Mapping[str, Any] | None,
+    trained: str = "",
 ) -> str:
     own = None
     if report is None and Path(folder, REPORT_FILE).is_file():
@@ -253,6 +261,7 @@ def _body(
         _MARK,
         title,
         compression_section(model, Path(folder, "tokenizer_config.json").is_file(), name).rstrip(),
+        trained,
         measured_section(report, own) if report is not None and own is not None else "",
         limits_section(report, own) if methods else "",
         citation_section([METHODS[name].paper.bibtex for name in methods]),

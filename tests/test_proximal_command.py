@@ -68,6 +68,10 @@ def test_a_student_out_of_the_teacher(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "eval_accuracy" in printed
     assert f"saved to {tmp_path / 'out'}" in printed
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "with `ProximalTrainer` ([Follow Your Path: a Progressive Method for Knowledge Distillation](https" in card
+    for shown in ("arxiv.org/abs/2107.09305", "`teacher=teacher`", "`alpha_output=1.0`", "`proximal_weight=0.4`"):
+        assert shown in card
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert student.config.num_hidden_layers == 1
     assert hc.steps_of(student)[0]["kept_layers"] == [1]
@@ -149,6 +153,9 @@ def test_a_baseline_whose_checkpoint_is_damaged_begins_with_a_zero_head(tmp_path
 def test_distill_takes_layers_of_its_teacher(tmp_path):
     line = f"distill --teacher_name_or_path tuned --student_layers 1 --layers first {STEPS} --output_dir {tmp_path}"
     assert main(shlex.split(line)) == 0
+    card = (tmp_path / "README.md").read_text()
+    assert "with `DistillationTrainer` (" in card
+    assert "): `teacher=tuned`, `alpha_task=1.0`, `alpha_output=1.0`, `alpha_layer=0.0`, `temperature=2.0`\n" in card
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert hc.steps_of(student)[0]["kept_layers"] == [0]
 

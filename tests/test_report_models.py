@@ -89,17 +89,23 @@ def test_each_model_reads_by_its_own_tokenizer(place, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_that_answers_one_class_is_named(place):
+def test_a_model_that_answers_one_class_is_named_and_its_teacher_too(place):
     shutil.copytree("model", "constant")
     weights = load_file("constant/model.safetensors")
     weights["classifier.weight"].zero_()
     weights["classifier.bias"] = torch.tensor([0.0, 1.0])
     save_file(weights, "constant/model.safetensors", metadata={"format": "pt"})
+    training = {"trainer": "DistillationTrainer", "settings": {"teacher": "big", "alpha_task": 0.5}}
+    Path("constant", "results.json").write_text(json.dumps({"training": training}))
+    Path("model", "results.json").write_text("[]")
     first, second = compare("model", "constant")["models"]
     right = second["metrics"]["accuracy"]
     assert (first["only_answer"], second["only_answer"]) == (None, {"answer": "down", "right": right})
     told = f"- constant: ONE CLASS: all its answers are 'down' (right for {right:.4f} of the examples)"
     assert told in Path("out", "report.md").read_text()
+    # Their folders tell of a training by a teacher, or of none.
+    assert (first["steps"], second["steps"][0]["method"]) == ([], "DistillationTrainer")
+    assert "- constant: DistillationTrainer (teacher=big, alpha_task=0.5)" in Path("out", "report.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -142,11 +148,11 @@ def test_a_loss_is_named_beside_the_gain(place):
     found = compare("model", "twin")
     accuracy = found["models"][1]["metrics"]["accuracy"]
     error = found["models"][1]["standard_error"]
-    assert found["models"][1]["verdicts"][0].startswith(
-        f"LOST {1 - accuracy:.4f} accuracy (1.0000 -> {accuracy:.4f}, standard error {error:.4f}); "
-    )
+    lost = f"LOST {1 - accuracy:.4f} accuracy (1.0000 -> {accuracy:.4f}, standard error {error:.4f}); "
+    # It answers one class to everything, which is said before.
+    assert f"takes no model; {lost}" in found["models"][1]["verdicts"][0]
     table = (place / "out" / "report.md").read_text()
-    assert f"- twin: LOST {1 - accuracy:.4f} accuracy" in table
+    assert f"takes no model; {lost}" in table
     changes = found["models"][1]["changes"]
     lost = round(48 * (1 - accuracy))
     assert [changes[key] for key in ("both_right", "lost", "gained", "both_wrong")] == [48 - lost, lost, 0, 0]

@@ -13,6 +13,7 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.card_sections import training_of
 from hf_compress.core.cost import CountsItself
 from hf_compress.core.exported import ExportedModel
 from hf_compress.core.forward_state import carries_state
@@ -189,7 +190,7 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
             seq_len=seq_len,
             standard_error=None if answers is baseline else standard_error(baseline, answers, metric),
             changes=None if answers is baseline else changed_answers(baseline, answers, text_of),
-            steps=[*_steps(shapes), *_exported(each.model)],
+            steps=[*_steps(shapes), *_training(_folder(each.model, folders.get(name))), *_exported(each.model)],
             classes=answers.by_class(),
             only_answer=_only_answer(answers),
             words=_words(each),
@@ -212,6 +213,12 @@ def _steps(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 def _folder(model: PreTrainedModel | ExportedModel, named: str | None) -> str | None:
     return str(model.file.parent) if isinstance(model, ExportedModel) else named
+
+
+def _training(folder: str | None) -> list[dict[str, Any]]:
+    """The training by a teacher, as one more step."""
+    found = training_of(folder) if folder is not None else None
+    return [] if found is None else [{"method": found["trainer"], "settings": found["settings"]}]
 
 
 def _weighed(model: PreTrainedModel | ExportedModel, folder: str | None) -> int | None:

@@ -187,7 +187,7 @@ def _lineage(facts: Facts) -> Iterator[str]:
         jobs = "".join(f"<li>{_job(facts, i, k)}</li>" for k in range(len(model.get("lineage") or ())))
         made = f'<p class="soft">Made by a recipe, job after job:</p><ol class="steps">{jobs}</ol>' if jobs else ""
         content.append(f'<p class="model"><b>{name_of(facts, i)}</b>{where}</p>{done}{made}')
-    yield from _section("Lineage", "The record of each model: what was done to it, in order.", "".join(content))
+    yield from _section("Lineage", "What was done to each model, as its record and its folder tell.", "".join(content))
 
 
 def _job(facts: Facts, i: int, k: int) -> str:

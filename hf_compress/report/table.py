@@ -34,7 +34,8 @@ class Entry:
         seq_len: Tokens of the sequence whose multiply-accumulates were counted; None: the report's.
         standard_error: Of the difference between its main metric and the baseline's, over the examples.
         changes: What `changed_answers` found; None for the baseline.
-        steps: What its record says was done to it: `method` and its telling `settings`.
+        steps: What its record says was done to it: `method` and its telling `settings`; then, where its folder tells
+            of them, its training by a teacher and its export.
         classes: Precision, recall and F1 of each class, as `Answers.by_class` gives them; None: no classes.
         lineage: The jobs of the recipe that made it, the first one first: `name`, `stage`, `options` and `seconds`.
         only_answer: The class that it answers to every example: `answer`, and the fraction of examples for which that

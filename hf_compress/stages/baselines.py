@@ -86,7 +86,7 @@ class Pair:
         if args.teacher_learning_rate:
             long_enough_(taught, student)
         add_teacher_columns(common, task, self.data, name)
-        return run_training(ProximalTrainer(teacher_model=taught, **common), task, student, processor, args)
+        return run_training(ProximalTrainer(teacher_model=taught, **common), task, student, processor, args, name)
 
     def train_student(self, args: ProximalArguments) -> dict[str, Any]:
         """Train the student alone, on the labels."""

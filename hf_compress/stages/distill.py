@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -97,7 +98,8 @@ def distill(arguments: Distill) -> dict[str, Any]:
     if args.uses_teacher:
         teacher = open_model(name, task)
         add_teacher_columns(common, task, arguments.data, name)
-    return run_training(DistillationTrainer(teacher_model=teacher, **common), task, student, tokenizer, args)
+    trainer = DistillationTrainer(teacher_model=teacher, **common)
+    return run_training(trainer, task, student, tokenizer, args, teaches)
 
 
 def joint_distill(arguments: JointDistill) -> dict[str, Any]:
@@ -118,7 +120,8 @@ def joint_distill(arguments: JointDistill) -> dict[str, Any]:
         _share_new_head_(teacher, student, name)
         long_enough_(teacher, student)
         add_teacher_columns(common, task, arguments.data, name)
-    return run_training(JointTeacherTrainer(teacher_model=teacher, **common), task, student, tokenizer, args)
+    trainer = JointTeacherTrainer(teacher_model=teacher, **common)
+    return run_training(trainer, task, student, tokenizer, args, name if args.uses_teacher else None)
 
 
 def _share_new_head_(teacher: PreTrainedModel, student: PreTrainedModel, teacher_name: str) -> None:
@@ -144,6 +147,8 @@ def snapshot_distill(arguments: SnapshotDistill) -> dict[str, Any]:
     args = arguments.distillation
     task, tokenizer, student, rows = prepare(arguments.model, arguments.data, args.seed)
     common = trainer_arguments(task, student, tokenizer, args, rows)
+    teacher = None
     if args.uses_teacher and args.teacher_snapshots:
         add_teacher_columns(common, task, arguments.data, args.teacher_snapshots[0])
-    return run_training(SnapshotTeacherTrainer(**common), task, student, tokenizer, args)
+        teacher = " to ".join(dict.fromkeys(Path(args.teacher_snapshots[end]).name for end in (0, -1)))
+    return run_training(SnapshotTeacherTrainer(**common), task, student, tokenizer, args, teacher)

@@ -214,4 +214,4 @@ def prune_tokens(arguments: PruneTokens) -> dict[str, Any]:
     if learns and pruning.soft_fraction < 1:
         callbacks.append(StageSwitchCallback(pruning.soft_fraction))
     trainer = DistillationTrainer(teacher_model=teacher, **common)
-    return run_training(trainer, task, model, tokenizer, distillation)
+    return run_training(trainer, task, model, tokenizer, distillation, teacher_name)

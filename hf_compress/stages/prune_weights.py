@@ -114,7 +114,7 @@ def prune_weights(arguments: PruneWeights) -> dict[str, Any]:
         trainer: CompressionTrainer = DistillationTrainer(teacher_model=teacher, **common)
     else:
         trainer = CompressionTrainer(**common)
-    results = run_training(trainer, task, model, tokenizer, args)
+    results = run_training(trainer, task, model, tokenizer, args, teacher_name if args.uses_teacher else None)
     results.update(_zeros(model, config, slims))
     if trainer.is_world_process_zero():
         if results.get("slimmed"):

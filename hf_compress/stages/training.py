@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -38,6 +39,9 @@ from hf_compress.training.trainer import CompressionTrainer
 
 
 logger = logging.getLogger(__name__)
+
+# Arguments that say how much a student listens to whom.
+_LOSSES = ("alpha_task", "alpha_output", "alpha_layer", "temperature", "proximal_weight", "student_ce_weight")
 
 
 def _splits(task: Task, processor: Processor, data: DataArguments) -> dict[str, Dataset]:
@@ -151,15 +155,28 @@ def trainer_arguments(
 
 
 def run_training(
-    trainer: CompressionTrainer, task: Task, model: PreTrainedModel, processor: Processor, args: TrainingArguments
+    trainer: CompressionTrainer,
+    task: Task,
+    model: PreTrainedModel,
+    processor: Processor,
+    args: TrainingArguments,
+    teacher: str | None = None,
 ) -> dict[str, Any]:
-    """Train (or go on training), evaluate, save; returns the results that were written."""
+    """Train (or go on training), evaluate, save; returns the results that were written.
+
+    With the name of a teacher, they tell of it and of the weights of the losses, and so does the README.md.
+    """
     wanted = str(args.resume_from_checkpoint or "no")
     # `Trainer` takes these words for names of folders.
     words = {"true": True, "1": True, "yes": True, "false": None, "0": None, "no": None}
     outcome = trainer.train(resume_from_checkpoint=words.get(wanted.lower(), wanted))
     seconds, loss = outcome.metrics["train_runtime"], outcome.metrics["train_loss"]
     results = {"train_seconds": seconds, "train_loss": loss, **evaluation_results(trainer, task)}
+    if teacher is not None:
+        # The card goes to others, whom folders of this machine do not concern.
+        named = Path(teacher).name if Path(teacher).is_dir() else teacher
+        losses = {name: getattr(args, name) for name in _LOSSES if hasattr(args, name)}
+        results["training"] = {"trainer": type(trainer).__name__, "settings": {"teacher": named, **losses}}
     if trainer.is_world_process_zero():
         save_stage(str(args.output_dir), model, processor, results, task)
     # What comes next in another process may open what was saved, as a teacher that was fine-tuned for its student.
