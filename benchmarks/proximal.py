@@ -327,8 +327,12 @@ def compute(place: Place) -> bool:
 def compute_all(args: argparse.Namespace) -> bool:
     """Compute all cells, those of one step at once; say whether all went well."""
     Path(args.work_dir).mkdir(parents=True, exist_ok=True)
-    grid = Grid(args, Cells(args))
-    well = True
+    if args.workers == 1:
+        open_worker(args)
+        [grid] = _grids
+        failed = [place for step in grid.steps() for place in dict.fromkeys(step) if not compute(place)]
+        return not failed
+    grid, well = Grid(args, Cells(args)), True
     with multiprocessing.get_context("spawn").Pool(args.workers, open_worker, (args,)) as pool:
         for step in grid.steps():
             done: Iterable[bool] = pool.imap_unordered(compute, dict.fromkeys(step))
@@ -337,14 +341,15 @@ def compute_all(args: argparse.Namespace) -> bool:
     return well
 
 
-def main() -> int:
+def main() -> bool:
+    """Print the table, after the cells that are missing; say whether all went well."""
     args = parse()
     transformers_logging.set_verbosity_error()
     disable_progress_bars()
     well = args.table or compute_all(args)
     print_table(Cells(args).found)
-    return int(not well)
+    return well
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__" and not main():
+    sys.exit(1)
