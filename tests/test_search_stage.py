@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -13,9 +15,10 @@ from transformers import AutoConfig
 import hf_compress as hc
 from hf_compress.cli.main import main
 from hf_compress.stages import search
-from hf_compress.stages.arguments import TeacherArguments
+from hf_compress.stages.arguments import DeviceArguments, TeacherArguments
 from hf_compress.stages.search_space import read_dials
 from hf_compress.tasks.arguments import DataArguments
+from hf_compress.tasks.sources import load_task
 from hf_compress.training.arguments import DistillationArguments
 from tests.recipe_files import PRUNED, RECOVERED, TEACHER, write_place, write_recipe
 
@@ -86,6 +89,32 @@ def _evaluated(name):
 def test_a_recipe_does_not_search_twice(searched, place, capsys):
     assert main(["run", write_recipe(place / "recipe.yaml", CUTS, SEARCHED)]) == 0
     assert "search: done before with the same inputs" in capsys.readouterr().out
+
+
+def test_stored_speeds_are_those_of_the_same_settings_and_weights(searched, tmp_path, monkeypatch):
+    measured_sizes = []
+    monkeypatch.setattr(search, "measure_latency", lambda models, *_, **__: measured_sizes.append(1) or list(models))
+    monkeypatch.setattr(search, "speedups", lambda names, _: {name: _Faster(2.0) for name in names})
+    data = DataArguments(data_dir="data", max_length=16)
+    task = load_task(data)
+    teacher = search.measured("classifier", task, "validation", 16)
+
+    def speeds(models, sizes):
+        wanted = search.SearchArguments(models=models, latency_batch_sizes=sizes)
+        arguments = SimpleNamespace(searched=wanted, device=DeviceArguments("cpu"), data=data)
+        return search._speeds(arguments, teacher, task, tmp_path)
+
+    [name, other] = SPEEDS
+    assert speeds([name], [1]) == speeds([name], [1]) == {name: 2.0}
+    assert len(measured_sizes) == 1
+    speeds([name], [2])
+    assert len(measured_sizes) == 2
+    shutil.copytree(other, tmp_path / "cut")
+    speeds([str(tmp_path / "cut")], [1])
+    shutil.rmtree(tmp_path / "cut")
+    shutil.copytree(name, tmp_path / "cut")
+    speeds([str(tmp_path / "cut")], [1])
+    assert len(measured_sizes) == 4
 
 
 def test_beyond_the_bound_the_smallest_loss_counts():

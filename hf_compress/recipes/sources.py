@@ -34,7 +34,7 @@ def modules_of(stage: Stage) -> frozenset[str]:
     Example:
         >>> from hf_compress.stages.table import STAGES
         >>> finetune = modules_of(STAGES["finetune"])
-        >>> "hf_compress.training.trainer" in finetune, "hf_compress.hub.card" in finetune
+        >>> "hf_compress.training.trainer" in finetune, "hf_compress.hub.upload" in finetune
         (True, False)
     """
     own = {path.rpartition(".")[0] for path in (stage.run, stage.arguments)}

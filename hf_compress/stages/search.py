@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import SaveStrategy
 
 from hf_compress.core.devices import chosen_device
+from hf_compress.core.digests import weights_digest
 from hf_compress.core.saving import write_json
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
 from hf_compress.report.quality import Measured, evaluated
@@ -219,15 +220,20 @@ def _require_one_vocabulary(models: Sequence[str]) -> None:
 def _speeds(arguments: Search, teacher: Measured, task: Task, folder: Path) -> dict[str, float]:
     """Model -> how many times as fast as the teacher it is, in the geometric mean over the batch sizes.
 
-    They are stored: what an interrupted search draws when it begins again depends on them.
+    They are stored: what an interrupted search draws when it begins again depends on them. Of other models, data or
+    settings they are measured again.
     """
     wanted, file = arguments.searched, folder / _SPEEDS_FILE
-    if file.is_file():
-        stored: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
-        if set(stored) == set(wanted.models):
-            return stored
     device = chosen_device(arguments.device.device)
     models: dict[str, Any] = {_TEACHER: teacher.model, **{name: open_model(name, task) for name in wanted.models}}
+    settings = [wanted.latency_batch_sizes, wanted.latency_repeats, wanted.latency_examples, device, arguments.data]
+    weights = {name: weights_digest(model) for name, model in models.items()}
+    measured_of = {"settings": repr(settings), "weights": weights}
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored.get("measured_of") == measured_of:
+            known: dict[str, float] = stored["speeds"]
+            return known
     for model in models.values():
         model.to(device)
     found: dict[str, list[float]] = {name: [] for name in wanted.models}
@@ -240,7 +246,7 @@ def _speeds(arguments: Search, teacher: Measured, task: Task, folder: Path) -> d
             found[name].append(faster[name].median)
     speeds = {name: math.prod(each) ** (1 / len(each)) for name, each in found.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, speeds)
+    write_json(file, {"measured_of": measured_of, "speeds": speeds})
     return speeds
 
 
