@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -180,6 +181,33 @@ class LayerWalk:
                     batch.dense_states = self._put_away(self._run(self._dense_layer, batch, batch.dense_states))
                 batch.calls.pop()
 
+    def runs(self, dense: bool = False) -> Iterator[tuple[list[Tensor], Callable[[], Tensor]]]:
+        """Yield, for each batch, the masks of its tokens and a function that runs the current layer on its input.
+
+        Args:
+            dense: Run the untouched layer on its input in the untouched model, instead of the layer as it is now.
+
+        Raises:
+            ValueError: If `dense`, and the walk carries one stream only.
+        """
+        layer = self._layers[self._index] if not dense else self.dense_layer
+        with torch.no_grad(), evaluating(layer):
+            for batch in self._batches:
+                states = batch.dense_states if dense else batch.states
+                assert states is not None
+                yield batch.masks, partial(self._run, layer, batch, states)
+
+    @property
+    def dense_layer(self) -> nn.Module:
+        """A copy of the current layer as it was before the walk came to it.
+
+        Raises:
+            ValueError: If the walk carries one stream only.
+        """
+        if self._dense_layer is None:
+            raise ValueError("The walk carries no dense stream. Make it with two_streams=True.")
+        return self._dense_layer
+
     @torch.no_grad()
     def observe(
         self, modules: Mapping[Key, nn.Module], statistics: Mapping[Key, Statistic], repeated: bool = False
@@ -210,9 +238,7 @@ class LayerWalk:
         Raises:
             ValueError: If the walk carries one stream only, or an input is not finite or not one row per token.
         """
-        layer, dense_layer = self._layers[self._index], self._dense_layer
-        if dense_layer is None:
-            raise ValueError("The walk carries no dense stream. Make it with two_streams=True.")
+        layer, dense_layer = self._layers[self._index], self.dense_layer
         with evaluating(layer), added_up(*moments.values()):
             for batch in self._batches:
                 assert batch.dense_states is not None
