@@ -149,7 +149,7 @@ CASES = [
     (f"{PRUNE} --mac_ration 0.5", "Did you mean 'mac_ratio'"),
     (f"{PRUNE} --selection best", "selection"),
     (f"{PRUNE} --order sideways", "order"),
-    (f"{PRUNE} --min_heads 0", "min_heads must be at least 1"),
+    (f"{PRUNE} --min_heads -1", "min_heads must be at least 0"),
     (f"{PRUNE} --min_heads 9", "min_heads and min_neurons must be at most"),
     (f"{PRUNE} --round_to 0", "round_to must be at least 1"),
     (f"{PRUNE} --ridge -1", "ridge must not be negative"),

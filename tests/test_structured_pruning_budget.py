@@ -233,13 +233,14 @@ def test_refuses_broken_weights_and_foreign_objects(model, batches):
         ({"mac_ratio": 0.0}, r"mac_ratio must be in \(0, 1\], got 0\.0"),
         ({"mac_ratio": "half"}, "mac_ratio must be float, got 'half'"),
         ({"selection": "best"}, "selection must be one of 'interpolative', .*got 'best'"),
-        ({"min_heads": 0}, "min_heads must be at least 1, got 0"),
+        ({"min_heads": -1}, "min_heads must be at least 0, got -1"),
+        ({"round_to": 0}, "round_to must be at least 1, got 0"),
         ({"round_to": 2.5}, "round_to must be int, got 2.5"),
         ({"seq_len": -1.0}, "seq_len must be positive"),
         ({"ridge": -1e-3}, "ridge must not be negative"),
         ({"prune_heads": False, "prune_neurons": False}, "prune_heads or prune_neurons must be true"),
         ({"selection": "fisher", "center": True}, "selection='fisher' must go with"),
-        ({"heads_per_layer": [2, 0]}, "heads_per_layer must hold a positive size"),
+        ({"heads_per_layer": [2, -1]}, "heads_per_layer must hold a size of at least 0"),
     ],
 )
 def test_config_values(values, message):

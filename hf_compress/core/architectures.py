@@ -155,7 +155,8 @@ class TransformerLayer:
             once a group under grouped-query attention.
         """
         in_projections = (self.queries_per_unit + 2) * seq_len * self.hidden_size * self.head_size
-        shared = (self.attention_macs(seq_len) + self.position_macs) / self.num_units
+        # Without units they cost nothing.
+        shared = (self.attention_macs(seq_len) + self.position_macs) / max(self.num_units, 1)
         return in_projections + shared + seq_len * self.unit_size * self.hidden_size
 
     def attention_macs(self, seq_len: float) -> float:
@@ -167,7 +168,7 @@ class TransformerLayer:
         Products with embeddings of relative positions are counted, one for each token, embedding and column.
         """
         width, core = self._inputs_of(Role.ATTENTION_OUT), getattr(self.attention, CORE, None)
-        if core is not None:
+        if core is not None and width:
             return float(core.macs(seq_len, width, self.hidden_size))
         reach = seq_len - 1 if self.window is None else min(self.window - 1, seq_len - 1)
         positions = 0.0

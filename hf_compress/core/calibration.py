@@ -71,7 +71,7 @@ def live_rows(key: Hashable, states: Tensor, masks: list[Tensor], may_be_packed:
     """
     if may_be_packed and states.ndim == 2:
         return states
-    rows = states.reshape(-1, states.shape[-1])
+    rows = states.flatten(0, -2)
     fitting = [mask for mask in masks if mask.numel() == len(rows)]
     if len(fitting) > 1 and not torch.equal(fitting[0].flatten(), fitting[1].flatten()):
         raise ValueError(

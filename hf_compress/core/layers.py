@@ -1,4 +1,4 @@
-"""Changes the forward pass of a live transformer layer."""
+"""Changes the forward pass of a live module."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def specialise_(layer: nn.Module, behaviour: type[nn.Module]) -> None:
-    """Give the live module of a layer the forward of another class, without wrapping it.
+    """Give a live module, such as a layer, the forward of another class, without wrapping it.
 
     The new class derives from both and keeps the layer's class name: names of parameters, `isinstance`, hidden-state
     capture, gradient checkpointing and wrap policies that look classes up by name all go on working.

@@ -78,7 +78,8 @@ class SecondMoments:
 
     def update(self, rows: Tensor) -> None:
         for chunk in _in_double(rows.detach().to(self._upper.device)):
-            add_gram_(self._upper, chunk)
+            if chunk.shape[1]:
+                add_gram_(self._upper, chunk)
             self.total += chunk.sum(0)
             self._rows += len(chunk)
 

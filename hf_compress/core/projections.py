@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,9 +45,19 @@ class CuttableLinear(nn.Linear):
     """
 
 
+class InputlessConv1D(nn.Module):
+    """Forward pass of a `Conv1D` without inputs; its own one cannot reshape what has no columns."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.weight.T, self.bias)
+
+
 def is_cuttable(module: nn.Module) -> bool:
     """Whether inputs and outputs of a module can be removed without losing an adapter or other additions."""
-    ordinary = type(module) in (nn.Linear, Conv1D) or isinstance(module, CuttableLinear)
+    ordinary = type(module) in (nn.Linear, Conv1D) or isinstance(module, CuttableLinear | InputlessConv1D)
     return ordinary and not torch.nn.utils.parametrize.is_parametrized(module)
 
 

@@ -16,7 +16,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.architectures import TransformerLayer, architecture_of, layers_of
-from hf_compress.core.projections import HEAD_ROLES, NEURON_ROLES, Projection, Role, matrix_of
+from hf_compress.core.empty_attention import empty_attention_
+from hf_compress.core.layers import specialise_
+from hf_compress.core.projections import (
+    HEAD_ROLES,
+    NEURON_ROLES,
+    InputlessConv1D,
+    Projection,
+    Role,
+    matrix_of,
+)
 
 
 # Buffer of an attention module that lost heads: the indices of the dense model's heads that it still has.
@@ -36,6 +45,8 @@ def _replace_(module: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -
         module.bias = renewed(module.bias, bias)
     if isinstance(module, Conv1D):
         module.nf, module.nx = weight.shape
+        if not module.nx and not isinstance(module, InputlessConv1D):
+            specialise_(module, InputlessConv1D)
     else:
         module.out_features, module.in_features = weight.shape
 
@@ -102,7 +113,7 @@ def keep_heads_(
 
     Args:
         layer: The layer to change.
-        units: Ascending indices of the units that stay; at least one.
+        units: Ascending indices of the units that stay. Without any, the attention adds its output bias only.
         weight: [D, kept columns] corrected output projection.
         bias: [D] corrected output bias.
     """
@@ -116,6 +127,8 @@ def keep_heads_(
     for counter in row.head_counters:
         name, _, times_head_size = counter.partition("*")
         setattr(attention, name, len(units) * (d if times_head_size else 1))
+    if not len(units):
+        empty_attention_(layer.module, row)
 
 
 def _keep_head_bias_(attention: nn.Module, argument: str, units: Sequence[int], before: int) -> None:
@@ -159,7 +172,8 @@ def keep_neurons_(
 
     Args:
         layer: The layer to change.
-        neurons: [k] int64, ascending indices of the neurons that stay; at least one.
+        neurons: [k] int64, ascending indices of the neurons that stay. Without any, the feed-forward sublayer adds
+            its output bias only.
         weight: [D, k] corrected output projection.
         bias: [D] corrected output bias.
     """
@@ -232,6 +246,10 @@ def plain_sizes(model: PreTrainedModel) -> dict[str, Any]:
             raise ValueError(
                 f"Layer {layer.index} has {layer.num_units} heads, layer 0 has {first.num_units}: no single number."
             )
+    if not (first.num_units and first.num_neurons):
+        raise ValueError(
+            f"Layer 0 has {first.num_units} heads and {first.num_neurons} neurons: ordinary layers have at least one."
+        )
     fields: dict[str, Any] = {row.ffn_size: first.num_neurons}
     heads = first.num_units * first.queries_per_unit
     if heads != model.config.num_attention_heads:

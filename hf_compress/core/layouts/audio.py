@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import transformers
+from packaging.version import Version
+
 from hf_compress.core.layouts.layout import Architecture
 from hf_compress.core.projections import Role
 
@@ -23,6 +26,8 @@ _WAV2VEC2 = Architecture(
     ffn_size="intermediate_size",
     pre_norm="do_stable_layer_norm",
     mean_pooled=True,
+    # Until transformers 5.16, room for a cache that is never there.
+    attention_returns=2 if Version(transformers.__version__) >= Version("5.16") else 3,
 )
 
 AUDIO: dict[str, Architecture] = {"wav2vec2": _WAV2VEC2, "hubert": _WAV2VEC2}

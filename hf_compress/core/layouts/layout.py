@@ -52,6 +52,8 @@ class Architecture:
             nothing of another width.
         attention_interface: Whether attention is called through transformers' table of attention functions. The
             attention of other models cannot be replaced.
+        attention_returns: How many values the attention module returns: its output, the attention weights, and what
+            older releases of transformers add.
         head_bias: Argument of the attention module's forward with one number for each head and pair of tokens,
             [B, H, S, S] and the same for every example, computed outside the layer for the heads of the dense model.
         window_in_config: Whether the config's `sliding_window` applies to every layer; otherwise each attention module
@@ -74,6 +76,7 @@ class Architecture:
     rotary: bool = False
     counts_heads: bool = False
     attention_interface: bool = True
+    attention_returns: int = 2
     head_bias: str | None = None
     window_in_config: bool = False
     free_heads: bool = False

@@ -24,8 +24,8 @@ _SHARED = "linformer_projection"
 
 
 def _global_layers(model: PreTrainedModel) -> list[TransformerLayer]:
-    """The layers whose attention sees every token; attention in a window is linear already."""
-    return [layer for layer in layers_of(model) if layer.window is None]
+    """The layers whose attention sees every token; attention in a window is linear already, and so is none at all."""
+    return [layer for layer in layers_of(model) if layer.window is None and layer.num_units]
 
 
 def _stride(config: LinformerConfig, length: int) -> int:

@@ -26,7 +26,8 @@ class StructuredPruningConfig(MethodConfig):
         center: Decompose deviations from the mean and fold the mean into the bias of the output projection.
         prune_heads: Whether attention heads may be removed.
         prune_neurons: Whether feed-forward neurons may be removed.
-        min_heads: How many heads every layer keeps at least.
+        min_heads: How many heads every layer keeps at least. A layer without heads adds its bias only; so does one
+            without neurons.
         min_neurons: How many neurons every layer keeps at least.
         round_to: Keep a multiple of this many neurons in each layer (up to its full width).
         seq_len: Tokens in a sequence, for the MAC count. Left out: the mean unpadded length of the calibration data.
@@ -72,9 +73,9 @@ class StructuredPruningConfig(MethodConfig):
     def check(self) -> None:
         if not 0 < self.mac_ratio <= 1:
             raise ValueError(f"mac_ratio must be in (0, 1], got {self.mac_ratio}.")
-        for name in ("min_heads", "min_neurons", "round_to"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, least in (("min_heads", 0), ("min_neurons", 0), ("round_to", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.seq_len is not None and self.seq_len <= 0:
             raise ValueError(f"seq_len must be positive, got {self.seq_len}.")
         if not 0 <= self.seed < 2**63:
@@ -97,5 +98,5 @@ class StructuredPruningConfig(MethodConfig):
             )
         for name in ("heads_per_layer", "neurons_per_layer"):
             sizes = getattr(self, name)
-            if sizes is not None and min(sizes, default=0) < 1:
-                raise ValueError(f"{name} must hold a positive size for each layer, got {sizes}.")
+            if sizes is not None and min(sizes, default=-1) < 0:
+                raise ValueError(f"{name} must hold a size of at least 0 for each layer, got {sizes}.")

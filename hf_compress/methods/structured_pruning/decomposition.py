@@ -47,8 +47,10 @@ def interpolation_matrix(gram: Tensor, keep: Tensor, ridge: float = 0.0, cross: 
         [[0.5, 1.0]]
     """
     cross = gram[keep] if cross is None else cross
+    if not len(keep):
+        return cross
     inner = cross[:, keep]
-    scale = float(inner.diagonal().mean()) if len(keep) else 1.0
+    scale = float(inner.diagonal().mean())
     eye = torch.eye(len(keep), dtype=inner.dtype, device=inner.device)
     lower, failed = torch.linalg.cholesky_ex(inner + ridge * scale * eye)
     if int(failed) or float(lower.diagonal().min()) < 1e-7 * float(lower.diagonal().max()):

@@ -112,7 +112,7 @@ def _ranked(fisher: Sequence[Tensor], macs: Sequence[float], minimum: int) -> tu
     cost = torch.cat([torch.full_like(f, m, dtype=torch.float64) for f, m in zip(fisher, macs, strict=True)])
     ranks = [f.argsort(descending=True, stable=True).argsort() for f in fisher]
     forced = torch.cat([rank < minimum for rank in ranks])
-    worth = torch.where(forced, torch.inf, information / (cost / cost.max()))
+    worth = torch.where(forced, torch.inf, information / (cost / max(macs)))
     order = worth.argsort(descending=True, stable=True)
     zero = cost.new_zeros(1)
     gained, spent = (torch.cat([zero, values[order].cumsum(0)]) for values in (information, cost))
@@ -155,7 +155,7 @@ def search_masks(
     units, forced_units, unit_gain, unit_cost = _ranked(unit_fisher, unit_macs, min_units)
     neurons, forced_neurons, neuron_gain, neuron_cost = _ranked(neuron_fisher, neuron_macs, min_neurons)
     full = float(unit_cost[-1] + neuron_cost[-1])
-    fewest = max(forced_units, 1)
+    fewest = min(max(forced_units, 1), len(units))
     # The slack covers the rounding of the running sums, which could otherwise cost a neuron at mac_ratio = 1.
     left = mac_ratio * full * (1 + 1e-12) - unit_cost
     affordable = torch.searchsorted(neuron_cost, left, right=True) - 1

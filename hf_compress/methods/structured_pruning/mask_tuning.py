@@ -117,7 +117,7 @@ def _sublayer_signals(
         pre_norm = layer.architecture.normalises_first(model.config)
         residual = seen["entry"] + seen["attention"] if pre_norm else seen["ffn_in"]
     context, output, residual = (
-        t.reshape(-1, t.shape[-1])[rows.flatten().to(t.device)] for t in (seen["in"], seen[part], residual)
+        t.flatten(0, -2)[rows.flatten().to(t.device)] for t in (seen["in"], seen[part], residual)
     )
     return context, output, residual
 

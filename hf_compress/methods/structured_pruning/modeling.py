@@ -15,6 +15,7 @@ from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.batches import base_inputs
 from hf_compress.core.data_needs import Data, DataNeeds
 from hf_compress.core.driver import LayerWalk
+from hf_compress.core.forward_state import carries_state
 from hf_compress.core.processes import added_up
 from hf_compress.core.shared_passes import measured_once
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
@@ -49,8 +50,11 @@ def check(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
         ValueError: Unsupported architecture, a budget below the minima, or centring without biases to fold into.
     """
     layers = layers_of(model)
+    if not config.min_heads and carries_state(model):
+        raise ValueError("min_heads must be at least 1 for a model that drops tokens: heads say which, got 0.")
     for layer in layers:
-        if config.min_heads > layer.num_units or config.min_neurons > layer.num_neurons:
+        # What an earlier step removed altogether does not come back.
+        if 0 < layer.num_units < config.min_heads or 0 < layer.num_neurons < config.min_neurons:
             raise ValueError(
                 f"min_heads and min_neurons must be at most {layer.num_units} and {layer.num_neurons}, the sizes of "
                 f"layer {layer.index}, got {config.min_heads} and {config.min_neurons}."

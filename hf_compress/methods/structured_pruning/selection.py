@@ -47,6 +47,8 @@ class Ranking:
 
 def rank(layer: TransformerLayer, kind: UnitKind, gram: Tensor, selection: str, generator: torch.Generator) -> Ranking:
     """Rank the attention units or the neurons of a layer; the other arguments are those of `rank_heads`."""
+    if not len(gram):
+        return Ranking([], torch.zeros(1, dtype=torch.float64))
     return (rank_heads if kind == "heads" else rank_neurons)(layer, gram, selection, generator)
 
 

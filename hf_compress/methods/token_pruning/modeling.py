@@ -30,8 +30,8 @@ def check(model: PreTrainedModel, config: TokenPruningConfig) -> None:
     """Refuse models whose layers cannot drop tokens.
 
     Raises:
-        ValueError: If the architecture is not supported or is a decoder, or if `score_reference_length` would have no
-            effect.
+        ValueError: If the architecture is not supported or is a decoder, if a layer has no heads, or if
+            `score_reference_length` would have no effect.
     """
     lengths_read = (config.score_norm == "reference" and config.scoring_mode == "mean") or config.compat == "ltp"
     if not lengths_read and config.score_reference_length != TokenPruningConfig.score_reference_length:
@@ -45,7 +45,12 @@ def check(model: PreTrainedModel, config: TokenPruningConfig) -> None:
         raise ValueError(
             f"model must be an encoder of type {', '.join(FINISH)} to drop tokens, got {model.config.model_type}."
         )
-    layers_of(model)
+    for layer in layers_of(model):
+        if not layer.num_units:
+            raise ValueError(
+                f"Layer {layer.index} must have attention heads to drop tokens: they say which tokens matter. Give "
+                "structured pruning min_heads=1."
+            )
 
 
 def compress(model: PreTrainedModel, config: TokenPruningConfig, data: Data | None) -> TokenPruningConfig:

@@ -152,7 +152,8 @@ def accelerate_for_inference(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
-    linears = {name: module for name, module in model.named_modules() if type(module) in (nn.Linear, PackedLinear)}
+    kinds = (nn.Linear, PackedLinear)
+    linears = {name: m for name, m in model.named_modules() if type(m) in kinds and m.weight.numel()}
     if not linears:
         raise ValueError(f"model must have plain torch.nn.Linear layers, got {type(model).__name__} without any.")
     device = next(iter(linears.values())).weight.device

@@ -184,8 +184,8 @@ def _check_sizes(config: WeightPruningConfig) -> None:
         raise ValueError("heads_per_layer and neurons_per_layer must be given together, got one of them.")
     for name in ("heads_per_layer", "neurons_per_layer"):
         sizes = getattr(config, name)
-        if sizes is not None and min(sizes, default=0) < 1:
-            raise ValueError(f"{name} must hold a positive size for each layer, got {sizes}.")
+        if sizes is not None and min(sizes, default=-1) < 0:
+            raise ValueError(f"{name} must hold a size of at least 0 for each layer, got {sizes}.")
 
 
 def _check_names(config: WeightPruningConfig) -> None:

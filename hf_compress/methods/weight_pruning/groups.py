@@ -42,6 +42,9 @@ def _select(model: nn.Module, config: WeightPruningConfig, taken: set[nn.Paramet
         weight = module._parameters.get("weight")
         if kinds.isdisjoint(config.pruning_op_types) or weight is None or weight.ndim < 2 or weight in taken:
             continue
+        # Of a sublayer that structured pruning removed altogether.
+        if not weight.numel():
+            continue
         if config.op_names is not None and not matches(name, config.op_names):
             continue
         if matches(name, config.excluded_op_names or ()):
@@ -75,6 +78,8 @@ def _select_heads(model: nn.Module, config: WeightPruningConfig, taken: set[nn.P
     names = {module: name for name, module in model.named_modules()}
     found = []
     for layer in layers_of(model):
+        if not layer.num_units:
+            continue
         heads, inside = _heads_of(layer), layer.modules
         modules = {path: inside[path] for path in heads}
         if config.op_names is not None and not all(matches(names[m], config.op_names) for m in modules.values()):
