@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # The caller's name for a module, also used in messages.
 Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
 
 
 class Observer(Protocol):
@@ -41,8 +42,8 @@ class Statistic(Observer, Addable, Protocol):
     """Accumulates rows into something smaller than the rows, which adds up over several processes."""
 
 
-def with_progress(data: Iterable[Mapping[str, Any]], description: str) -> Iterator[Mapping[str, Any]]:
-    """The batches, with a progress bar where the program logs what it does to a terminal."""
+def with_progress(data: Iterable[Item], description: str) -> Iterator[Item]:
+    """The items, with a progress bar where the program logs what it does to a terminal."""
     total = len(data) if isinstance(data, Sized) else None
     # None: tqdm looks whether it writes to a terminal.
     hidden = None if logger.isEnabledFor(logging.INFO) and is_first_process() else True

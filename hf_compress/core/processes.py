@@ -219,6 +219,12 @@ def add_up_(tensors: Iterable[Tensor]) -> None:
         ours.add_up_(tensors)
 
 
+def place_in_data(number: int) -> int:
+    """The place in the whole data of the batch that this process reads as its batch `number`."""
+    ours = group()
+    return number if ours is None else number * ours.count + ours.number
+
+
 def all_told(value: T) -> list[T]:
     """What every process has to say, in their order; every one has to call it."""
     ours = group()

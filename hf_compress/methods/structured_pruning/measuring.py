@@ -54,7 +54,7 @@ class Measured:
         moments: (layer index, kind) -> those of the input of the output projection.
         rankings: The same -> all units of that sublayer.
         mean_length: Of the examples, in tokens.
-        walk: That goes on through the layers; None with `order="one_shot"`.
+        walk: That goes on through the layers; None where everything is taken from the intact model.
         generator: Of the selection `random`, after these rankings.
     """
 
@@ -98,15 +98,21 @@ def _measure_intact(
     moments: Mapping[tuple[int, UnitKind], SecondMoments],
     lengths: Lengths,
 ) -> LayerWalk | None:
-    """Measure the intact model; with `order="sequential"`, return the walk that visits its layers in order."""
+    """Measure the intact model; where the config wants one, return the walk that visits its layers in order."""
     modules = {key: out.module for key, out in output_projections(layers).items()}
-    if config.order == "one_shot":
+    if not config.walks:
         collect_inputs(model, modules, moments, data, lengths, "layer statistics")
         return None
     try:
         within = [layer.module for layer in layers]
-        return LayerWalk(model, within, data, modules=modules, statistics=moments, on_batch=lengths)
+        return LayerWalk(
+            model, within, data, modules=modules, statistics=moments, on_batch=lengths,
+            two_streams=config.target == "dense",
+        )  # fmt: skip
     except NotWalkable as error:
-        raise ValueError(
-            f"order='sequential' cannot be used with {model.config.model_type}: {error}. Use order='one_shot'."
-        ) from error
+        asked, instead = (
+            ("target='dense'", "target='self'")
+            if config.target == "dense"
+            else ("order='sequential'", "order='one_shot'")
+        )
+        raise ValueError(f"{asked} cannot be used with {model.config.model_type}: {error}. Use {instead}.") from error

@@ -35,8 +35,10 @@ from hf_compress.methods.structured_pruning.correction import (
     scaled_columns,
     warn_of_filled_zeros,
 )
+from hf_compress.methods.structured_pruning.divergence import divergence_priorities
 from hf_compress.methods.structured_pruning.fisher import fisher_selection
-from hf_compress.methods.structured_pruning.measuring import Lengths, empty_moments, measure_and_rank
+from hf_compress.methods.structured_pruning.fitting import fit_layer_
+from hf_compress.methods.structured_pruning.measuring import Lengths, Measured, empty_moments, measure_and_rank
 from hf_compress.methods.structured_pruning.selection import rank
 
 
@@ -71,7 +73,8 @@ def data_needs(config: StructuredPruningConfig) -> DataNeeds:
     if config.mac_ratio == 1:
         return DataNeeds()
     fisher = config.selection == "fisher"
-    return DataNeeds(passes=2 if fisher else 1, labels=fisher, adds_up=True)
+    passes = 2 if fisher or config.allocation == "divergence" else 1
+    return DataNeeds(passes=passes, labels=fisher, adds_up=True)
 
 
 def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data | None) -> StructuredPruningConfig:
@@ -125,15 +128,15 @@ def _compress_by_activations(
     model: PreTrainedModel, layers: Sequence[TransformerLayer], config: StructuredPruningConfig, data: Data
 ) -> StructuredPruningConfig:
     measure = partial(measure_and_rank, model, layers, config, data)
-    if config.order == "one_shot":
-        # With order="sequential" the walk is part of what was measured, and goes on through this model.
+    if not config.walks:
+        # A walk is part of what was measured, and goes on through this model.
         what = ("activations", config.selection, config.center, config.seed, config.correction, config.ridge)
         measured = measured_once(what, model, data, measure)
     else:
         measured = measure()
     rankings = measured.rankings
     seq_len = config.seq_len or measured.mean_length
-    sublayers = _sublayers(layers, config, seq_len, {key: ranking.priorities for key, ranking in rankings.items()})
+    sublayers = _sublayers(layers, config, seq_len, _priorities(model, layers, config, measured, data))
     sizes, tolerance = allocate(sublayers, config.mac_ratio * full_cost(sublayers))
     kept = dict(zip(rankings, sizes, strict=True))
     if measured.walk is None:
@@ -142,9 +145,23 @@ def _compress_by_activations(
     else:
         # Every sublayer is measured again, so the moments of the intact model only take up memory.
         measured.moments.clear()
-        _cut_in_order(measured.walk, layers, config, kept, measured.generator)
-    # Priorities are shares of squared norms; the record holds a ratio of norms.
-    return _completed(config, layers, seq_len, tolerance**0.5)
+        pre_norm = layers[0].architecture.normalises_first(model.config)
+        _cut_in_order(measured.walk, layers, config, kept, measured.generator, pre_norm)
+    # Priorities of a decomposition are shares of squared norms; the record holds a ratio of norms.
+    return _completed(config, layers, seq_len, None if config.allocation == "divergence" else tolerance**0.5)
+
+
+def _priorities(
+    model: PreTrainedModel,
+    layers: Sequence[TransformerLayer],
+    config: StructuredPruningConfig,
+    measured: Measured,
+    data: Data,
+) -> dict[tuple[int, UnitKind], list[float]]:
+    """(layer index, kind) -> the priorities of its units."""
+    if config.allocation != "divergence":
+        return {key: ranking.priorities for key, ranking in measured.rankings.items()}
+    return divergence_priorities(model, layers, measured.rankings, measured.moments, data)
 
 
 def _cut_in_order(
@@ -153,9 +170,14 @@ def _cut_in_order(
     config: StructuredPruningConfig,
     kept: Mapping[tuple[int, UnitKind], int],
     generator: torch.Generator,
+    pre_norm: bool,
 ) -> None:
     """Measure, rank and cut each sublayer of a walk, in a model whose earlier sublayers are cut already."""
     for index in walk:
+        if config.target == "dense":
+            sizes = {kind: kept[index, kind] for kind in UNIT_KINDS}
+            fit_layer_(walk, layers[index], config, sizes, generator, pre_norm)
+            continue
         for kind in UNIT_KINDS:
             out = output_projection(layers[index], kind)
             moments = empty_moments(out)
@@ -207,6 +229,9 @@ def _sublayers(
                 values = [1 - position / len(values) for position in range(len(values))]
             heads = kind == "heads"
             macs = layer.macs_per_unit(seq_len) if heads else layer.macs_per_neuron(seq_len)
+            if config.allocation == "divergence":
+                # What a unit is worth for its cost; decompositions compare shares, whatever a unit costs.
+                values = [value / macs for value in values]
             least = config.min_heads if heads else config.min_neurons
             if not (config.prune_heads if heads else config.prune_neurons):
                 least = len(values)

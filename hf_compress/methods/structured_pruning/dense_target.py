@@ -1,0 +1,226 @@
+"""Fits a cut sublayer to what the dense model adds up to behind it, instead of to its own output.
+
+The errors of the layers before a sublayer arrive in its input and in the residual that its output is added to. The
+target of its output projection is residual plus output in the dense model, minus the residual as it is now.
+
+Letters: B batch, S padded length, N live tokens, D hidden, W columns of the projection's input, k kept columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.core.architectures import TransformerLayer
+from hf_compress.core.calibration import live_rows
+from hf_compress.core.driver import LayerWalk
+from hf_compress.core.layer_calls import first_of
+from hf_compress.core.moments import PairedMoments
+from hf_compress.core.processes import added_up, place_in_data
+from hf_compress.core.projections import NEURON_ROLES, Projection
+from hf_compress.core.watching import Stop, watched
+from hf_compress.methods.structured_pruning.allocation import UNIT_KINDS, UnitKind
+from hf_compress.methods.structured_pruning.correction import output_projection
+
+
+# One batch of so many is held back: the strength of the fit is chosen on it.
+_HELD_BACK = 5
+# Strengths of the pull towards the sublayer's own output, as fractions of the mean diagonal of the Gram matrix.
+_PULLS = (0.0, 0.01, 0.1, 1.0, 10.0, math.inf)
+_JITTER = 1e-10
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one pass of a layer over one batch shows of a sublayer, live tokens only.
+
+    Args:
+        inputs: [N, W], the input of the output projection.
+        residual: [N, D], what the sublayer's output is added to.
+        output: [N, D], the output, with its bias.
+    """
+
+    inputs: Tensor
+    residual: Tensor
+    output: Tensor
+
+
+def seen_of(
+    layer: TransformerLayer, kinds: Sequence[UnitKind], masks: list[Tensor], run: Callable[[], Tensor], pre_norm: bool
+) -> dict[UnitKind, Seen]:
+    """Run a layer on one batch and look at its sublayers.
+
+    Args:
+        layer: The layer.
+        kinds: The sublayers to look at; the layer ends behind the attention if only that is asked for.
+        masks: Those of the batch.
+        run: Runs the layer on the batch.
+        pre_norm: Whether the sublayers normalise their input. The residual of the feed-forward part is then the
+            layer's output minus that of the projection; otherwise it is the input of the feed-forward part.
+    """
+    found: dict[tuple[UnitKind, str], Tensor] = {}
+
+    def keep(kind: UnitKind, what: str, last: bool = False) -> Callable[..., None]:
+        def look(args: tuple[Any, ...], more: Any) -> None:
+            value = first_of(more) if what == "output" else (args[0] if args else more["hidden_states"])
+            found[kind, what] = value
+            if last:
+                raise Stop
+
+        return look
+
+    before: list[tuple[nn.Module, Any]] = [(layer.module, keep("heads", "residual"))]
+    after: list[tuple[nn.Module, Any]] = []
+    for kind in kinds:
+        out = output_projection(layer, kind).module
+        before.append((out, keep(kind, "inputs")))
+        after.append((out, keep(kind, "output", last=kinds == ["heads"])))
+    if "neurons" in kinds and not pre_norm:
+        before.append((_first_neurons(layer), keep("neurons", "residual")))
+    with watched(before=before, after=after):
+        end = run()
+        if "neurons" in kinds and pre_norm:
+            found["neurons", "residual"] = end - found["neurons", "output"].reshape(end.shape)
+    return {
+        kind: Seen(
+            *(
+                live_rows(f"layer {layer.index} {what}", found[kind, what], masks, may_be_packed=False)
+                for what in ("inputs", "residual", "output")
+            )
+        )
+        for kind in kinds
+    }
+
+
+def _first_neurons(layer: TransformerLayer) -> nn.Module:
+    return next(
+        layer.modules[path] for path, roles in layer.architecture.projections.items() if roles[0] in NEURON_ROLES
+    )
+
+
+class DenseSums:
+    """Residual plus output of each sublayer of the current layer in the dense model, batch by batch.
+
+    Args:
+        walk: At a layer that nothing has changed yet; it carries two streams.
+        layer: That layer.
+        pre_norm: Whether its sublayers normalise their input.
+    """
+
+    def __init__(self, walk: LayerWalk, layer: TransformerLayer, pre_norm: bool) -> None:
+        self._walk, self._layer, self._pre_norm = walk, layer, pre_norm
+        dense = TransformerLayer(layer.index, walk.dense_layer, layer.architecture)
+        self._sums: dict[UnitKind, list[Tensor]] = {kind: [] for kind in UNIT_KINDS}
+        for masks, run in walk.runs(dense=True):
+            for kind, seen in seen_of(dense, UNIT_KINDS, masks, run, pre_norm).items():
+                self._sums[kind].append(seen.residual + seen.output)
+
+    @torch.no_grad()
+    def moments(self, kind: UnitKind) -> tuple[PairedMoments, PairedMoments]:
+        """Moments of the input of one output projection, as its layer is now, with its targets.
+
+        Returns:
+            Those of the batches that weights are fitted to, and those of every fifth batch, which is held back.
+        """
+        out = output_projection(self._layer, kind)
+        fit, held = (PairedMoments(out.out_features, out.in_features, out.weight.device) for _ in range(2))
+        with added_up(fit, held):
+            for number, (masks, run) in enumerate(self._walk.runs()):
+                seen = seen_of(self._layer, [kind], masks, run, self._pre_norm)[kind]
+                # Counted over all processes, so that their number does not decide what is held back.
+                held_back = place_in_data(number) % _HELD_BACK == _HELD_BACK - 1
+                (held if held_back else fit).update(self._sums[kind][number] - seen.residual, seen.inputs)
+        return fit, held
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A new weight for the kept columns of an output projection.
+
+    Args:
+        weight: [D, k] float64.
+        bias: [D] float64; None if the projection has none.
+        pull: The strength that was chosen, infinity for none of the fit.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    pull: float
+
+
+class Normal:
+    """The least-squares problem of a projection's columns A and targets Y, with an intercept or without.
+
+    Args:
+        parts: Moments of the rows.
+        intercept: Whether the projection has a bias.
+    """
+
+    def __init__(self, parts: Sequence[PairedMoments], intercept: bool) -> None:
+        self.rows = sum(part.own.num_rows for part in parts)
+        self.gram = torch.stack([part.own.gram for part in parts]).sum(0) if len(parts) > 1 else parts[0].own.gram
+        self.cross = sum((part.cross for part in parts[1:]), parts[0].cross).T
+        self.energy = sum(float(part.dense_energy) for part in parts)
+        self._means: tuple[Tensor, Tensor] | None = None
+        if intercept and self.rows:
+            inputs = sum((part.own.total for part in parts[1:]), parts[0].own.total) / self.rows
+            targets = sum((part.dense_total for part in parts[1:]), parts[0].dense_total) / self.rows
+            self._means = inputs, targets
+            self.gram = self.gram - self.rows * torch.outer(inputs, inputs)
+            self.cross = self.cross - self.rows * torch.outer(inputs, targets)
+            self.energy -= self.rows * float(targets.square().sum())
+
+    def solved(self, columns: Tensor, own: Tensor, pull: float) -> Tensor:
+        """[D, k]: the weight that comes nearest to the targets and to `own`, [D, k], with the given strength."""
+        if math.isinf(pull) or not len(columns):
+            return own
+        gram = self.gram[columns][:, columns]
+        strength = pull * float(gram.diagonal().mean())
+        # Dependent columns would make the matrix singular.
+        damped = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * strength
+        damped.diagonal().add_(_JITTER * float(gram.diagonal().mean()))
+        factor = torch.linalg.cholesky(damped)
+        return torch.cholesky_solve(self.cross[columns] + strength * own.T, factor).T
+
+    def bias(self, columns: Tensor, weight: Tensor) -> Tensor | None:
+        """[D]: the intercept that belongs to a weight."""
+        return None if self._means is None else self._means[1] - weight @ self._means[0][columns]
+
+    def error(self, columns: Tensor, weight: Tensor) -> float:
+        """The squared error of a weight [D, k] with the best intercept."""
+        gram, cross = self.gram[columns][:, columns], self.cross[columns]
+        return float((weight * (weight @ gram)).sum() - 2 * (weight.T * cross).sum()) + self.energy
+
+
+def fitted(out: Projection, columns: Tensor, own: Tensor, fit: PairedMoments, held: PairedMoments) -> Fit:
+    """Fit the kept columns of an output projection to the dense model.
+
+    Ridge regression towards the weight that repeats the sublayer's own output; how strongly it pulls is chosen on the
+    batches that were held back, and the weight is then fitted to all of them. Where no strength beats that weight
+    itself, or nothing was held back, only the bias is fitted.
+
+    Args:
+        out: The projection, not cut yet.
+        columns: [k] int64, ascending indices of the columns that stay.
+        own: [D, k] float64, the weight for them that repeats the sublayer's own output.
+        fit: Moments of most batches.
+        held: Moments of the others.
+
+    Raises:
+        ValueError: If the moments are not finite.
+    """
+    intercept = out.bias is not None
+    everything, part, rest = (Normal(parts, intercept) for parts in ([fit, held], [fit], [held]))
+    pull = math.inf
+    if rest.rows and part.rows:
+        errors = {pull: rest.error(columns, part.solved(columns, own, pull)) for pull in _PULLS}
+        pull = min(errors, key=lambda tried: (errors[tried], -tried))
+    weight = everything.solved(columns, own, pull)
+    if not torch.isfinite(weight).all():
+        raise ValueError("The fit to the dense model is not finite. Give more calibration data, or use target='self'.")
+    return Fit(weight, everything.bias(columns, weight), pull)

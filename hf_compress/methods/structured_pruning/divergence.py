@@ -1,0 +1,189 @@
+"""Measures how far a model's outputs move when one sublayer alone is cut, at several sizes.
+
+Letters: n units of a sublayer, k kept units, C classes or tokens of a vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_compress.core.architectures import TransformerLayer
+from hf_compress.core.batches import base_inputs, layer_mask, on_device, seen_tokens
+from hf_compress.core.calibration import with_progress
+from hf_compress.core.data_needs import Data, require_batches
+from hf_compress.core.forward_state import forward_state
+from hf_compress.core.modes import evaluating
+from hf_compress.core.moments import SecondMoments
+from hf_compress.core.processes import added_up
+from hf_compress.core.surgery import unit_columns
+from hf_compress.methods.structured_pruning.allocation import UnitKind
+from hf_compress.methods.structured_pruning.correction import output_projection
+from hf_compress.methods.structured_pruning.decomposition import interpolation_matrix
+from hf_compress.methods.structured_pruning.selection import Ranking
+
+
+# Fractions of a sublayer's units at which it is tried.
+_LEVELS = (0.0, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75)
+# Live tokens that are compared at most: outputs for a large vocabulary take memory and time.
+_TOKENS = 2048
+
+
+class _Answers:
+    """What a model answers, as rows: log-probabilities [rows, C], or the numbers [rows, D] of what does not classify.
+
+    Args:
+        model: Runs in the mode that it is in.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self.classifies = False
+
+    def __call__(self, batch: Mapping[str, Any]) -> Tensor:
+        """[rows, C or D] float32; padding has no row, and the scores of an answer's ends are two rows an example."""
+        inputs = {name: value for name, value in on_device(self._model, batch).items() if name != "labels"}
+        found = self._model(**inputs, **forward_state(self._model))
+        if "start_logits" in found:
+            self.classifies = True
+            ends = torch.cat([found["start_logits"], found["end_logits"]])
+            return torch.log_softmax(ends.float(), -1)
+        values = found["logits"] if "logits" in found else found[0]
+        self.classifies = "logits" in found and values.shape[-1] > 1
+        mask = layer_mask(self._model, inputs)
+        if mask is not None and values.ndim == 3 and values.shape[:2] == mask.shape:
+            values = values[mask]
+        rows = values.reshape(-1, values.shape[-1]).float()
+        return torch.log_softmax(rows, -1) if self.classifies else rows
+
+
+class _Distances:
+    """How far the outputs of some trials are from those of the dense model; sums over rows, as processes need them.
+
+    Args:
+        trials: How many there are.
+        device: Of the model.
+    """
+
+    def __init__(self, trials: int, device: torch.device) -> None:
+        self._apart = torch.zeros(trials, dtype=torch.float64, device=device)
+        self._whole = torch.zeros((), dtype=torch.float64, device=device)
+
+    def sums(self) -> list[Tensor]:
+        return [self._apart, self._whole]
+
+    def count(self, dense: Sequence[Tensor], classifies: bool) -> None:
+        for rows in dense:
+            self._whole += len(rows) if classifies else rows.square().sum()
+
+    def add(self, trial: int, dense: Tensor, rows: Tensor, classifies: bool) -> None:
+        # An impossible class (an answer that ends in padding) is impossible in both: no number times minus infinity.
+        apart = (dense.exp() * (dense - rows)).nan_to_num(0.0) if classifies else (dense - rows).square()
+        self._apart[trial] += apart.sum()
+
+    def means(self) -> list[float]:
+        """[trials]: Kullback-Leibler divergence in nats a row, or squared distance as a share of the dense outputs."""
+        means: list[float] = (self._apart / self._whole).tolist()
+        return means
+
+
+@torch.no_grad()
+def divergence_priorities(
+    model: PreTrainedModel,
+    layers: Sequence[TransformerLayer],
+    rankings: Mapping[tuple[int, UnitKind], Ranking],
+    moments: Mapping[tuple[int, UnitKind], SecondMoments],
+    data: Data,
+) -> dict[tuple[int, UnitKind], list[float]]:
+    """How much each unit brings the outputs of a model nearer to those of the dense one.
+
+    Each sublayer is cut alone, to several sizes, and corrected; everything else stays dense. Between those sizes the
+    divergence is interpolated on its lower convex hull, so that the priorities of a sublayer never rise.
+
+    Args:
+        model: Intact; its weights are the same bits afterwards.
+        layers: Its layers.
+        rankings: (layer index, kind) -> the units of each sublayer, most important first.
+        moments: The same -> moments of the output projection's input.
+        data: Batches of inputs. Labels are not read; about the first 2,048 live tokens are.
+
+    Returns:
+        (layer index, kind) -> [units]: by how much the divergence falls when each unit is kept after those before it.
+
+    Raises:
+        ValueError: If the model's outputs are not finite.
+    """
+    answers, priorities = _Answers(model), {}
+    with evaluating(model):
+        batches = _first(model, data)
+        dense = [answers(batch) for batch in batches]
+        if any(bool(torch.isnan(rows).any()) for rows in dense):
+            raise ValueError(
+                "The model's outputs must be finite for allocation='divergence', got NaN. Check its weights."
+            )
+        for key, ranking in with_progress(list(rankings.items()), "divergence"):
+            layer, units = layers[key[0]], len(ranking.order)
+            out = output_projection(layer, key[1])
+            size = layer.unit_size if key[1] == "heads" else 1
+            sizes = sorted({round(level * units) for level in _LEVELS} - {units})
+            distances, gram = _Distances(len(sizes), model.device), moments[key].gram
+            intact = out.weight.detach().clone()
+            try:
+                with added_up(distances):
+                    for trial, kept in enumerate(sizes):
+                        columns = unit_columns(sorted(ranking.order[:kept]), size).to(gram.device)
+                        out.weight.zero_()
+                        out.weight[:, columns] = (intact.to(gram) @ interpolation_matrix(gram, columns).T).to(intact)
+                        for rows, batch in zip(dense, batches, strict=True):
+                            distances.add(trial, rows, answers(batch), answers.classifies)
+                    distances.count(dense, answers.classifies)
+            finally:
+                out.weight.copy_(intact)
+            priorities[key] = falls(dict(zip([*sizes, units], [*distances.means(), 0.0], strict=True)))
+    return priorities
+
+
+def _first(model: PreTrainedModel, data: Data) -> list[Mapping[str, Any]]:
+    """The first batches of the data that together hold enough tokens."""
+    batches, tokens = [], 0
+    for batch in data:
+        batches.append(batch)
+        tokens += int(seen_tokens(model, base_inputs(model, batch)).sum())
+        if tokens >= _TOKENS:
+            break
+    require_batches(len(batches))
+    return batches
+
+
+def falls(divergences: Mapping[int, float]) -> list[float]:
+    """By how much a divergence falls with each unit, on its lower convex hull over the sizes at which it is known.
+
+    Args:
+        divergences: Kept units -> divergence; 0 and all units are among them.
+
+    Returns:
+        [units], non-increasing and not negative.
+
+    Example:
+        >>> falls({0: 9.0, 2: 1.0, 4: 0.0})
+        [4.0, 4.0, 0.5, 0.5]
+    """
+    hull: list[tuple[int, float]] = []
+    lowest = math.inf
+    for kept, value in sorted(divergences.items()):
+        # A larger size that happens to be further away than a smaller one is no reason to keep less.
+        lowest = min(lowest, value)
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (kept, lowest)):
+            hull.pop()
+        hull.append((kept, lowest))
+    return [max(0.0, -_slope(one, other)) for one, other in itertools.pairwise(hull) for _ in range(other[0] - one[0])]
+
+
+def _slope(one: tuple[int, float], other: tuple[int, float]) -> float:
+    return (other[1] - one[1]) / (other[0] - one[0])
