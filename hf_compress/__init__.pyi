@@ -24,6 +24,7 @@ from .methods.weight_pruning import WeightPruningCallback as WeightPruningCallba
 from .methods.weight_pruning import WeightPruningConfig as WeightPruningConfig
 from .methods.weight_pruning import accelerate_for_inference as accelerate_for_inference
 from .methods.weight_pruning import slim as slim
+from .methods.weight_quantization import WeightQuantizationConfig as WeightQuantizationConfig
 from .report.latency import Latency as Latency
 from .report.latency import measure_latency as measure_latency
 from .report.quality import evaluate_model as evaluate_model

@@ -222,19 +222,24 @@ def to_plain(model: PreTrainedModel) -> PreTrainedModel:
     """Drop the record of a model that stock transformers can build from ordinary config fields.
 
     Returns:
-        The same model. What `save_pretrained` writes of it opens without this package.
+        The same model, packed weights turned into the numbers they stand for. What `save_pretrained` writes of it
+        opens without this package.
 
     Raises:
         ValueError: If a step cannot be expressed by such fields; names the layer that prevents it. The model is then
             unchanged.
     """
     fields: dict[str, Any] = {}
-    for position, (method, completed) in enumerate(_parsed(model.config)):
+    parsed = _parsed(model.config)
+    for position, (method, completed) in enumerate(parsed):
         if method.plain is None:
             raise ValueError(f"Step {position} ({method.name}) has no form that stock transformers can build.")
         fields.update(method.plain(model, completed))
     for name, value in fields.items():
         setattr(model.config, name, value)
+    for method, _ in reversed(parsed):
+        if method.make_plain is not None:
+            method.make_plain(model)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model

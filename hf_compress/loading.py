@@ -47,10 +47,15 @@ class CompressionLoader(HfQuantizer):
             for path, module in model.named_modules()
             if any(method.defines(module) for method in hf_compress.METHODS.values())
             for name, tensor in {**module._parameters, **module._buffers}.items()
-            if tensor is not None and not getattr(tensor, "_is_hf_initialized", False)
+            if name not in module._non_persistent_buffers_set
+            and tensor is not None
+            and not getattr(tensor, "_is_hf_initialized", False)
         ]
         if missing:
-            raise ValueError(f"The saved weights do not fit the record in config.json: no {', '.join(missing)}.")
+            more = f" (and {len(missing) - 3} others)" if len(missing) > 3 else ""
+            raise ValueError(
+                f"The saved weights do not fit the record in config.json: no {', '.join(missing[:3])}{more}."
+            )
         # Otherwise .half() and .float() raise, and Trainer and PEFT take plain weights for quantised ones.
         model.__dict__.pop("hf_quantizer", None)
         model.__dict__.pop("quantization_method", None)

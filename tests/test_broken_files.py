@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import hf_compress as hc
-from hf_compress.methods.weight_pruning.expressions import check_expressions
+from hf_compress.core.expressions import check_expressions
 from hf_compress.stages.models import has_head, open_model
 
 

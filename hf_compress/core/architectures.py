@@ -21,6 +21,7 @@ from hf_compress.core.layouts.vision import VISION
 from hf_compress.core.projections import (
     NEURON_ROLES,
     OPTIONAL_ROLES,
+    PackedWeight,
     Projection,
     Role,
     is_cuttable,
@@ -209,12 +210,13 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     return ARCHITECTURES[kind]
 
 
-def layers_of(model: PreTrainedModel, adapted: bool = False) -> list[TransformerLayer]:
+def layers_of(model: PreTrainedModel, adapted: bool = False, packed: bool = False) -> list[TransformerLayer]:
     """List the transformer layers of a model, from the first to the last.
 
     Args:
         model: A supported architecture.
         adapted: Allow adapters around the projections, because only shapes are read.
+        packed: Allow weights that are stored as packed integers, for the same reason.
 
     Raises:
         ValueError: If the architecture is not supported, or if a projection is not an ordinary linear layer (an
@@ -231,6 +233,13 @@ def layers_of(model: PreTrainedModel, adapted: bool = False) -> list[Transformer
     layers = [TransformerLayer(index, module, row) for index, module in enumerate(modules)]
     for layer in () if adapted else layers:
         for path, module in layer.modules.items():
+            if isinstance(module, PackedWeight):
+                if packed:
+                    continue
+                raise ValueError(
+                    f"Layer {layer.index} {path} must have an ordinary weight, got packed integers, which cannot be "
+                    "changed. Turn them into ordinary weights first (hc.to_plain(model))."
+                )
             if not is_cuttable(module):
                 raise ValueError(
                     f"Layer {layer.index} {path} must be a plain torch.nn.Linear, got {type(module).__name__}. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from hf_compress.core.batches import base_inputs, seen_tokens
 from hf_compress.core.data_needs import readable_data
 from hf_compress.core.forward_state import forward_state, state_in
 from hf_compress.core.modes import evaluating
-from hf_compress.core.projections import NEURON_ROLES, OPTIONAL_ROLES, Role
+from hf_compress.core.projections import NEURON_ROLES, OPTIONAL_ROLES, PackedWeight, Role
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Cost:
     """Size and arithmetic of a model.
 
     Args:
-        params: Number of parameters, shared ones once.
+        params: Number of parameters, shared ones once; of packed weights as many as they stand for.
         nonzero_params: Those that are not exactly zero.
         macs: Multiply-accumulates of one forward pass of the given batch through the layers, without LayerNorm,
             softmax, embeddings (those of patches and the feature encoder of sounds are such) and task head; None
             where they were not counted. DeBERTa projects its embeddings of distances once a batch, and is counted
             so; on real data they count once a sequence.
-        bytes: Memory of the parameters in their dtype.
+        bytes: Size of the parameters in their dtype; of packed weights as they are stored.
         macs_by_layer: The MACs of each layer, in order; they sum to `macs`.
     """
 
@@ -56,11 +56,14 @@ class CountsItself(Protocol):
 
 def count_size(model: PreTrainedModel) -> dict[str, int]:
     """`params`, `nonzero_params` and `bytes` of a `Cost`; of any architecture."""
-    parameters = list(model.parameters())
+    packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    stored = {id(tensor): tensor for module in packed for tensor in module.stored().values()}
+    ordinary = [p for p in model.parameters() if id(p) not in stored]
+    weights = ordinary + [cast(Tensor, module.weight) for module in packed]
     return {
-        "params": sum(p.numel() for p in parameters),
-        "nonzero_params": sum(int(p.count_nonzero()) for p in parameters),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "params": sum(w.numel() for w in weights),
+        "nonzero_params": sum(int(w.count_nonzero()) for w in weights),
+        "bytes": sum(t.numel() * t.element_size() for t in (*ordinary, *stored.values())),
     }
 
 
@@ -153,7 +156,7 @@ def count_cost(
     if isinstance(model, CountsItself):
         by_layer = [batch_size * macs for macs in _own_macs(model, seq_len, data)]
         return Cost(**count_size(model), macs=sum(by_layer), macs_by_layer=by_layer)
-    layers = layers_of(model)
+    layers = layers_of(model, packed=True)
     if data is None:
         by_layer = [float(layer_macs(layer, seq_len, batch_size)) for layer in layers]
     else:

@@ -25,7 +25,7 @@ from hf_compress.core.forward_state import carries_state
 from hf_compress.core.layer_calls import LayerCall, LayerRecorder, NotWalkable
 from hf_compress.core.modes import evaluating
 from hf_compress.core.moments import PairedMoments
-from hf_compress.core.processes import added_up, first_told
+from hf_compress.core.processes import added_up, all_told, first_told
 
 
 @dataclass
@@ -119,6 +119,7 @@ class LayerWalk:
         # A copy of the current layer before anything changed it.
         self._dense_layer: nn.Module | None = None
         self._batches: list[_Batch] = []
+        sequences = 0
         reason: str | None = None
         with torch.no_grad(), evaluating(model), added_up(*(statistics or {}).values()):
             try:
@@ -131,12 +132,14 @@ class LayerWalk:
                     with recorder.recording(), feeder:
                         run_base(model, inputs)
                     self._batches.append(self._recorded(masks, *recorder.finished()))
+                    sequences += len(self._batches[-1].states)
             except NotWalkable as error:
                 reason = str(error)
             # One process may have no batch that shows it.
             if (reason := first_told(reason)) is not None:
                 raise NotWalkable(reason)
         require_batches(len(self._batches))
+        self.num_sequences = sum(all_told(sequences))
 
     def _recorded(self, masks: list[Tensor], calls: list[LayerCall], states: Tensor) -> _Batch:
         # Layers share masks and position embeddings: each tensor is moved only once.

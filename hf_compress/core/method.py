@@ -48,17 +48,20 @@ class Method:
             anything is changed. None: every config is possible for every model.
         plain: `(model, completed config) -> dict`; the config fields with which stock transformers builds the same
             modules, or `ValueError` that says which layer prevents it. None: never expressible.
+        make_plain: `(model) -> None`; called by `to_plain` once every step has a plain form: makes the modules of the
+            method those of stock transformers. None: they are already.
         data_needs: `(config) -> DataNeeds`; how `compress` reads its data. None: not at all.
         repeatable: Whether a model may go through it more than once.
         relation: What the Hub calls a model that went through it, beside its base model (`base_model_relation`).
         first: Whether it must be the first step of a model.
+        last: Whether no other step may follow, because weights cannot be changed any more.
         needs: Parts of a dense model that must still be there.
         replaces: Parts of a dense model that it replaces; no method that needs one of them may follow.
         renumbers_inputs: Whether inputs that were prepared for the model before mean something else to it afterwards.
         implied: `(model config) -> config or None`; the method config that flat fields written by hand ask for, for
             models that have no such step yet.
         check_loaded: `(model) -> None`; called after a saved model was opened, to warn if its weights contradict the
-            record. None: nothing to check.
+            record, or to compute what is not saved. None: nothing to do.
         training: `(model) -> MethodTraining`; what the method does in a training of a model that went through it.
             None: nothing.
     """
@@ -71,10 +74,12 @@ class Method:
     paper: Paper
     check: Callable[[PreTrainedModel, Any], None] | None = None
     plain: Callable[[PreTrainedModel, Any], dict[str, Any]] | None = None
+    make_plain: Callable[[PreTrainedModel], None] | None = None
     data_needs: Callable[[Any], DataNeeds] | None = None
     relation: Literal["finetune", "quantized"] = "finetune"
     repeatable: bool = True
     first: bool = False
+    last: bool = False
     needs: frozenset[ModelPart] = frozenset()
     replaces: frozenset[ModelPart] = frozenset()
     renumbers_inputs: bool = False
@@ -101,11 +106,17 @@ def check_order(earlier: Sequence[Method], method: Method) -> None:
         method: The method to apply next.
 
     Raises:
-        ValueError: If it may not be repeated, must come first, or needs a part of the model that was replaced.
+        ValueError: If it may not be repeated, must come first, comes after one that must be last, or needs a part of
+            the model that was replaced.
     """
     for before in earlier:
         if before is method and not method.repeatable:
             raise ValueError(f"Steps must not repeat {method.name}: a model goes through it once.")
+        if before.last:
+            raise ValueError(
+                f"{method.name} cannot follow {before.name}: its weights are packed and cannot be changed. Apply "
+                f"{method.name} before it, or turn them into ordinary weights first (hc.to_plain(model))."
+            )
         if method.first:
             raise ValueError(
                 f"{method.name} cannot follow {before.name}: it must be the first step of a model. Apply it to the "

@@ -45,6 +45,17 @@ class CuttableLinear(nn.Linear):
     """
 
 
+class PackedWeight(nn.Module):
+    """Base class for a method's linear layer that stores its weight in a smaller form than it computes with.
+
+    It derives from `nn.Linear` or `Conv1D`, too. Its `weight` is computed and no parameter, so it cannot be cut.
+    """
+
+    def stored(self) -> dict[str, Tensor]:
+        """Name -> each tensor that is stored in place of the weight."""
+        raise NotImplementedError
+
+
 class InputlessConv1D(nn.Module):
     """Forward pass of a `Conv1D` without inputs; its own one cannot reshape what has no columns."""
 
@@ -58,7 +69,7 @@ class InputlessConv1D(nn.Module):
 def is_cuttable(module: nn.Module) -> bool:
     """Whether inputs and outputs of a module can be removed without losing an adapter or other additions."""
     ordinary = type(module) in (nn.Linear, Conv1D) or isinstance(module, CuttableLinear | InputlessConv1D)
-    return ordinary and not torch.nn.utils.parametrize.is_parametrized(module)
+    return ordinary and not isinstance(module, PackedWeight) and not torch.nn.utils.parametrize.is_parametrized(module)
 
 
 def matrix_of(module: nn.Linear | Conv1D) -> Tensor:

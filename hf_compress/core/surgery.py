@@ -234,7 +234,7 @@ def plain_sizes(model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         ValueError: Names the layer that stock transformers cannot build.
     """
-    row, layers = architecture_of(model), layers_of(model)
+    row, layers = architecture_of(model), layers_of(model, packed=True)
     first = layers[0]
     for layer in layers:
         if layer.num_neurons != first.num_neurons:

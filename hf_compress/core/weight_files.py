@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def require_fit(files: Iterable[str | os.PathLike[str]], expected: Mapping[str, Tensor], prefix: str) -> None:
-    """Refuse weight files whose layers differ in size from a model, or hold integers.
+    """Refuse weight files whose layers differ from a model in size, or hold integers for numbers or the reverse.
 
     transformers would print a table of sizes with the advice to ignore them, and would load integers as they are.
     Heads and embeddings may be replaced on purpose, so their sizes are left to it: only names with a layer's number
@@ -38,6 +38,8 @@ def require_fit(files: Iterable[str | os.PathLike[str]], expected: Mapping[str, 
                 kind = entry.get_dtype()
                 if tensor.is_floating_point() and not kind.startswith(("F", "BF")):
                     raise ValueError(f"The saved weights must be floating-point numbers, got {kind} in {name}.")
+                if not tensor.is_floating_point() and kind.startswith(("F", "BF")):
+                    raise ValueError(f"The saved integers must be whole numbers, got {kind} in {name}.")
                 if list(entry.get_shape()) != list(tensor.shape):
                     wrong.append(f"{name} has shape {entry.get_shape()} instead of {list(tensor.shape)}")
     if wrong:

@@ -39,7 +39,7 @@ def counted_layers(model: PreTrainedModel, name: str) -> list[TransformerLayer]:
     if isinstance(model, CountsItself):
         return []
     try:
-        return layers_of(model)
+        return layers_of(model, packed=True)
     except ValueError as error:
         logger.warning("The arithmetic of %s is not counted: %s", name, error)
         return []

@@ -22,6 +22,7 @@ METHOD_CONFIGS = {
     "weight_pruning": lambda: hc.WeightPruningConfig(
         target_sparsity=0.6, criterion="magnitude", pruning_op_types=("Linear", "Conv1D")
     ),
+    "weight_quantization": lambda: hc.WeightQuantizationConfig(bits=3, group_size=12),
 }
 # (method, architecture) -> the words of the refusal, which `test_refused_combinations` expects.
 CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt2", "opt")
@@ -38,9 +39,14 @@ REFUSED |= {
 # Sounds have any length.
 REFUSED |= {("linformer", name): "max_tokens must be given for wav2vec2" for name in ("wav2vec2", "wav2vec2-stable")}
 # Methods that add to the dense shapes instead of changing them: without the import such a model opens as a dense one.
-KEEPS_DENSE_SHAPES = {"linformer", "token_pruning", "weight_pruning", "layer_selection", "vocabulary_pruning"}
+KEEPS_DENSE_SHAPES = {
+    "linformer", "token_pruning", "weight_pruning", "layer_selection", "vocabulary_pruning", "weight_quantization",
+}  # fmt: skip
 # Methods that change values only, or what any config can say: a skeleton without the record has the same modules.
 KEEPS_DENSE_MODULES = {"weight_pruning", "layer_selection", "vocabulary_pruning"}
+# Methods after which weights cannot be changed any more, neither by training nor by another method.
+FINAL = {"weight_quantization"}
+CHANGEABLE = [name for name in METHOD_CONFIGS if name not in FINAL]
 
 
 def precise(name):

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hf_compress.core.expressions import check_expressions
 from hf_compress.core.method import MethodConfig
 from hf_compress.methods.weight_pruning.criteria import needs_gradients, needs_inputs
-from hf_compress.methods.weight_pruning.expressions import check_expressions
 from hf_compress.methods.weight_pruning.patterns import BlockPattern, HeadPattern, NMPattern, Pattern, parse_pattern
 
 

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
+from hf_compress.core.expressions import matches
 from hf_compress.core.projections import HEAD_ROLES, Role
 from hf_compress.methods.weight_pruning.config import WeightPruningConfig
-from hf_compress.methods.weight_pruning.expressions import matches
 from hf_compress.methods.weight_pruning.patterns import HeadPattern, HeadUnits
 from hf_compress.methods.weight_pruning.prunable import PrunableWeight, WeightGroup
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.attention import CORE
+from hf_compress.core.expressions import matches
 from hf_compress.core.forward_state import carries_state
 from hf_compress.core.own_config import own_config_
 from hf_compress.core.projections import Projection, Role
@@ -23,7 +24,6 @@ from hf_compress.core.record import append_step, record_of
 from hf_compress.core.rollback import restored_on_failure
 from hf_compress.core.surgery import keep_heads_, keep_neurons_, plain_sizes, resize_layers_, unit_columns
 from hf_compress.methods.weight_pruning.config import NAME, WeightPruningConfig
-from hf_compress.methods.weight_pruning.expressions import matches
 from hf_compress.methods.weight_pruning.outcome import config_of
 
 
