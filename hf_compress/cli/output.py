@@ -274,6 +274,7 @@ def _print_int8(found: Mapping[str, Any]) -> None:
 _PRINTERS: dict[str, Callable[[StageArguments, Mapping[str, Any]], None]] = {
     "structured_pruning": _print_pruned_structure,
     "vocabulary_pruning": _print_pruned_vocabulary,
+    "weight_quantization": _print_compressed,
     "weight_pruning": _print_pruned_weights,
     "linformer": _print_linearized,
     "evaluate": _print_evaluated,

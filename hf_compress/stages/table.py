@@ -144,6 +144,14 @@ _IN_ORDER = (
         "prune_vocabulary.PruneVocabulary.prune_model_vocabulary",
         unused=dict.fromkeys(("freeze_embeddings", "max_positions"), "prune-vocabulary trains nothing"),
     ),
+    _stage(
+        "weight_quantization", "quantize", "round weights to 2 to 8 bits (GPTQ) and store them as packed integers",
+        "quantize.Quantize.quantize",
+        unused={
+            **dict.fromkeys(("freeze_embeddings", "max_positions"), "quantize trains nothing"),
+            "max_eval_samples": "quantize measures nothing",
+        },
+    ),
     _training(
         "distill", "distill", "train a (compressed) student with a fine-tuned teacher", "distill.Distill.distill"
     ),

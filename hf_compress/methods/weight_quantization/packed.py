@@ -107,7 +107,7 @@ class PackedModule(PackedWeight):
         before = self.scales.dtype
         # Otherwise empty memory would pass for a weight.
         self.is_computed = self.is_computed and not self.codes.is_meta
-        result = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         if self.scales.dtype != before and self.is_computed:
             # Scales were rounded: the weight is what they say now, as after a reload in this dtype.
             self.compute_()

@@ -53,8 +53,8 @@ def layers_to_quantise(model: PreTrainedModel, config: WeightQuantizationConfig)
     if not any(chosen_modules(layer, config, model.base_model_prefix) for layer in layers):
         names = ", ".join(layers[0].modules)
         raise ValueError(
-            f"op_names={_listed(config.op_names)} and excluded_op_names={_listed(config.excluded_op_names)} must select "
-            f"a projection of a layer, and select none. Layers have: {names}."
+            f"op_names={_listed(config.op_names)} and excluded_op_names={_listed(config.excluded_op_names)} must "
+            f"select a projection of a layer, and select none. Layers have: {names}."
         )
     return layers
 
