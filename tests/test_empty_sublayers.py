@@ -168,6 +168,17 @@ def test_linear_attention_leaves_layers_without_heads_alone(model, batches, tmp_
     assert_equal_to_rounding(answers(type(pruned).from_pretrained(tmp_path), batch), answers(pruned, batch))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "head"), [("bert", "base"), ("gpt2", "causal_lm"), ("llama", "causal_lm")])
+def test_exported(model, batches, architecture, head, tmp_path):
+    pytest.importorskip("onnxscript")
+    pruned = emptied(model(architecture, head))
+    data = [batches(pruned.config, count=1, size=size, length=length)[0] for size, length in ((4, 12), (2, 20))]
+    # Refuses what differs from PyTorch by more than rounding.
+    report = hc.export_onnx(pruned, tmp_path, data, int8=True, int8_bound=0.5)
+    assert 0 < report["int8"]["moved"] < 0.5
+
+
 def test_refusals(model, batches):
     with pytest.raises(ValueError, match="Layer 0 must have attention heads to drop tokens"):
         hc.compress(emptied(model("bert")), hc.TokenPruningConfig(final_token_threshold=0.01))

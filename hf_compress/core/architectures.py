@@ -32,6 +32,9 @@ from hf_compress.core.projections import (
 
 ARCHITECTURES: dict[str, Architecture] = {**ENCODERS, **DECODERS, **VISION, **AUDIO}
 
+# Fields of configs of models whose feed-forward sublayers are mixtures of experts.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
 
 @dataclass(frozen=True)
 class TransformerLayer:
@@ -202,7 +205,13 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     Raises:
         ValueError: If it is not supported; names the supported types.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    if kind not in ARCHITECTURES and any(getattr(config, name, None) for name in _EXPERTS):
+        raise ValueError(
+            f"model must have one feed-forward sublayer in each layer, got {kind!r} ({type(model).__name__}), whose "
+            f"layers mix experts. Supported are {', '.join(ARCHITECTURES)}."
+        )
     if kind not in ARCHITECTURES:
         raise ValueError(
             f"model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r} ({type(model).__name__})."

@@ -32,7 +32,7 @@ class EmptyAttention(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         states: Tensor = args[0] if args else kwargs["hidden_states"]
         # All projections run, so that hooks see them and every weight has a gradient: of no elements.
-        context = sum(self.get_submodule(name)(states)[..., :0] for name in self.projections)
+        context = sum(getattr(self, name)(states)[..., :0] for name in self.projections)
         assert not isinstance(context, int)
         known = states.shape[1]
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
@@ -41,7 +41,7 @@ class EmptyAttention(nn.Module):
             read = states.new_zeros(states.shape[0], 1, known, 1)
             known = cache.update(read, read, self.layer_idx)[0].shape[-2]
         if self.output_projection is not None:
-            context = self.get_submodule(self.output_projection)(context)
+            context = getattr(self, self.output_projection)(context)
         weights = states.new_zeros(states.shape[0], 0, states.shape[1], known)
         return (context, weights, *(None,) * (self.num_returned - 2))
 

@@ -174,7 +174,7 @@ def _layers(graph: Path, folded: Path, feed: Feed) -> list[_Layer]:
     layers = []
     for node in nodes:
         weight = onnx.numpy_helper.to_array(weights[_weight_of(node)])
-        if not np.issubdtype(weight.dtype, np.floating) or weight.ndim < 2:
+        if not np.issubdtype(weight.dtype, np.floating) or weight.ndim < 2 or not weight.size:
             continue
         loss = _loss(seen[node.input[0]], weight) if node.op_type == "MatMul" else _rounding(weight)
         layers.append(_Layer(node.name, names.get(node.name) or node.name, loss))
