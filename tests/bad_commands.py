@@ -45,6 +45,8 @@ OUT_OF_RANGE = {
     "max_drop": ("-1", "nan", "inf"),
     "space": ("seed", "learning_rate=fast", "learning_rate=2:1", "max_step=1:2", "output_dir=a|b"),
     "max_length": ("0", "1", "-5", "100000"),
+    "stride": ("0", "-1"),
+    "max_windows": ("0", "-3"),
     "max_train_samples": ("0", "-3"),
     "max_eval_samples": ("0", "-3"),
     "max_positions": ("0", "-1", "3"),

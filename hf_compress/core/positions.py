@@ -68,8 +68,9 @@ def usual_tokens(model: PreTrainedModel) -> int | None:
     patches = patch_positions(model)
     if patches is not None:
         return patches
+    # OPT's config does not count the rows that no token uses, RoBERTa's does: the table itself knows.
     named = getattr(model.config, "max_position_embeddings", None)
-    return None if named is None else named - position_offset(model)
+    return named if _position_embeddings(model) is None else most_tokens(model)
 
 
 def extend_positions_(model: PreTrainedModel, rows: int) -> None:

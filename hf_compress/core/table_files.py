@@ -23,6 +23,8 @@ from hf_compress.core.errors import first_line
 _T = TypeVar("_T")
 
 SUFFIXES = (".parquet", ".tsv", ".csv", ".json", ".jsonl")
+# A running text, line by line; of use where no labels are needed.
+TEXT = ".txt"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Table:
         typed: Whether numbers and texts are told apart; the cells of CSV and TSV files are all texts.
         class_names: Column name -> names of its ids, where the file has them.
         row_of: Value -> the row (from 1) that it stands in, where a row has several values; both count from 1.
+        between: What stands between rows in the file, if they are parts of one text.
     """
 
     where: str
@@ -44,6 +47,7 @@ class Table:
     typed: bool = True
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     row_of: Callable[[int], int] = int
+    between: str | None = None
 
 
 def table_of(rows: Dataset, where: str) -> Table:
@@ -69,13 +73,16 @@ def open_table(file: Path, where: str) -> Table:
     if not file.is_file():
         raise ValueError(f"{where} must exist and be a file.")
     suffix = file.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{where} must end in one of {', '.join(SUFFIXES)}.")
+    if suffix not in (*SUFFIXES, TEXT):
+        raise ValueError(f"{where} must end in one of {', '.join((*SUFFIXES, TEXT))}.")
     try:
         if not file.stat().st_size:
             raise ValueError(f"{where} must not be empty.")
         if suffix == ".parquet":
             table = _parquet(file, where)
+        elif suffix == TEXT:
+            lines = _text(file, where).removesuffix("\n").split("\n")
+            table = Table(where, ("text",), lambda name: lines, between="\n")
         elif suffix in (".json", ".jsonl"):
             table = _from_objects(_objects(_text(file, where), where), where)
         else:

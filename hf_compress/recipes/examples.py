@@ -107,11 +107,11 @@ class Data:
     def _tokens(self, arguments: StageArguments, origin: Origin, task: Task, data: DataArguments) -> float:
         """Tokens of an example in the mean of a sample."""
         if origin.name is None:
-            return float(data.max_length) / 2
+            return float(data.longest) / 2
         config = self._models.config(origin.name)
         processor = open_processor(origin.name, type(task))
         check_vocabulary(config, processor)
-        longer, longest = arguments.option("max_positions"), data.max_length
+        longer, longest = arguments.option("max_positions"), data.longest
         if isinstance(processor, PreTrainedTokenizerBase):
             if longer is not None or origin.made:
                 # An earlier stage may have given the model more positions, too.
@@ -124,7 +124,7 @@ class Data:
             self._lengths[known] = _lengths(task, processor, longest)
         lengths = self._lengths[known]
         limit = None if origin.made or task.reads_images else most_tokens(self._models.skeleton(origin.name))
-        require_positions(max(lengths, default=0), limit if longer is None else longer, data.max_length)
+        require_positions(max(lengths, default=0), limit if longer is None else longer, data.longest)
         return sum(lengths) / max(len(lengths), 1)
 
 

@@ -170,7 +170,7 @@ def _check(method: Method, config: Any, model: PreTrainedModel, arguments: Stage
     lengths: list[int | None] = [None]
     if getattr(config, "seq_len", 0) is None and getattr(config, "mac_ratio", 1) != 1:
         # The least share of the arithmetic rises or falls with the length: the shortest or the longest decides.
-        lengths = [arguments.option("max_length"), 2]
+        lengths = [arguments.option("longest"), 2]
     for place, length in enumerate(lengths, start=1):
         tried = config if length is None else dataclasses.replace(config, seq_len=length)
         try:

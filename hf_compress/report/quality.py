@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from tqdm.auto import tqdm
 from transformers import (
     PretrainedConfig,
     PreTrainedModel,
@@ -60,13 +61,17 @@ class Measured:
 def _outputs(measured: Measured, batch_size: int) -> list[Array]:
     """What the task keeps of the model's outputs, for each row, computed on length-sorted batches in eval mode."""
     model, found = measured.model, {}
-    with evaluating(model):
+    # Shown on terminals only.
+    progress = tqdm(total=len(measured.rows), desc="measuring", unit="rows", leave=False, disable=None)
+    with evaluating(model), progress:
+        answer = measured.task.answering(model)
         for batch in length_sorted(measured.rows, batch_size, measured.processor):
             index = batch.pop("index")
             labels = {name: batch.pop(name) for name in ("labels",) if name in batch}
-            outputs = model(**on_device(model, batch))
-            kept = measured.task.row_outputs(outputs, {**on_device(model, batch), **labels})
+            inputs = on_device(model, batch)
+            kept = answer(inputs, {**inputs, **labels})
             found.update({int(row): value.cpu().numpy() for row, value in zip(index, kept, strict=True)})
+            progress.update(len(index))
     if not found:
         raise ValueError("rows must hold at least one example, got none.")
     return [found[row] for row in range(len(measured.rows))]

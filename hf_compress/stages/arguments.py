@@ -89,7 +89,8 @@ class CalibrationArguments:
 
     Args:
         calibration_samples: How many training examples the method reads; they are drawn without replacement. Left out,
-            and the data have fewer: all of them.
+            and the data have fewer: all of them. Language modelling: windows from random places of the training text
+            (left out: 128), each as long as max_length says.
         calibration_seed: Random seed of the draw of those examples.
     """
 

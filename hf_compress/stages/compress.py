@@ -12,6 +12,7 @@ from hf_compress.core.cost import count_cost
 from hf_compress.core.method import MethodConfig
 from hf_compress.methods import METHODS
 from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
+from hf_compress.stages.calibration import calibration_of
 from hf_compress.stages.models import (
     ModelArguments,
     fit_labels,
@@ -22,7 +23,6 @@ from hf_compress.stages.models import (
     task_for,
 )
 from hf_compress.tasks.arguments import DataArguments
-from hf_compress.tasks.inputs import calibration_batches
 
 
 logger = logging.getLogger(__name__)
@@ -73,11 +73,7 @@ def compress_model(arguments: Compress) -> dict[str, Any]:
     batches = None
     if task is not None:
         task = fit_labels(task, model, arguments.model.model_name_or_path)
-        draw = arguments.calibration
-        rows = task.encode("train", tokenizer, arguments.data.max_length)
-        samples = arguments.calibration_samples(len(rows))
-        batches = calibration_batches(rows, tokenizer, samples, draw.calibration_seed)
-        results = {"calibration_samples": samples, "calibration_seed": draw.calibration_seed}
+        batches, results = calibration_of(arguments, task, model, tokenizer, arguments.data)
     before = count_cost(model, _SEQ_LEN).to_dict()
     start = time.perf_counter()
     compress(model, arguments.method, data=batches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hf_compress.stages.arguments import DeviceArguments, StageArguments
 from hf_compress.stages.measured import common_device, folder_of, measured
 from hf_compress.stages.models import task_for
 from hf_compress.tasks.answers import Answers
-from hf_compress.tasks.arguments import DataArguments
+from hf_compress.tasks.arguments import DataArguments, WindowArguments
 from hf_compress.tasks.class_answers import ClassAnswers
 from hf_compress.tasks.sources import load_task
 from hf_compress.tasks.task import Task
@@ -56,11 +56,13 @@ class Evaluate(StageArguments):
     Args:
         evaluation: Which models are measured and how.
         data: The task.
+        windows: How the text of a language model is cut.
         device: Where the models run.
     """
 
     evaluation: EvaluateArguments
     data: DataArguments
+    windows: WindowArguments = field(default_factory=WindowArguments)
     device: DeviceArguments = DeviceArguments()
 
 
@@ -80,9 +82,12 @@ def _extra(names: Sequence[str], answers: Answers) -> dict[str, float]:
     return results
 
 
-def opened_task(data: DataArguments, wanted: str | None, models: Sequence[str]) -> tuple[Task, str]:
+def opened_task(
+    data: DataArguments, wanted: str | None, models: Sequence[str], windows: WindowArguments | None = None
+) -> tuple[Task, str]:
     """The task, and the split that models are measured on; the first model decides the kind of task."""
     task = task_for(folder_of(models[0]), data) if models else load_task(data)
+    task = task.windowed(windows or WindowArguments())
     split = task.measured_split(wanted)
     logger.info("Models are measured on the %s split.", split)
     return task, split
@@ -92,14 +97,15 @@ def evaluate(arguments: Evaluate) -> dict[str, dict[str, Any]]:
     """Measure saved models on a task.
 
     Returns:
-        Model -> its metrics, the split and the number of examples that they were computed on.
+        Model -> its metrics, the split and the number of examples that they were computed on, and for language models
+        how the text was cut.
 
     Raises:
         ValueError: If a model or the split cannot be opened or does not fit.
     """
     wanted, data = arguments.evaluation, arguments.data
     device = common_device(wanted.models, arguments.device.device)
-    task, split = opened_task(data, wanted.split, wanted.models)
+    task, split = opened_task(data, wanted.split, wanted.models, arguments.windows)
     if wanted.output_file:
         Path(wanted.output_file).parent.mkdir(parents=True, exist_ok=True)
         if Path(wanted.output_file).is_dir():
@@ -110,6 +116,7 @@ def evaluate(arguments: Evaluate) -> dict[str, dict[str, Any]]:
         answers = evaluated(model, wanted.eval_batch_size)
         extra = _extra(wanted.extra_metrics or (), answers)
         results[name] = {**answers.metrics(), **extra, "split": split, "num_examples": len(answers)}
+        results[name].update(task.protocol(model.rows))
         if task.positive_class is not None:
             results[name]["positive_class"] = task.positive_class
         if wanted.output_file:

@@ -50,14 +50,14 @@ def common_device(names: Sequence[str], device: str) -> str:
     return "cpu"
 
 
-def measured(name: str, task: Task, split: str, max_length: int, device: str = "cpu") -> Measured:
+def measured(name: str, task: Task, split: str, max_length: int | None, device: str = "cpu") -> Measured:
     """A model with its own tokenizer's reading of a split, in its own order of labels.
 
     Args:
         name: Hub name or folder; exported folder, or file in one.
         task: Its labels must be the model's, in whatever order.
         split: Which examples.
-        max_length: Longest input in tokens.
+        max_length: Longest input in tokens; None: as the task is measured by default.
         device: As `chosen_device` takes it.
 
     Raises:
@@ -68,7 +68,7 @@ def measured(name: str, task: Task, split: str, max_length: int, device: str = "
     model = open_model(name, task, match=False) if file is None else _opened(file, task)
     check_vocabulary(model.config, processor)
     matched = fit_labels(task, model, name)
-    rows = matched.encode(split, processor, max_length)
+    rows = matched.encode(split, processor, matched.longest(model, processor, max_length))
     if not isinstance(model, ExportedModel):
         model.to(chosen_device(device))  # type: ignore[arg-type]  # transformers declares no device here
     return Measured(model, rows, processor, matched, split)

@@ -145,6 +145,8 @@ def open_model(name: str, task: Task | None = None, fresh_head: bool = False, ma
         logger.info("%s gets a new head for %s.", name, task.describe_head())
     model: PreTrainedModel
     with _opening(name, kind.model_noun):
+        if not new and kind.unfit(config):
+            raise ValueError(kind.unfit(config))
         model, loaded = kind.model_class.from_pretrained(name, output_loading_info=True, **settings)
         inside = f"{model.base_model_prefix}."
         # Checkpoints of masked language models have no pooler; it belongs to the head.

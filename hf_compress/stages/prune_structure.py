@@ -17,9 +17,9 @@ from hf_compress.methods.structured_pruning import StructuredPruningConfig
 from hf_compress.methods.structured_pruning.correction import require_tokens
 from hf_compress.methods.structured_pruning.modeling import check
 from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
+from hf_compress.stages.calibration import calibration_of
 from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, save_stage, task_for
 from hf_compress.tasks.arguments import DataArguments
-from hf_compress.tasks.inputs import calibration_batches
 from hf_compress.tasks.task import Batch
 
 
@@ -54,14 +54,11 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
         ValueError: If the budget cannot be met or model and data do not fit together.
     """
     model_args, data, config = arguments.model, arguments.data, arguments.pruning
-    calibration = arguments.calibration
     task = task_for(model_args.model_name_or_path, data)
     tokenizer, model = open_pair(model_args, task)
     task = fit_labels(task, model, model_args.model_name_or_path)
     arguments.device.place_(model)
-    rows = task.encode("train", tokenizer, data.max_length)
-    samples = arguments.calibration_samples(len(rows))
-    batches = calibration_batches(rows, tokenizer, samples, calibration.calibration_seed)
+    batches, drawn = calibration_of(arguments, task, model, tokenizer, data)
     lengths = _lengths(model, batches)
     seq_len = config.seq_len or sum(lengths) / len(lengths)
     # The method would find out only after its pass over the data.
@@ -78,8 +75,7 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
         "after": after.to_dict(),
         "mac_ratio": (after.macs or 0) / (before.macs or 1),
         "seconds": round(seconds, 3),
-        "calibration_samples": samples,
-        "calibration_seed": calibration.calibration_seed,
+        **drawn,
     }
     save_stage(arguments.output.output_dir, model, tokenizer, results, task)
     return results

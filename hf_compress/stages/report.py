@@ -9,7 +9,7 @@ from hf_compress.report.comparison import compare_models
 from hf_compress.stages.arguments import DeviceArguments, OutputArguments, StageArguments
 from hf_compress.stages.evaluate import opened_task
 from hf_compress.stages.measured import common_device, label_of, measured
-from hf_compress.tasks.arguments import DataArguments
+from hf_compress.tasks.arguments import DataArguments, WindowArguments
 
 
 @dataclass
@@ -42,12 +42,14 @@ class Report(StageArguments):
     Args:
         comparison: Which models are compared and how.
         data: The task.
+        windows: How the text of a language model is cut.
         output: Where table, JSON and plots go.
         device: Where the models run.
     """
 
     comparison: ReportArguments
     data: DataArguments
+    windows: WindowArguments = field(default_factory=WindowArguments)
     output: OutputArguments
     device: DeviceArguments = DeviceArguments()
 
@@ -65,7 +67,7 @@ def report(arguments: Report) -> dict[str, Any]:
     if second is not None and second not in wanted.models[1:]:
         raise ValueError(f"second_baseline must be one of the models after the first, got {second!r}.")
     device = common_device(wanted.models, arguments.device.device)
-    task, split = opened_task(arguments.data, wanted.split, wanted.models)
+    task, split = opened_task(arguments.data, wanted.split, wanted.models, arguments.windows)
     models, folders = {}, {}
     for name in wanted.models:
         label = label_of(name)

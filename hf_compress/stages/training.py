@@ -45,10 +45,10 @@ _LOSSES = ("alpha_task", "alpha_output", "alpha_layer", "temperature", "proximal
 
 
 def _splits(task: Task, processor: Processor, data: DataArguments) -> dict[str, Dataset]:
-    train = task.encode("train", processor, data.max_length)
+    train = task.encode("train", processor, data.longest)
     rows = {"train": train.add_column("length", row_lengths(train))}
     if task.evaluation_split is not None:
-        rows["evaluation"] = task.encode(task.evaluation_split, processor, data.max_length)
+        rows["evaluation"] = task.encode(task.evaluation_split, processor, data.longest)
     return rows
 
 
@@ -92,7 +92,7 @@ def prepare(
         freeze_embeddings_(model)
     rows = _splits(task, processor, data)
     longest = max(max(row_lengths(split)) for split in rows.values())
-    require_positions(longest, most_tokens(model), data.max_length)
+    require_positions(longest, most_tokens(model), data.longest)
     return task, processor, model, rows
 
 
@@ -235,7 +235,7 @@ def add_teacher_columns(common: dict[str, Any], task: Task, data: DataArguments,
 def _with_teacher_columns(
     name: str, rows: Any, task: Task, tokenizer: PreTrainedTokenizerBase, data: DataArguments
 ) -> Any:
-    encoded = task.teacher_columns(name, tokenizer, data.max_length)
+    encoded = task.teacher_columns(name, tokenizer, data.longest)
     for column in encoded.column_names:
         rows = rows.add_column(f"{TEACHER_PREFIX}{column}", encoded[column][:])
     return rows

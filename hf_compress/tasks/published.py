@@ -16,6 +16,9 @@ class Published:
         columns: Where its texts are; empty where the kind knows.
         files: Split -> file on the hub, where the whole would be too much.
         num_labels: How many labels it has; 1 is regression, None where there are none.
+        between: What stands between the rows of a running text.
+        measured: The split that language models are measured on, where it is not validation.
+        documents, windows: How many rows and windows of that split are measured; None: all.
     """
 
     kind: str
@@ -24,6 +27,10 @@ class Published:
     columns: tuple[str, ...] = ()
     num_labels: int | None = None
     files: Mapping[str, str] | None = None
+    between: str = "\n\n"
+    measured: str | None = None
+    documents: int | None = None
+    windows: int | None = None
 
 
 def _glue(name: str, columns: tuple[str, ...], num_labels: int = 2) -> Published:
@@ -50,8 +57,11 @@ PUBLISHED = {
             "train": "en/c4-train.00000-of-01024.json.gz",
             "validation": "en/c4-validation.00000-of-00008.json.gz",
         },
+        between=" ",
+        documents=1100,
+        windows=256,
     ),
     "conll2003": Published("token-classification", "eriktks/conll2003", None),
-    "ptb": Published("language-modeling", "ptb-text-only/ptb_text_only", None),
-    "wikitext2": Published("language-modeling", "Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "ptb": Published("language-modeling", "ptb-text-only/ptb_text_only", None, between=" ", measured="test"),
+    "wikitext2": Published("language-modeling", "Salesforce/wikitext", "wikitext-2-raw-v1", measured="test"),
 }

@@ -138,7 +138,7 @@ class QuestionAnswering(Task):
             name=name,
             splits=drawn(splits, args),
             files={split: table.where for split, table in tables.items()},
-            stride=args.window_stride if args.window_stride is not None else args.max_length // 3,
+            stride=args.window_stride if args.window_stride is not None else args.longest // 3,
             unanswerable=any(not found for rows in splits.values() for found in rows["answers"]),
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 from transformers import PretrainedConfig
 
-from hf_compress.core.table_files import SUFFIXES, Table, read_table, table_of
+from hf_compress.core.table_files import SUFFIXES, TEXT, Table, open_table, read_table, table_of
 from hf_compress.tasks.arguments import DataArguments as DataArguments
 from hf_compress.tasks.kinds import choose_kind
 from hf_compress.tasks.published import PUBLISHED, Published
@@ -57,10 +57,14 @@ def load_task(args: DataArguments, model: PretrainedConfig | None = None) -> Tas
     elif files:
         tables = {split: read_table(file, split) for split, file in files.items()}
         name = args.task_name or "files"
+    elif args.task_name is not None and Path(args.task_name).suffix.lower() in (*SUFFIXES, TEXT):
+        tables = {"validation": open_table(Path(args.task_name), f"task_name {args.task_name!r}")}
+        name = Path(args.task_name).stem
     elif args.task_name is not None:
         if args.task_name not in PUBLISHED:
             raise ValueError(
-                f"task_name must be one of {', '.join(PUBLISHED)} (or give data_dir), got {args.task_name!r}."
+                f"task_name must be one of {', '.join(PUBLISHED)}, or a file (or give data_dir), got "
+                f"{args.task_name!r}."
             )
         known = PUBLISHED[args.task_name]
         tables, name = _from_hub(known), args.task_name
@@ -89,7 +93,7 @@ def _from_folder(folder: Path) -> dict[str, Table]:
         raise ValueError(f"data_dir must be a folder, got {str(folder)!r}.")
     tables = {}
     for split, names in _SPLITS.items():
-        found = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
+        found = [folder / f"{name}{suffix}" for name in names for suffix in (*SUFFIXES, TEXT)]
         found = [file for file in found if file.is_file()]
         if found:
             tables[split] = read_table(found[0], split)
@@ -98,6 +102,7 @@ def _from_folder(folder: Path) -> dict[str, Table]:
             logger.warning("%s is read from %s; not read: %s.", split, found[0], others)
     if not tables:
         raise ValueError(
-            f"data_dir must hold train/validation/test files (parquet, tsv, csv, json), found none in {str(folder)!r}."
+            "data_dir must hold train/validation/test files (parquet, tsv, csv, json, txt), found none in "
+            f"{str(folder)!r}."
         )
     return tables

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import numpy.typing as npt
 from datasets import Dataset, DatasetDict
 from torch import Tensor
-from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from hf_compress.core.table_files import Table
 from hf_compress.tasks.answers import Answers
-from hf_compress.tasks.arguments import DataArguments
+from hf_compress.tasks.arguments import DataArguments, WindowArguments
 
 
 EVALUATED = ("validation", "test")
@@ -79,6 +79,11 @@ class Task(ABC):
         return not cls.heads or any(name.endswith(cls.heads) for name in config.architectures or [])
 
     @classmethod
+    def unfit(cls, config: PretrainedConfig) -> str:
+        """Why a trained model of that config is none of this kind, where its weights alone do not tell."""
+        return ""
+
+    @classmethod
     def made_for(cls, config: PretrainedConfig) -> bool:
         """Whether a model of that config was made for this kind and no other."""
         return bool(cls.heads) and cls.has_head(config)
@@ -109,9 +114,30 @@ class Task(ABC):
     def row_outputs(self, outputs: Any, batch: Batch) -> Sequence[Tensor]:
         """What is kept of a model's outputs (a `ModelOutput`) for each row of a batch, of one size or not."""
 
+    def answering(self, model: PreTrainedModel) -> Callable[[Batch, Batch], Sequence[Tensor]]:
+        """What computes `row_outputs` with a model, from the inputs of a batch on its device and the whole batch."""
+        return lambda inputs, batch: self.row_outputs(model(**inputs), batch)
+
     @abstractmethod
     def answers(self, split: str, rows: Dataset, outputs: Sequence[Array]) -> Answers:
         """The answers to the examples of a split from what `row_outputs` kept for each of its encoded rows."""
+
+    def windowed(self, windows: WindowArguments) -> Task:
+        """The task as it is measured: a running text is cut as the arguments say; `ValueError` where none runs on."""
+        windows.require_none(self.kind)
+        return self
+
+    def longest(self, model: PreTrainedModel, processor: Processor, max_length: int | None) -> int:
+        """Tokens of the longest input of a measurement; `ValueError` if the wish is more than the model takes."""
+        return DataArguments(max_length=max_length).longest
+
+    def random_windows(self, processor: Processor, length: int, count: int, seed: int) -> Dataset | None:
+        """Windows from random places of the training text; None for kinds whose examples are drawn one by one."""
+        return None
+
+    def protocol(self, rows: Dataset) -> dict[str, Any]:
+        """Facts without which a metric of encoded rows cannot be compared with another one."""
+        return {}
 
     def text_of(self, split: str, example: int) -> str:
         """An example in words, for a list of what went wrong."""
