@@ -22,7 +22,7 @@ from hf_compress.training.session_opening import open_session
 from hf_compress.training.signals import Batch, StudentSignals, WantedSignals
 from hf_compress.training.teacher_fit import columns_of_both
 from hf_compress.training.teacher_session import TeacherSession
-from hf_compress.training.teacher_terms import teacher_terms
+from hf_compress.training.teacher_terms import output_distance, states_distance
 from hf_compress.training.teachers import FixedTeacher, Teacher
 from hf_compress.training.trainer import CompressionTrainer
 
@@ -127,19 +127,22 @@ class DistillationTrainer(CompressionTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         samples, number = super().get_batch_samples(*args, **kwargs)
         self._batches, self._window_begins = samples, True
-        return samples, number
+        # Published code averages over its micro-batches.
+        return samples, None if self.args.compat else number
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        session = self._guiding_session()
-        if session is not None and self._window_begins:
-            # Not in `get_batch_samples`: a resumed training restores its random state after the batches are fetched.
-            self._begin_window(session, model)
-        self._window_begins = False
-        accumulation = self.args.gradient_accumulation_steps
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        session, accumulation = self._guiding_session(), self.args.gradient_accumulation_steps
         self.current_gradient_accumulation_steps = arithmetic_of(self.args.compat).divisor(
             len(self._batches) or accumulation, accumulation
         )
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        if session is not None and self._window_begins:
+            # Not in `get_batch_samples`: a resumed training restores its random state after the batches are fetched.
+            with self.tokens_of_window(num_items_in_batch):
+                self._begin_window(session, model)
+        self._window_begins = False
+        loss = super().training_step(model, inputs, num_items_in_batch)
         if session is not None:
             session.end_micro_batch()
         return loss
@@ -151,7 +154,8 @@ class DistillationTrainer(CompressionTrainer):
 
     def _begin_window(self, session: TeacherSession, model: nn.Module) -> None:
         student = StudentSignals(model, self._student_inputs)
-        self.losses.note_each(session.begin_window(self._batches, self.state, student))
+        weights = [self.next_tokens.weight(split_inputs(batch)[0]) for batch in self._batches]
+        self.losses.note_each(session.begin_window(self._batches, self.state, student, weights))
 
     def _student_inputs(self, batch: Batch) -> dict[str, Any]:
         # An adapter's forward hides the arguments of the model it wraps behind **kwargs.
@@ -165,14 +169,22 @@ class DistillationTrainer(CompressionTrainer):
             return {"task": args.task_weight * terms["task"]}, outputs
         if session.layer_term is not None:
             read["output_hidden_states"] = True
-        if "labels" in read or args.task_weight:
-            terms, outputs = super().loss_terms(model, read)
-            terms = {"task": args.task_weight * terms["task"]} if args.task_weight else {}
+        weights = args.task_weight, args.alpha_output
+        if any(weights) and self.next_tokens.from_head(read, labelled=weights[0] > 0):
+            targets = session.answer(inputs, model.training)
+            terms, outputs = self.next_tokens.terms(model, read, weights, targets, args.temperature)
         else:
-            terms, outputs = {}, model(**read)
-        targets = session.answer(inputs, model.training)
-        terms |= teacher_terms(session, targets, outputs, inputs, args)
+            if "labels" in read or args.task_weight:
+                terms, outputs = super().loss_terms(model, read)
+                terms = {"task": args.task_weight * terms["task"]} if args.task_weight else {}
+            else:
+                terms, outputs = {}, model(**read)
+            targets = session.answer(inputs, model.training, with_logits=True)
+            if args.alpha_output:
+                distance = output_distance(session, targets, outputs, inputs, args.temperature)
+                terms["output"] = args.alpha_output * distance * self.next_tokens.weight(read)
         if session.layer_term is not None:
+            terms["layer"] = args.alpha_layer * states_distance(session, session.layer_term, targets, outputs, inputs)
             # Evaluation gathers every output field; these were asked for by this loss alone.
             outputs = {name: value for name, value in outputs.items() if name != "hidden_states"}
         return terms, outputs
@@ -181,4 +193,5 @@ class DistillationTrainer(CompressionTrainer):
 def _stored(wanted: WantedSignals, accelerator: Accelerator) -> dict[str, Any]:
     """What a cache holds for each example; half precision gives other answers."""
     precision = {"precision": accelerator.mixed_precision} if accelerator.native_amp else {}
-    return {"states": list(wanted.states), "logits": wanted.logits, **precision}
+    outputs = "head inputs" if wanted.head_inputs else wanted.logits
+    return {"states": list(wanted.states), "logits": outputs, **precision}

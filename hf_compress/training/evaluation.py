@@ -22,6 +22,8 @@ class EvaluatingTrainer(ResumableTrainer):
     """
 
     losses: LossComposer
+    # Whether outputs are asked for that nobody reads: `Trainer` asks for them even where it keeps the loss alone.
+    loss_alone = False
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`; loss terms and measures come under the prefix of this evaluation."""
@@ -47,8 +49,17 @@ class EvaluatingTrainer(ResumableTrainer):
         cast("dict[str, float]", output.metrics).update(self.losses.evaluated(self.accelerator, metric_key_prefix))
         return output
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
         """As `Trainer.prediction_step`; rows that only fill up the last batches of several processes do not count."""
+        self.loss_alone = prediction_loss_only
+        try:
+            return self._predict(model, inputs, prediction_loss_only, *args, **kwargs)
+        finally:
+            self.loss_alone = False
+
+    def _predict(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         size = batch_size_of(inputs)
         real = real_rows(self.accelerator, size)
         if real is None:

@@ -67,11 +67,11 @@ class LearningTeacher(Learner):
         """Accumulate the gradients of a window, keep the targets in it, and return the losses."""
         self.model.train(self.dropout)
         losses, divisor = [], self.arithmetic.divisor(len(window.batches), window.accumulation)
-        for index, batch in enumerate(window.batches, start=1):
+        for index, (batch, weight) in enumerate(zip(window.batches, window.weights, strict=True), start=1):
             arguments = accepted_arguments(self.model, batch.teacher)
             with self.trained.micro_batch(last=index == len(window.batches)) as model:
                 outputs = model(**arguments, **self.wanted.arguments)
-                loss = self.own_loss(outputs, arguments, window.update)
+                loss = self.own_loss(outputs, arguments, window.update) * weight
                 self.trained.accelerator.backward(loss / divisor)
             losses.append(loss.detach())
             window.answers.append(self.wanted.of(outputs))

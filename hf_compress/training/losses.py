@@ -18,7 +18,7 @@ _WARM = 8.0
 _FAR = 50.0
 
 
-def _precise(values: Tensor) -> Tensor:
+def precise(values: Tensor) -> Tensor:
     """At least single precision: half precision would overflow at low temperatures."""
     return values if values.dtype == torch.float64 else values.float()
 
@@ -47,9 +47,20 @@ def _excess(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.25, series, torch.expm1(x) - x)
 
 
-def _divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """`T^2 KL(teacher || student)` over the last dimension, whose size it loses."""
-    teacher, student = _precise(teacher), _precise(student)
+def divergences(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """`T^2 KL(teacher || student)` of each row.
+
+    Args:
+        teacher: [..., C] logits. Where one vocabulary is padded to more entries than the other, the common ones count.
+        student: [..., C] logits.
+        temperature: T > 0.
+
+    Returns:
+        [...], at least in single precision.
+    """
+    width = min(teacher.shape[-1], student.shape[-1])
+    teacher, student = teacher[..., :width], student[..., :width]
+    teacher, student = precise(teacher), precise(student)
     log_teacher = F.log_softmax(teacher / temperature, dim=-1)
     log_student = F.log_softmax(student / temperature, dim=-1)
     divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
@@ -85,7 +96,24 @@ def output_divergence(teacher: Tensor, student: Tensor, temperature: float, mask
         >>> float(output_divergence(logits, logits, 2.0))
         0.0
     """
-    return _mean_over_examples(_divergence(teacher, student, temperature), mask)
+    return _mean_over_examples(divergences(teacher, student, temperature), mask)
+
+
+def token_divergence(teacher: Tensor, student: Tensor, temperature: float, counted: Tensor | None = None) -> Tensor:
+    """`T^2 KL(teacher || student)` between distributions of next tokens, each token counting alike.
+
+    Args:
+        teacher: [B, S, W] logits; `divergences` says what happens where W is not V.
+        student: [B, S, V] logits.
+        temperature: T > 0.
+        counted: [B, S], nonzero at the positions that count; None: all.
+
+    Returns:
+        Scalar: mean over the counted positions of all examples; 0 where there is none.
+    """
+    values = divergences(teacher, student, temperature)
+    mask = torch.ones_like(values) if counted is None else counted.to(values.dtype)
+    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 def position_divergence(teacher: Tensor, student: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
@@ -100,7 +128,7 @@ def position_divergence(teacher: Tensor, student: Tensor, temperature: float, ma
     if mask is not None:
         # Far below any logit at every temperature, yet finite: infinities would turn 0 * inf into NaN.
         lowest = -1e9 * max(temperature, 1.0)
-        teacher, student = (torch.where(mask.bool(), _precise(t), lowest) for t in (teacher, student))
+        teacher, student = (torch.where(mask.bool(), precise(t), lowest) for t in (teacher, student))
     return output_divergence(teacher, student, temperature)
 
 
@@ -114,12 +142,12 @@ def multilabel_divergence(teacher: Tensor, student: Tensor, temperature: float) 
     """
     # A decision is a choice between its logit and 0.
     teacher, student = (torch.stack([t, torch.zeros_like(t)], dim=-1) for t in (teacher, student))
-    return _divergence(teacher, student, temperature).sum(-1).mean()
+    return divergences(teacher, student, temperature).sum(-1).mean()
 
 
 def regression_distance(teacher: Tensor, student: Tensor) -> Tensor:
     """Mean squared difference of predictions [B, C]."""
-    return F.mse_loss(_precise(student), _precise(teacher))
+    return F.mse_loss(precise(student), precise(teacher))
 
 
 def hidden_distance(teacher: Tensor, student: Tensor, mask: Tensor | None = None, normalize: bool = False) -> Tensor:
@@ -134,7 +162,7 @@ def hidden_distance(teacher: Tensor, student: Tensor, mask: Tensor | None = None
     Returns:
         Scalar float32: mean over D, live positions and examples.
     """
-    teacher, student = _precise(teacher), _precise(student)
+    teacher, student = precise(teacher), precise(student)
     if normalize:
         teacher, student = (F.layer_norm(t, t.shape[-1:]) for t in (teacher, student))
     # One fused pass forward and one backward: three times faster than the difference, its square and their gradients.

@@ -20,6 +20,7 @@ from hf_compress.training.losses import (
     output_divergence,
     position_divergence,
     regression_distance,
+    token_divergence,
 )
 
 
@@ -86,10 +87,15 @@ def output_term(
         mask = inputs.get("attention_mask")
         parts = [position_divergence(t, s, temperature, mask) for t, s in zip(teacher, student, strict=True)]
         return torch.stack(parts).mean()
-    if teacher[0].shape != student[0].shape:
+    next_tokens = student[0].ndim == 3 and predicts_next_token(model)
+    # Of next tokens one vocabulary may be padded to more entries (`teacher_fit`).
+    compared = 2 if next_tokens else student[0].ndim
+    if teacher[0].ndim != student[0].ndim or teacher[0].shape[:compared] != student[0].shape[:compared]:
         raise ValueError(f"Teacher logits must have shape {tuple(student[0].shape)}, got {tuple(teacher[0].shape)}.")
     if student[0].ndim == 3:
         counted = counted_positions(model, student[0].shape[:2], inputs)
+        if next_tokens:
+            return token_divergence(teacher[0], student[0], temperature, counted)
         return output_divergence(teacher[0], student[0], temperature, counted)
     problem = model.config.problem_type
     if student[0].shape[-1] == 1 or problem == "regression":

@@ -114,7 +114,7 @@ class ProximalTeacher(Learner):
     def learn(self, window: Window, student: SignalsOf) -> dict[str, Tensor]:
         seen: dict[str, list[Tensor]] = {"loss/teacher": [], "loss/teacher_task": [], "loss/proximal": []}
         last = len(window.batches)
-        for index, batch in enumerate(window.batches, start=1):
+        for index, (batch, weight) in enumerate(zip(window.batches, window.weights, strict=True), start=1):
             answers = student(batch.student).logits if self.hold.asks_student else None
             arguments = accepted_arguments(self.model, batch.teacher)
             self.model.train(self.dropout)
@@ -124,10 +124,10 @@ class ProximalTeacher(Learner):
                 if answers is not None:
                     divergence = self._divergence(answers, logits_of(outputs), batch.teacher)
                     loss = self.hold.loss(task, divergence)
-                    seen["loss/proximal"].append(divergence.detach())
-                self.trained.accelerator.backward(loss / last)
-            seen["loss/teacher"].append(loss.detach())
-            seen["loss/teacher_task"].append(task.detach())
+                    seen["loss/proximal"].append(divergence.detach() * weight)
+                self.trained.accelerator.backward(loss * weight / last)
+            seen["loss/teacher"].append(loss.detach() * weight)
+            seen["loss/teacher_task"].append(task.detach() * weight)
             if self.published and last > 1:
                 self._adapt(seen["loss/proximal"][-1:])
                 if index < last:

@@ -12,7 +12,9 @@ from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.compat import arithmetic_of
 from hf_compress.training.engines import refuse_learner_in_shards, wrapping_of
 from hf_compress.training.given_teacher import TeacherSource, move_
+from hf_compress.training.language_head import language_head
 from hf_compress.training.layer_term import LayerTerm
+from hf_compress.training.output_terms import predicts_next_token
 from hf_compress.training.signals import WantedSignals
 from hf_compress.training.teacher_fit import require_one_stack_of_layers, require_own_weights, teacher_label_order
 from hf_compress.training.teacher_session import TeacherSession
@@ -56,8 +58,14 @@ def open_session(
         # The maps are no part of the student, so they are wrapped too: processes must average their gradients.
         wrap = wrapping_of(accelerator)
         layer_term.prepare(lambda maps: wrap(maps.to(args.device)))
-    wanted = WantedSignals(layer_term.teacher_states if layer_term else (), logits=args.alpha_output > 0)
-    made = make_teacher(move_(teacher, args.device), wanted, label_order)
+    move_(teacher, args.device)
+    wanted = WantedSignals(
+        layer_term.teacher_states if layer_term else (),
+        logits=args.alpha_output > 0,
+        # Only for a student whose answers are language, too; the labels of others may be in another order.
+        head_inputs=args.alpha_output > 0 and predicts_next_token(student) and language_head(teacher) is not None,
+    )
+    made = make_teacher(teacher, wanted, label_order)
     if isinstance(made, Learner):
         refuse_learner_in_shards(accelerator)
     return TeacherSession(made, student, layer_term, args.max_distill_steps, accelerator.autocast)

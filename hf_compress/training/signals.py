@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
+
+from hf_compress.training.language_head import LanguageHead
+from hf_compress.training.token_losses import LogitsOf
 
 
 # A batch as a collator made it: the names of a model's inputs -> tensors.
@@ -23,12 +27,43 @@ class Signals:
     """The outputs and hidden states of a model for one batch.
 
     Args:
-        logits: One tensor, or two for question answering; empty when they were not requested.
+        logits: One tensor, or two for question answering; empty when they were not requested, or `head` makes them.
         hidden: The requested hidden states, [B, S, D] each.
+        head_inputs: [B, S, D] what a language model's head reads; None where logits are given.
+        head: Makes logits of them; not copied.
     """
 
     logits: tuple[Tensor, ...]
     hidden: tuple[Tensor, ...]
+    head_inputs: Tensor | None = None
+    head: LanguageHead | None = None
+
+    def with_logits(self) -> Signals:
+        """These signals, with the logits of all tokens in memory."""
+        if self.head is None or self.head_inputs is None:
+            return self
+        with torch.no_grad():
+            return Signals((self.head.logits(self.head_inputs),), self.hidden)
+
+    def token_logits(self, places: Tensor, shape: torch.Size) -> LogitsOf:
+        """The function that gives the logits of the tokens at some places, one chunk after the other.
+
+        Args:
+            places: [N] indices into all B * S positions.
+            shape: [B, S] of the student's batch.
+
+        Raises:
+            ValueError: If the teacher has read other tokens.
+        """
+        (given,) = self.logits if self.head_inputs is None else (self.head_inputs,)
+        if given.shape[:2] != shape:
+            raise ValueError(f"The teacher must answer {tuple(shape)} tokens, got {tuple(given.shape[:2])}.")
+        hidden, head = given.flatten(0, 1), self.head
+        if head is None:
+            return lambda tokens: hidden[places[tokens]]
+        with torch.no_grad():
+            weight, bias = head.weights()
+        return lambda tokens: head.shaped(F.linear(hidden[places[tokens]].to(weight.dtype), weight, bias))
 
 
 # Runs a model on a batch, without gradients and without dropout, and returns its signals.
@@ -42,10 +77,13 @@ class WantedSignals:
     Args:
         states: Indices into `hidden_states`, where 0 is the embeddings.
         logits: Whether the outputs are compared.
+        head_inputs: Whether a teacher may give what its head reads instead of logits, which are a hundred times as
+            large. One whose head changes before its answers are used may not.
     """
 
     states: tuple[int, ...] = ()
     logits: bool = True
+    head_inputs: bool = False
 
     @property
     def arguments(self) -> dict[str, bool]:

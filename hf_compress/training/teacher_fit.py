@@ -11,8 +11,13 @@ from hf_compress.core.batches import forward_names
 from hf_compress.core.labels import places_by_name, says_nothing
 from hf_compress.core.positions import most_tokens
 from hf_compress.training.collator import TEACHER_PREFIX, split_inputs
+from hf_compress.training.output_terms import predicts_next_token
 from hf_compress.training.signals import Batch
 from hf_compress.training.windows import MicroBatch
+
+
+# Vocabularies are padded to multiples of 8 to 256.
+_MOST_PADDING = 256
 
 
 def teacher_label_order(student: PretrainedConfig, teacher: PretrainedConfig) -> list[int] | None:
@@ -114,11 +119,24 @@ def _check_inputs(student: PreTrainedModel, teacher: PreTrainedModel, inputs: Ba
             "(max_length), or fine-tune the teacher for longer ones (hf-compress finetune --max_positions)."
         )
     ours, theirs = (getattr(model.config, "vocab_size", None) for model in (student, teacher))
-    if not separate and ours != theirs:
+    if not separate and ours != theirs and not _differ_by_padding(student, teacher):
         raise ValueError(
             f"The teacher must read the student's vocabulary ({ours} tokens), got {theirs}. "
             "Give it its own columns teacher_input_ids, teacher_attention_mask (TeacherStudentCollator)."
         )
+
+
+def _differ_by_padding(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
+    """Whether two language models seem to have one vocabulary, which one of them has padded to a round number.
+
+    Their sizes alone do not tell: the vocabulary of OPT looks like that of GPT-2, padded.
+    """
+    if not (predicts_next_token(student) and predicts_next_token(teacher)):
+        return False
+    ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
+    fewer, more = sorted((ours.vocab_size, theirs.vocab_size))
+    marks = [(getattr(ours, name, None), getattr(theirs, name, None)) for name in ("bos_token_id", "eos_token_id")]
+    return more % 8 == 0 and more - fewer < _MOST_PADDING and all(one == other for one, other in marks)
 
 
 def _with_decoder_inputs(teacher: PreTrainedModel, batch: Mapping[str, Any]) -> Batch:

@@ -55,13 +55,20 @@ class TeacherSession:
         self._accumulation = trainer.args.gradient_accumulation_steps
         self.teacher.begin(trainer, num_updates)
 
-    def begin_window(self, batches: Sequence[Batch], state: TrainerState, student: SignalsOf) -> dict[str, Tensor]:
+    def begin_window(
+        self,
+        batches: Sequence[Batch],
+        state: TrainerState,
+        student: SignalsOf,
+        weights: Sequence[Tensor | float],
+    ) -> dict[str, Tensor]:
         """Let a learning teacher learn from the window, before the student does.
 
         Args:
             batches: The micro-batches of an update, as the data loader gave them.
             state: Of the student's training.
             student: Gives the student's answer to a batch.
+            weights: As for `Window`.
 
         Returns:
             What `Learner.learn` returns; empty for teachers that do not learn.
@@ -72,7 +79,7 @@ class TeacherSession:
             return {}
         model = self.teacher.model
         both = [read_by_both(send_to_device(batch, model.device), self.student, model) for batch in batches]
-        self._window = Window(state.global_step, both, self._accumulation, self._updates_per_epoch)
+        self._window = Window(state.global_step, both, self._accumulation, self._updates_per_epoch, weights)
         return self.teacher.learn(self._window, student)
 
     def end_micro_batch(self) -> None:
@@ -80,18 +87,20 @@ class TeacherSession:
         if self._window is not None and self._window.answers:
             self._window.answers.pop(0)
 
-    def answer(self, batch: Batch, training: bool) -> Signals:
+    def answer(self, batch: Batch, training: bool, with_logits: bool = False) -> Signals:
         """Return the teacher's answer to a batch.
 
         Args:
             batch: As the collator made it.
             training: Whether the student is trained on the batch; otherwise it is evaluated.
+            with_logits: Give the logits of all tokens also where the teacher gives what its head reads.
         """
         if training and self._window is not None and self._window.answers:
             return self._window.answers[0]
         read = read_by_both(batch, self.student, self.teacher.model).teacher
         with self._precision():
-            return self.teacher.forward(read, training)
+            answer = self.teacher.forward(read, training)
+            return answer.with_logits() if with_logits else answer
 
     def save(self, checkpoint: Path, process: int, shared: bool) -> None:
         if self.layer_term is not None and shared:

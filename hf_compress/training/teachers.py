@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hf_compress.core.forward_state import forward_state
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.fingerprints import example_keys
 from hf_compress.training.given_teacher import move_
+from hf_compress.training.language_head import described_head, reading_head
 from hf_compress.training.signals import Batch, Signals, SignalsOf, WantedSignals
 from hf_compress.training.trained_model import TrainedModel
 from hf_compress.training.windows import Window
@@ -181,12 +183,17 @@ class FixedTeacher(Teacher):
         keys = example_keys(arguments)
         if (stored := cache.read(keys, arguments)) is None:
             computed = self._computed(arguments, dropout=False)
-            cache.write(keys, arguments, computed.logits, computed.hidden)
+            heads = () if computed.head_inputs is None else (computed.head_inputs,)
+            cache.write(keys, arguments, computed.logits or heads, computed.hidden)
             # A text that was stored before keeps its first outputs, so that a run that was killed after this batch and
             # starts again reads the same ones.
             stored = cache.read(keys, arguments)
             assert stored is not None
-        return Signals(*stored)
+        outputs, hidden = stored
+        return self._from_head(outputs[0], hidden) if self.wanted.head_inputs else Signals(outputs, hidden)
+
+    def _from_head(self, head_inputs: Tensor, hidden: tuple[Tensor, ...]) -> Signals:
+        return Signals((), hidden, head_inputs, described_head(self.model))
 
     def _computed(self, arguments: dict[str, Any], dropout: bool) -> Signals:
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
@@ -195,6 +202,8 @@ class FixedTeacher(Teacher):
         self.model.train(dropout)
         # A classifier that drops tokens skips the rows that its head does not read; here they are compared.
         state = forward_state(self.model, whole=True) if self.wanted.states else {}
-        with torch.inference_mode():
+        head, read = described_head(self.model) if self.wanted.head_inputs else None, list[Tensor]()
+        with torch.inference_mode(), nullcontext() if head is None else reading_head(head, read.append):
             outputs = self.model(**arguments, **state, **self.wanted.arguments)
-        return self.wanted.of(outputs)
+        signals = self.wanted.of(outputs)
+        return signals if head is None else self._from_head(read[0].clone(), signals.hidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from hf_compress.training.data_parallel import mean_over_processes, require_one_
 from hf_compress.training.evaluation import EvaluatingTrainer
 from hf_compress.training.loss_composer import LossComposer, batch_size_of
 from hf_compress.training.methods_in_training import MethodsInTraining, logged_values, tell_of_model
+from hf_compress.training.next_tokens import NextTokens
 from hf_compress.training.outside_parameters import OutsideParameters
 from hf_compress.training.own_loss import OwnLoss
 from hf_compress.training.parameter_groups import add_groups_, clip_apart_, clipped_apart
@@ -48,6 +50,7 @@ class CompressionTrainer(EvaluatingTrainer):
             # Another trainer, from which a class derives too, has opened it by its name or put adapters around it.
             self.methods = MethodsInTraining(self.model)
         require_one_device(self.args.n_gpu)
+        self.next_tokens = NextTokens(self, CompressionTrainer, self.model_accepts_loss_kwargs)
         # The same for releases before `loss_is_scaled_for_ga`, which ask the model's signature only.
         self.model_accepts_loss_kwargs = False
         self.outside = self.add_part(OutsideParameters(self.extra_parameter_groups))
@@ -83,9 +86,11 @@ class CompressionTrainer(EvaluatingTrainer):
             model: The wrapped model; call it, never its `.module`.
             inputs: A prepared batch. Not to be changed.
         """
+        if self.next_tokens.from_head(inputs):
+            return self.next_tokens.terms(model, inputs)
         with missing_labels_named(inputs):
-            loss, outputs = self._their_loss(super().compute_loss, model, inputs)
-        return {"task": loss}, outputs
+            loss, outputs = self._their_loss(super().compute_loss, model, self.next_tokens.inputs(inputs))
+        return {"task": self.next_tokens.counted(loss, inputs)}, outputs
 
     def compute_loss(
         self,
@@ -96,19 +101,35 @@ class CompressionTrainer(EvaluatingTrainer):
     ) -> Any:
         """The sum of the loss terms.
 
-        `num_items_in_batch` is not handed on: the terms must share one normalisation, the mean of the micro-batch.
+        Args:
+            model, inputs: As for `loss_terms`.
+            return_outputs: Return the student's outputs, too.
+            num_items_in_batch: Of a causal language model: the predicted tokens in the window, over all processes.
+                Its losses on tokens are sums over this number, whatever the sizes of batches. Terms of other models
+                share one normalisation, the mean of the micro-batch.
 
         Raises:
             ValueError: If the loss is NaN or infinite.
         """
         self._own_loss.computed()
         state = self.methods.forward_arguments()
-        terms, outputs = self.loss_terms(model, {**inputs, **state})
+        with self.tokens_of_window(num_items_in_batch, whole=return_outputs and not self.loss_alone):
+            terms, outputs = self.loss_terms(model, {**inputs, **state})
         if model.training:
             terms = {**terms, **self.methods.loss_terms(state_in(state))}
         self.losses.note(self.methods.measures(state_in(state)), model.training)
         loss = self.losses.total(terms, model.training, batch_size_of(inputs), self.state.global_step)
         return (loss, outputs) if return_outputs else loss
+
+    def tokens_of_window(self, number: Tensor | int | None, whole: bool = True) -> AbstractContextManager[None]:
+        """Inside the block losses on tokens are counted over a window; as for `NextTokens.asked`."""
+        steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+        return self.next_tokens.asked(whole, number, steps)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples, number = super().get_batch_samples(*args, **kwargs)
+        counted = self.next_tokens.in_window(samples)
+        return samples, number if counted is None else counted
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._own_loss.required():

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from hf_compress.training.signals import Batch, Signals
 
 
@@ -30,6 +32,8 @@ class Window:
         batches: The micro-batches; the last window of an epoch may hold fewer.
         accumulation: How many an ordinary window holds.
         updates_per_epoch: Updates of the student in an epoch.
+        weights: For each micro-batch, what its mean losses are multiplied by: where the tokens of a window count
+            alike, its share of them; otherwise 1.
         answers: What a teacher that learned from these batches answered on the way, one for each; empty when the
             teacher is still to be asked.
     """
@@ -38,4 +42,5 @@ class Window:
     batches: Sequence[MicroBatch]
     accumulation: int
     updates_per_epoch: int
+    weights: Sequence[Tensor | float]
     answers: list[Signals] = field(default_factory=list)
