@@ -107,8 +107,7 @@ class DistillationTrainer(CompressionTrainer):
         return [] if maps is None else [{"params": list(maps.parameters()), "weight_decay": self.args.weight_decay}]
 
     def checkpoint_parts(self) -> Sequence[CheckpointPart]:
-        own = [] if self.session is None else [self.session]
-        return [*super().checkpoint_parts(), *own]
+        return [*super().checkpoint_parts(), *([] if self.session is None else [self.session])]
 
     def begin_training(self, num_updates: int, updates_per_epoch: int) -> None:
         if self.model_init is not None:
@@ -127,20 +126,18 @@ class DistillationTrainer(CompressionTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         samples, number = super().get_batch_samples(*args, **kwargs)
         self._batches, self._window_begins = samples, True
-        # Published code averages over its micro-batches.
-        return samples, None if self.args.compat else number
+        return samples, None if self.args.compat else number  # Published code averages over micro-batches.
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        session, accumulation = self._guiding_session(), self.args.gradient_accumulation_steps
-        self.current_gradient_accumulation_steps = arithmetic_of(self.args.compat).divisor(
-            len(self._batches) or accumulation, accumulation
-        )
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        session, usual = self._guiding_session(), self.args.gradient_accumulation_steps
+        divisor = arithmetic_of(self.args.compat).divisor(len(self._batches) or usual, usual)
+        self.current_gradient_accumulation_steps = divisor
         if session is not None and self._window_begins:
             # Not in `get_batch_samples`: a resumed training restores its random state after the batches are fetched.
+            student = StudentSignals(model, self._student_inputs)
             with self.tokens_of_window(num_items_in_batch):
-                self._begin_window(session, model)
+                weights = self.next_tokens.weights(self._batches)
+            self.losses.note_each(session.begin_window(self._batches, self.state, student, weights))
         self._window_begins = False
         loss = super().training_step(model, inputs, num_items_in_batch)
         if session is not None:
@@ -152,11 +149,6 @@ class DistillationTrainer(CompressionTrainer):
         session = self.session
         return session if session is not None and session.guides(self.state.global_step) else None
 
-    def _begin_window(self, session: TeacherSession, model: nn.Module) -> None:
-        student = StudentSignals(model, self._student_inputs)
-        weights = [self.next_tokens.weight(split_inputs(batch)[0]) for batch in self._batches]
-        self.losses.note_each(session.begin_window(self._batches, self.state, student, weights))
-
     def _student_inputs(self, batch: Batch) -> dict[str, Any]:
         # An adapter's forward hides the arguments of the model it wraps behind **kwargs.
         named = {*forward_names(self._core()), "labels", FORWARD_STATE, *(self.label_names or [])}
@@ -167,18 +159,14 @@ class DistillationTrainer(CompressionTrainer):
         if session is None:
             terms, outputs = super().loss_terms(model, read)
             return {"task": args.task_weight * terms["task"]}, outputs
-        if session.layer_term is not None:
-            read["output_hidden_states"] = True
+        read |= {} if session.layer_term is None else {"output_hidden_states": True}
         weights = args.task_weight, args.alpha_output
         if any(weights) and self.next_tokens.from_head(read, labelled=weights[0] > 0):
             targets = session.answer(inputs, model.training)
             terms, outputs = self.next_tokens.terms(model, read, weights, targets, args.temperature)
         else:
-            if "labels" in read or args.task_weight:
-                terms, outputs = super().loss_terms(model, read)
-                terms = {"task": args.task_weight * terms["task"]} if args.task_weight else {}
-            else:
-                terms, outputs = {}, model(**read)
+            terms, outputs = super().loss_terms(model, read) if "labels" in read or weights[0] else ({}, model(**read))
+            terms = {name: args.task_weight * value for name, value in terms.items() if args.task_weight}
             targets = session.answer(inputs, model.training, with_logits=True)
             if args.alpha_output:
                 distance = output_distance(session, targets, outputs, inputs, args.temperature)

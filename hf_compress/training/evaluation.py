@@ -1,29 +1,48 @@
-"""A Trainer whose evaluations average loss terms and measures, and count each row once."""
+"""A Trainer that counts alike: each row once in an evaluation, each predicted token in a training."""
 
 from __future__ import annotations
 
 import contextlib
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_compress.core.launcher import lost_process_named
 from hf_compress.training.data_parallel import first_rows, real_rows
 from hf_compress.training.loss_composer import LossComposer, batch_size_of
+from hf_compress.training.next_tokens import NextTokens
 from hf_compress.training.resumable import ResumableTrainer
 
 
 class EvaluatingTrainer(ResumableTrainer):
     """A `ResumableTrainer` whose evaluations give the averages of its loss terms, over each row once.
 
-    What the terms are is its subclass's; see `CompressionTrainer`.
+    Its trainings count the tokens that a causal language model predicts. What the terms are is its subclass's; see
+    `CompressionTrainer`.
     """
 
     losses: LossComposer
+    next_tokens: NextTokens
     # Whether outputs are asked for that nobody reads: `Trainer` asks for them even where it keeps the loss alone.
-    loss_alone = False
+    _loss_alone = False
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples, number = super().get_batch_samples(*args, **kwargs)
+        counted = self.next_tokens.in_window(samples)
+        return samples, number if counted is None else counted
+
+    def tokens_of_window(self, number: Tensor | int | None, whole: bool = True) -> AbstractContextManager[None]:
+        """Inside the block, losses on tokens are counted over a window.
+
+        Args:
+            number: The predicted tokens of the window, over all processes; None: a micro-batch counts by itself.
+            whole: Whether the student's outputs are asked for, too.
+        """
+        steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+        return self.next_tokens.asked(whole and not self._loss_alone, number, steps)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`; loss terms and measures come under the prefix of this evaluation."""
@@ -53,11 +72,11 @@ class EvaluatingTrainer(ResumableTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
         """As `Trainer.prediction_step`; rows that only fill up the last batches of several processes do not count."""
-        self.loss_alone = prediction_loss_only
+        self._loss_alone = prediction_loss_only
         try:
             return self._predict(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
-            self.loss_alone = False
+            self._loss_alone = False
 
     def _predict(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         size = batch_size_of(inputs)

@@ -109,6 +109,10 @@ class NextTokens:
         mask = None if self._mean_number is None else predicted_tokens(self._student, batch)
         return 1.0 if mask is None or self._mean_number is None else mask.sum() / self._mean_number
 
+    def weights(self, batches: Sequence[Batch]) -> list[Tensor | float]:
+        """`weight` of each micro-batch of a window, as a collator made it."""
+        return [self.weight(split_inputs(batch)[0]) for batch in batches]
+
     @property
     def _divided_by_model(self) -> bool:
         smoothed = getattr(self._trainer, "label_smoother", None) is not None

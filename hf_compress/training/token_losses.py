@@ -22,8 +22,8 @@ from hf_compress.training.language_head import LanguageHead
 from hf_compress.training.losses import divergences, precise
 
 
-# Logits of one chunk: 64 MB in single precision. With smaller ones the head's gradient is added up more often.
-CHUNK = 2**24
+# Logits of one chunk: 32 MB in single precision. With smaller ones the gradient of the head is added up more often.
+CHUNK = 2**23
 
 # The tokens of a chunk -> their logits [n, W], without gradients.
 LogitsOf = Callable[[slice], Tensor]

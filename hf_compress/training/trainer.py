@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -113,23 +112,13 @@ class CompressionTrainer(EvaluatingTrainer):
         """
         self._own_loss.computed()
         state = self.methods.forward_arguments()
-        with self.tokens_of_window(num_items_in_batch, whole=return_outputs and not self.loss_alone):
+        with self.tokens_of_window(num_items_in_batch, whole=return_outputs):
             terms, outputs = self.loss_terms(model, {**inputs, **state})
         if model.training:
             terms = {**terms, **self.methods.loss_terms(state_in(state))}
         self.losses.note(self.methods.measures(state_in(state)), model.training)
         loss = self.losses.total(terms, model.training, batch_size_of(inputs), self.state.global_step)
         return (loss, outputs) if return_outputs else loss
-
-    def tokens_of_window(self, number: Tensor | int | None, whole: bool = True) -> AbstractContextManager[None]:
-        """Inside the block losses on tokens are counted over a window; as for `NextTokens.asked`."""
-        steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
-        return self.next_tokens.asked(whole, number, steps)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        samples, number = super().get_batch_samples(*args, **kwargs)
-        counted = self.next_tokens.in_window(samples)
-        return samples, number if counted is None else counted
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._own_loss.required():
