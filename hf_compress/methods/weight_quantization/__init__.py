@@ -34,6 +34,6 @@ METHOD = Method(
         identifier="2210.17323",
         bibtex="@inproceedings{frantar2023gptq, title={GPTQ: Accurate Post-Training Quantization for Generative "
         "Pre-trained Transformers}, author={Frantar, Elias and Ashkboos, Saleh and Hoefler, Torsten and Alistarh, "
-        "Dan}, booktitle={International Conference on Learning Representations}, year={2023}, note={arXiv:2210.17323}}",
+        "Dan}, booktitle={ICLR}, year={2023}, note={arXiv:2210.17323}}",
     ),
 )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -19,7 +19,7 @@ from hf_compress.core.data_needs import Data, DataNeeds
 from hf_compress.core.driver import LayerWalk
 from hf_compress.core.forward_state import carries_state
 from hf_compress.core.layer_calls import NotWalkable
-from hf_compress.core.moments import SecondMoments
+from hf_compress.core.moments import PairedMoments, SecondMoments
 from hf_compress.core.projections import PackedWeight, matrix_of, module_inputs
 from hf_compress.methods.weight_quantization.config import WeightQuantizationConfig
 from hf_compress.methods.weight_quantization.packed import (
@@ -50,10 +50,15 @@ def check(model: PreTrainedModel, config: WeightQuantizationConfig) -> None:
         ValueError: If the architecture is not supported, no projection is selected, or `correction` needs inputs of
             the dense model that there are none of.
     """
-    layers_to_quantise(model, config)
+    layers = layers_to_quantise(model, config)
     if config.correction == "dense" and carries_state(model):
         raise ValueError(
             "correction must be 'none' for a model that drops tokens, got 'dense': its dense inputs are of others."
+        )
+    if config.correction == "dense" and any(reads_positions(layer) for layer in layers):
+        raise ValueError(
+            f"correction must be 'none' for {model.config.model_type}, got 'dense': its projections also read "
+            "embeddings of positions."
         )
 
 
@@ -126,18 +131,29 @@ def quantize_in_order(
         sharing = shared_inputs(layer, list(modules))
         # All inputs at once, or those of modules that run together, after the ones before them were quantised.
         for part in [[paths] for paths in sharing] if config.true_sequential else [sharing]:
-            for paths, moments in _observed(walk, layer, modules, part):
+            for paths, moments in _observed(walk, layer, modules, part, config):
                 _quantise_(layer, {path: modules[path] for path in paths}, moments, config, walk.num_sequences)
 
 
 def _observed(
-    walk: LayerWalk, layer: TransformerLayer, modules: Mapping[str, nn.Linear | Conv1D], part: Sequence[list[str]]
-) -> Iterator[tuple[list[str], SecondMoments]]:
+    walk: LayerWalk,
+    layer: TransformerLayer,
+    modules: Mapping[str, nn.Linear | Conv1D],
+    part: Sequence[list[str]],
+    config: WeightQuantizationConfig,
+) -> Iterator[tuple[list[str], SecondMoments | PairedMoments]]:
     """The moments of each shared input; each is freed when the next one is asked for."""
+    found: dict[str, SecondMoments | PairedMoments] = {}
     observed = {paths[0]: modules[paths[0]] for paths in part}
-    found = {path: SecondMoments(module_inputs(m), m.weight.device) for path, m in observed.items()}
-    if observed:
-        walk.observe(observed, found, repeated=reads_positions(layer))
+    widths = {path: (module_inputs(module), module.weight.device) for path, module in observed.items()}
+    if observed and config.correction == "dense":
+        pairs = {path: PairedMoments(width, width, device) for path, (width, device) in widths.items()}
+        walk.observe_both(pairs)
+        found.update(pairs)
+    elif observed:
+        moments = {path: SecondMoments(width, device) for path, (width, device) in widths.items()}
+        walk.observe(observed, moments, repeated=reads_positions(layer))
+        found.update(moments)
     for paths in part:
         yield paths, found.pop(paths[0])
 
@@ -145,31 +161,32 @@ def _observed(
 def _quantise_(
     layer: TransformerLayer,
     modules: Mapping[str, nn.Linear | Conv1D],
-    moments: SecondMoments,
+    moments: SecondMoments | PairedMoments,
     config: WeightQuantizationConfig,
     num_sequences: int,
 ) -> None:
     """Quantise modules that read the same input."""
     first = next(iter(modules))
-    if not moments.num_rows:
+    own = moments.own if isinstance(moments, PairedMoments) else moments
+    if not own.num_rows:
         raise ValueError(f"Layer {layer.index} {first} must run to be calibrated, but no token reaches it.")
-    hessian = _scaled(moments.gram, num_sequences, modules[first].weight.device)
-    del moments
+    # The published scale, which matters where inputs are always zero.
+    scale, device = 2 / num_sequences, modules[first].weight.device
+    hessian = (own.gram * scale).to(device, torch.float32)
+    difference = None
+    if isinstance(moments, PairedMoments):
+        difference = ((moments.cross - own.gram) * scale).to(device, torch.float32)
+    del moments, own
     try:
-        inputs = prepare_inputs(hessian, _options(config, modules[first]))
+        inputs = prepare_inputs(hessian, _options(config, modules[first]), difference)
     except ValueError as error:
         raise ValueError(f"Layer {layer.index} {first}: {error}") from error
-    del hessian
+    del hessian, difference
     for module in modules.values():
         # Zeros are what pruning left: they stay. Others are too few to matter.
         options = _options(config, module)
         rounded = round_by_inputs(matrix_of(module).detach(), inputs, options, hold_zeros=True)
         pack_(module, rounded, storage_of(config))
-
-
-def _scaled(gram: Tensor, num_sequences: int, device: torch.device) -> Tensor:
-    """The second moments at the published scale, which matters where inputs are always zero."""
-    return (gram * (2 / num_sequences)).to(device, torch.float32)
 
 
 def _options(config: WeightQuantizationConfig, module: nn.Linear | Conv1D) -> RoundingOptions:

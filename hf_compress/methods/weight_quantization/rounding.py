@@ -18,6 +18,8 @@ from hf_compress.methods.weight_quantization.grids import Grid, codes_on, fitted
 
 # Columns whose errors reach the columns behind them in one product. As published.
 COLUMNS = 128
+# How much of the correction towards the dense model is applied. As in the released code of GPTAQ.
+SHARE = 0.25
 # Columns within a block whose errors reach the rest of the block in one product.
 _INNER = 32
 
@@ -91,24 +93,35 @@ class InputMoments:
         dead: [C] bool, inputs that are always zero.
         order: [C] int64, the columns in the order in which they are rounded; None: from left to right.
         factor: [C, C] float32, in that order: the upper triangular U with `U^T U` the inverse of the damped moments.
+        shift: [C, C] float32, in that order, zero on and below the diagonal: what a weight adds to those behind it to
+            make up for how its input differs from that in the dense model; None: nothing.
     """
 
     dead: Tensor
     order: Tensor | None
     factor: Tensor
+    shift: Tensor | None = None
 
 
 @torch.no_grad()
-def prepare_inputs(hessian: Tensor, options: RoundingOptions) -> InputMoments:
+def prepare_inputs(
+    hessian: Tensor, options: RoundingOptions, difference: Tensor | None = None, share: float = SHARE
+) -> InputMoments:
     """Factorise the second moments of inputs.
 
     Args:
         hessian: [C, C] float32, `X^T X` at any scale; not changed. The scale matters a little where inputs are always
             zero: these count as 1.
         options: `act_order` and `percdamp` are read.
+        difference: [C, C] float32, `(X' - X)^T X` at the same scale, with X' the inputs in the dense model. None: the
+            target is the product with X.
+        share: How much of the difference is made up for; 1 is the least-squares solution.
 
     Raises:
         ValueError: If the damped matrix is not positive definite in single precision.
+
+    Source:
+        The correction: Li et al. 2025 (arXiv 2504.02692), `P = ((D U^T) strictly upper) U`.
     """
     dead = hessian.diagonal() == 0
     damped = hessian + torch.diag(dead.to(hessian.dtype))
@@ -119,13 +132,17 @@ def prepare_inputs(hessian: Tensor, options: RoundingOptions) -> InputMoments:
     damped.diagonal().add_(options.percdamp * damped.diagonal().mean())
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        return InputMoments(dead, order, torch.linalg.cholesky(inverse, upper=True))
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     except RuntimeError as error:
         # torch.linalg.LinAlgError, which torch does not declare.
         raise ValueError(
             f"percdamp must be larger for these inputs, got {options.percdamp}: their second moments are not positive "
             "definite. Raise it (0.1, or 1), or calibrate with more tokens."
         ) from error
+    if difference is None:
+        return InputMoments(dead, order, factor)
+    ordered = difference if order is None else difference[order][:, order]
+    return InputMoments(dead, order, factor, (ordered @ factor.T).triu_(1) @ factor * share)
 
 
 @torch.no_grad()
@@ -162,7 +179,7 @@ class _Work:
     """The state of one matrix while its columns are rounded. Columns lie in rows here, so each is contiguous."""
 
     def __init__(self, weight: Tensor, inputs: InputMoments, options: RoundingOptions, hold_zeros: bool) -> None:
-        self.options, self.factor, self.order = options, inputs.factor, inputs.order
+        self.options, self.factor, self.order, self.shift = options, inputs.factor, inputs.order, inputs.shift
         weight = weight.to(torch.float32)
         rows, columns = weight.shape
         grouped = options.group_size != -1
@@ -210,15 +227,24 @@ class _Work:
                 torch.sub(column, error, out=error).div_(scales[i])
                 if i + 1 < last:
                     part[i + 1 : last].addr_(inside[i, i + 1 : last], error, alpha=-1)
-            if last < stop - start:
-                part[last:].addmm_(inside[first:last, last:].T, errors[first:last], alpha=-1)
+                    if self.shift is not None:
+                        part[i + 1 : last].addr_(self.shift[start + i, start + i + 1 : start + last], column)
+            self._spread(part, errors, start, first, last)
         self.codes[start:stop] = codes
         return errors
 
     def spread_errors(self, errors: Tensor, start: int, stop: int) -> None:
         """Change the columns behind a block to make up for its errors."""
-        if stop < len(self.columns):
-            self.columns[stop:].addmm_(self.factor[start:stop, stop:].T, errors, alpha=-1)
+        self._spread(self.columns[start:], errors, start, 0, stop - start)
+
+    def _spread(self, part: Tensor, errors: Tensor, start: int, first: int, last: int) -> None:
+        """Change the columns of a part from `last` on to make up for the errors of those from `first` to there."""
+        if last < len(part):
+            rows, behind = slice(start + first, start + last), slice(start + last, start + len(part))
+            part[last:].addmm_(self.factor[rows, behind].T, errors[first:last], alpha=-1)
+            if self.shift is not None:
+                # Rounded columns still hold what they were before.
+                part[last:].addmm_(self.shift[rows, behind].T, part[first:last])
 
     def finished(self, loss: Tensor) -> Rounded:
         groups, codes = torch.tensor(self.groups, device=self.codes.device), self.codes
