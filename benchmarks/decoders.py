@@ -1,0 +1,124 @@
+"""Perplexity of a causal language model: dense, pruned without retraining, with weights of few bits, and both.
+
+    python benchmarks/decoders.py --model MODEL --calibration DATA/c4_sample/train.parquet \
+        --texts wikitext2=DATA/wikitext2/test_raw.parquet ptb=DATA/ptb/test.parquet --out x.json \
+        --ratios 0.9 0.8 0.7 0.5 --prune '{}' '{"target": "dense"}' --quantize '{"bits": 4}' --both '[{}, {"bits": 4}]'
+
+Texts are joined as published: the rows of ptb by a space, all others by a blank line. Calibration reads windows from
+random places of its text. Every finished cell is written to the result file at once and skipped when the command is
+given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accuracy import Results
+from datasets import Dataset
+from header import arguments_of, machine
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+import hf_compress as hc
+from hf_compress.tasks.perplexity import perplexity
+
+
+# In its published form, the rows of this one are sentences of one running text.
+SPACED = ("ptb",)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--texts", nargs="+", required=True, metavar="NAME=FILE", help="Parquet files of texts.")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--ratios", type=float, nargs="*", default=[])
+    parser.add_argument("--prune", type=json.loads, nargs="*", default=[{}], metavar="JSON")
+    parser.add_argument("--quantize", type=json.loads, nargs="*", default=[], metavar="JSON")
+    parser.add_argument("--both", type=json.loads, nargs="*", default=[], metavar="[JSON, JSON]")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--max_windows", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=16, help="Windows of calibration.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    return parser.parse_args()
+
+
+def tokens(file: str, name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text whose rows are in a Parquet file."""
+    rows = Dataset.from_parquet(file)
+    column = next(x for x in ("text", "sentence", "line") if x in rows.column_names)
+    text = (" " if name in SPACED else "\n\n").join(row or "" for row in rows[column])
+    return tokenizer(text, verbose=False)["input_ids"]
+
+
+def windows(ids: list[int], args: argparse.Namespace, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Calibration batches of two windows each, from random places."""
+    drawing = random.Random(seed)
+    starts = [drawing.randint(0, len(ids) - args.context - 1) for _ in range(args.samples)]
+    rows = torch.tensor([ids[start : start + args.context] for start in starts])
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(2)]
+
+
+def label_of(fields: dict) -> str:
+    return ",".join(f"{name}={value}" for name, value in sorted(fields.items())) or "default"
+
+
+def main() -> None:
+    args = parse()
+    transformers_logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = {name: tokens(file, name, tokenizer) for name, file in (pair.split("=", 1) for pair in args.texts)}
+    calibration = tokens(args.calibration, "calibration", tokenizer)
+    header = {**arguments_of(args), "texts": sorted(texts), "calibration": Path(args.calibration).parent.name}
+    for grows in ("ratios", "prune", "quantize", "both", "seeds"):
+        header.pop(grows)
+    results = Results(args.out, {"arguments": header, "environment": machine()})
+
+    def measured(model: PreTrainedModel) -> dict:
+        return {
+            name: round(perplexity(model, ids, args.context, max_windows=args.max_windows)["perplexity"], 4)
+            for name, ids in texts.items()
+        }
+
+    def compressed(seed: int, *configs: hc.CompressionConfig) -> Callable[[], dict]:
+        def compute() -> dict:
+            model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+            before = hc.count_cost(model, args.context)
+            start = time.perf_counter()
+            hc.compress(model, *configs, data=windows(calibration, args, seed))
+            seconds, after = time.perf_counter() - start, hc.count_cost(model, args.context)
+            sizes = {
+                name: step[name] for step in hc.steps_of(model) for name in ("heads_per_layer", "neurons_per_layer")
+                if name in step
+            }  # fmt: skip
+            return {
+                **measured(model), "macs": round(after.macs / before.macs, 4), "bytes": after.bytes,
+                "compress_seconds": round(seconds, 1), **sizes,
+            }  # fmt: skip
+
+        return compute
+
+    results.cell("dense", lambda: measured(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)))
+    for seed in args.seeds:
+        for ratio in args.ratios:
+            for fields in args.prune:
+                config = hc.StructuredPruningConfig(mac_ratio=ratio, seed=seed, **fields)
+                results.cell(f"seed{seed}/prune {ratio}/{label_of(fields)}", compressed(seed, config))
+        for fields in args.quantize:
+            results.cell(
+                f"seed{seed}/quantize/{label_of(fields)}", compressed(seed, hc.WeightQuantizationConfig(**fields))
+            )
+        for pruning, quantizing in args.both:
+            configs = (hc.StructuredPruningConfig(seed=seed, **pruning), hc.WeightQuantizationConfig(**quantizing))
+            results.cell(f"seed{seed}/both/{label_of(pruning)}/{label_of(quantizing)}", compressed(seed, *configs))
+
+
+if __name__ == "__main__":
+    main()
