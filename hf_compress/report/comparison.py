@@ -29,6 +29,7 @@ from hf_compress.report.markdown import render_markdown
 from hf_compress.report.page import render_page
 from hf_compress.report.plots import plot_layer_sizes, plot_quality_latency, plot_sparsity
 from hf_compress.report.quality import Measured, evaluated, standard_error, task_of_rows
+from hf_compress.report.samples import Beginnings
 from hf_compress.report.sparsity import Matrix, has_zeros, matrices_of
 from hf_compress.report.table import Entry, build_report, bytes_on_disk
 from hf_compress.report.tokens import surviving_words
@@ -59,6 +60,7 @@ def compare_models(
     limit: int | None = 256,
     second_baseline: str | None = None,
     command: str | None = None,
+    beginnings: Beginnings | None = None,
 ) -> dict[str, Any]:
     """Compare models and write `report.json`, `report.md`, `report.html` and plots.
 
@@ -83,6 +85,7 @@ def compare_models(
         limit: Examples that are timed, evenly spread over the lengths; the quality is always of all rows. None: all.
         second_baseline: Name of another model that the speed of all models is compared with, too.
         command: The command line that asked for the report; the page shows it.
+        beginnings: What the models write on, if they are language models that can; None: nothing.
 
     Returns:
         What `report.json` holds.
@@ -124,13 +127,15 @@ def compare_models(
 
     # An example may be several rows: both sentences of a pair, the windows of a long text.
     examples = len(first.task.splits[first.split]) if first.split in first.task.splits else len(first.rows)
+    protocol = first.task.protocol(first.rows)
+    examples = protocol.get("windows", examples)
 
     def write(entries: Sequence[Entry]) -> dict[str, Any]:
         report = build_report(
             entries, task_name, metric, examples, seq_len, settings, split, first.task.lower_is_better,
             second_baseline if second_baseline in [entry.name for entry in entries] else None, place,
         )  # fmt: skip
-        report["command"] = command
+        report["command"], report["protocol"] = command, protocol
         write_json(folder / "report.json", report)
         (folder / "report.md").write_text(render_markdown(report), encoding="utf-8")
         (folder / "report.html").write_text(render_page(report), encoding="utf-8")
@@ -139,7 +144,7 @@ def compare_models(
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     seq_len = mean_length(first, shapes_of(first.model))
-    for entry in _entries(opened, weighed, metric):
+    for entry in _entries(opened, weighed, metric, beginnings):
         entries.append(entry)
         write(entries)
     for size in batch_sizes:
@@ -152,7 +157,9 @@ def compare_models(
     return report
 
 
-def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric: str) -> Iterator[Entry]:
+def _entries(
+    models: Mapping[str, Measured], folders: Mapping[str, str], metric: str, beginnings: Beginnings | None
+) -> Iterator[Entry]:
     """Measure each model, before anything is timed."""
     # What is dropped depends on the text; all of a table is counted alike.
     drops = any(carries_state(each.model) for each in models.values())
@@ -195,7 +202,15 @@ def _entries(models: Mapping[str, Measured], folders: Mapping[str, str], metric:
             only_answer=_only_answer(answers),
             words=_words(each),
             lineage=_lineage(_folder(each.model, folders.get(name))),
+            samples=_samples(each, beginnings),
         )
+
+
+def _samples(each: Measured, beginnings: Beginnings | None) -> list[dict[str, str]]:
+    """What a model writes; nothing where it cannot, as exported ones."""
+    if beginnings is None or not each.model.can_generate() or not isinstance(each.processor, PreTrainedTokenizerBase):
+        return []
+    return beginnings.continued(each.model, each.processor)
 
 
 def _only_answer(answers: Answers) -> dict[str, Any] | None:

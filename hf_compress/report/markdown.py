@@ -32,10 +32,10 @@ def megabytes(value: float | None) -> str:
     return "-" if value is None else f"{value / 1e6:.1f} MB"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown that can also be read in a terminal; the first column is text, the others are numbers."""
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], others: str = "right") -> list[str]:
+    """Markdown that can also be read in a terminal; the first column is text, the others are numbers by default."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    aligned = ["left", *["right"] * (len(header) - 1)]
+    aligned = ["left", *[others] * (len(header) - 1)]
     table: str = tabulate(cells, header, tablefmt="pipe", colalign=aligned, disable_numparse=True)
     return table.splitlines()
 
@@ -62,10 +62,11 @@ def render_markdown(report: dict[str, Any]) -> str:
         for m in models
         for t in [m["latency"][place]]
     ]  # fmt: skip
+    noun = "windows" if report.get("protocol") else "examples"
     lines = [
         f"# {report['task']}: {report['baseline']} against compressed models",
         "",
-        f"{report['num_examples']} examples{' of the ' + report['split'] + ' split' if report['split'] else ''}; "
+        f"{report['num_examples']} {noun}{' of the ' + report['split'] + ' split' if report['split'] else ''}; "
         f"MACs of a sequence: {report['seq_len']:.1f} tokens on average.",
         "",
         *_table(["model", metric, "params", "non-zero", "MACs", "MACs kept", "on disk"], quality),
@@ -80,7 +81,7 @@ def render_markdown(report: dict[str, Any]) -> str:
     sentences = [f"- {m['name']}: {sentence}" for m in models for sentence in m["verdicts"]]
     if sentences:
         lines += ["", "## Verdict", "", *sentences]
-    lines += [*_changes(models), *_zeros(models)]
+    lines += [*_changes(models), *_samples(models), *_zeros(models)]
     return "\n".join([*lines, "", "## How it was measured", "", *_measurement(report)]) + "\n"
 
 
@@ -115,6 +116,20 @@ def _changes(models: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _samples(models: Sequence[dict[str, Any]]) -> list[str]:
+    """What each model writes, below the beginning that it is given."""
+    first: list[dict[str, str]] = next((m["samples"] for m in models if m.get("samples")), [])
+    lines = ["", "## What the models write", ""] if first else []
+    for place, sample in enumerate(first):
+        rows = [[m["name"], _in_line(m["samples"][place]["continuation"])] for m in models if m.get("samples")]
+        lines += [f"{_in_line(sample['prompt'])} ...", "", *_table(["model", "writes on"], rows, "left"), ""]
+    return lines[:-1]
+
+
+def _in_line(text: str) -> str:
+    return " ".join(text.split()) or "(nothing)"
+
+
 def _zeros(models: Sequence[dict[str, Any]]) -> list[str]:
     """Sparsity of each layer's matrices, for the models that have zeros."""
     lines: list[str] = []
@@ -141,12 +156,25 @@ def _zeros(models: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def windows_line(protocol: dict[str, Any]) -> str:
+    """How a text was cut where perplexity was measured, in words."""
+    stride = f", each {protocol['stride']} behind the one before it" if "stride" in protocol else ""
+    alone = ", no token added to any" if protocol.get("tokens_added_per_window") == 0 else ""
+    size = "" if stride else "at most "
+    return (
+        f"Windows of {size}{protocol['context']} tokens{stride}{alone}: {protocol['windows']}, in which "
+        f"{protocol['predicted_tokens']} tokens are predicted"
+    )
+
+
 def _measurement(report: dict[str, Any]) -> list[str]:
     place, timed = report["environment"], [t for model in report["models"] for t in model["latency"]]
     lines = [
         f"- {report['hardware']}",
         f"- Python {place['python']}, torch {place['torch']}, transformers {place['transformers']}",
     ]
+    if report.get("protocol"):
+        lines.append(f"- {windows_line(report['protocol'])}")
     if timed:
         keys = ("threads", "runtime", "dtype", "attention", "device")
         threads, runtime, dtype, attention, device = (", ".join(sorted({str(t[key]) for t in timed})) for key in keys)

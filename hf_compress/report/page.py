@@ -43,6 +43,7 @@ def render_page(report: dict[str, Any]) -> str:
         # Browsers ask for one, which is not there, and call that an error.
         f'<link rel="icon" href="data:,"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>',
         *_head(facts), *_verdict(facts), *_tables(facts), *_plots(facts), *_layers(facts), *_words(facts),
+        *_samples(facts),
         *_section("Zeros in weights", "Fraction of zeros in each matrix.", heat_maps(facts)),
         *_classes(facts), *_lineage(facts), *_commands(facts), *_hardware(facts),
         '<footer>Written by hf_compress. All numbers are those of <code>report.json</code>.</footer></main>'
@@ -64,9 +65,10 @@ def _section(title: str, lead: str, content: str) -> Iterator[str]:
 
 def _head(facts: Facts) -> Iterator[str]:
     split = f" of the {facts.write('split')} split" if facts.at("split") else ""
+    noun = "windows" if facts.at("protocol") else "examples"
     yield f"<h1>{facts.write('task')}: {facts.write('baseline')} against compressed models</h1>"
     yield (
-        f'<p class="soft">Quality on {facts.write("num_examples", "text")} examples{split}; '
+        f'<p class="soft">Quality on {facts.write("num_examples", "text")} {noun}{split}; '
         f"{facts.write('seq_len', 'rate')} tokens on average.</p>"
     )
 
@@ -172,6 +174,20 @@ def _text(facts: Facts, i: int, k: int) -> str:
     return f'<div class="text" style="--own:{colour_of(i)}">{"".join(words)}</div>'
 
 
+def _samples(facts: Facts) -> Iterator[str]:
+    """For each beginning, what every model writes."""
+    told = [i for i, model in enumerate(facts.at("models")) if model.get("samples")]
+    content = []
+    for k in range(len(facts.at(f"models.{told[0]}.samples"))) if told else ():
+        rows = "".join(
+            f"<dt>{name_of(facts, i, tagged=False)}</dt><dd>{facts.write(f'models.{i}.samples.{k}.continuation')}</dd>"
+            for i in told
+        )
+        content.append(f"<p><b>{facts.write(f'models.{told[0]}.samples.{k}.prompt')}</b> ...</p><dl>{rows}</dl>")
+    lead = "Each model continues the same beginnings with the tokens that it finds likeliest."
+    yield from _section("What the models write", lead, "".join(content))
+
+
 def _classes(facts: Facts) -> Iterator[str]:
     lead = "The classes whose recall fell most." if hidden_classes(facts) else ""
     yield from _section("Quality per class", lead, class_table(facts))
@@ -220,10 +236,19 @@ def _commands(facts: Facts) -> Iterator[str]:
     yield from _section("Command", "", f"<pre><code>{facts.write('command')}</code></pre>" if command else "")
 
 
+def _windows(facts: Facts) -> str:
+    names = {"windows": "", "context": "tokens of a window: ", "stride": "stride: ", "predicted_tokens": "predicted: "}
+    names["tokens_added_per_window"] = "tokens added to a window: "
+    at = facts.at("protocol")
+    return "; ".join(f"{told}{facts.write(f'protocol.{name}', 'text')}" for name, told in names.items() if name in at)
+
+
 def _hardware(facts: Facts) -> Iterator[str]:
     timed = facts.at("models.0.latency")
     rows = [("machine", facts.write("hardware"))]
     versions = ", ".join(f"{name} {facts.write(f'environment.{name}')}" for name in ("torch", "transformers"))
+    if facts.at("protocol"):
+        rows.append(("windows", _windows(facts)))
     rows.append(("software", f"Python {facts.write('environment.python')}, {versions}"))
     for i in range(len(facts.at("models"))) if timed else ():
         at = f"models.{i}.latency.0"

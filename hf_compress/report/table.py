@@ -40,6 +40,7 @@ class Entry:
         lineage: The jobs of the recipe that made it, the first one first: `name`, `stage`, `options` and `seconds`.
         only_answer: The class that it answers to every example: `answer`, and the fraction of examples for which that
             is `right`; None where answers differ, or are no classes.
+        samples: What it wrote: `prompt` and `continuation`; only of language models.
         words: For some texts `tokens` and, for each of them, how many layers it leaves (`layers`), and of how many.
     """
 
@@ -60,6 +61,7 @@ class Entry:
     only_answer: dict[str, Any] | None = None
     words: list[dict[str, Any]] = field(default_factory=list)
     lineage: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
 
 
 def bytes_on_disk(folder: str | os.PathLike[str] | None) -> int | None:

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_compress.report.comparison import compare_models
+from hf_compress.report.quality import Measured
+from hf_compress.report.samples import Beginnings, places_of
 from hf_compress.stages.arguments import DeviceArguments, OutputArguments, StageArguments
 from hf_compress.stages.evaluate import opened_task
 from hf_compress.stages.measured import common_device, label_of, measured
 from hf_compress.tasks.arguments import DataArguments, WindowArguments
+from hf_compress.tasks.language_modeling import LanguageModeling
 
 
 @dataclass
@@ -25,6 +28,9 @@ class ReportArguments:
         latency_batch_sizes: Batch sizes whose latency is timed.
         latency_repeats: How many rounds are timed; the models take turns in each.
         latency_examples: How many examples are timed, evenly spread over the lengths.
+        sample_prompts: Beginnings that every language model writes on, for the report. Left out: three places of the
+            measured text.
+        sample_tokens: How many tokens they write on each, always the likeliest; 0: none.
     """
 
     models: list[str]
@@ -33,6 +39,14 @@ class ReportArguments:
     latency_batch_sizes: list[int] = field(default_factory=lambda: [1, 32])
     latency_repeats: int = 7
     latency_examples: int = 256
+    sample_prompts: list[str] | None = None
+    sample_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if self.sample_tokens < 0:
+            raise ValueError(f"sample_tokens must be at least 0, got {self.sample_tokens}.")
+        if self.sample_prompts is not None:
+            Beginnings(tuple(self.sample_prompts), self.sample_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,4 +103,19 @@ def report(arguments: Report) -> dict[str, Any]:
         limit=wanted.latency_examples,
         second_baseline=next((label for label, name in folders.items() if name == second), None),
         command=arguments.command_line(),
+        beginnings=_beginnings(arguments, next(iter(models.values()))),
     )
+
+
+def _beginnings(arguments: Report, first: Measured) -> Beginnings | None:
+    """What language models write on; None for other models, or where nothing is wanted."""
+    wanted, chosen = arguments.comparison, arguments.chosen()
+    if not isinstance(first.task, LanguageModeling):
+        for name in ("sample_prompts", "sample_tokens"):
+            if name in chosen:
+                raise ValueError(f"{name} must be left out for {first.task.kind}: only language models write texts.")
+        return None
+    if not wanted.sample_tokens:
+        return None
+    prompts = places_of(first) if wanted.sample_prompts is None else tuple(wanted.sample_prompts)
+    return Beginnings(prompts, wanted.sample_tokens)
