@@ -10,6 +10,7 @@ from .core.cost import count_cost as count_cost
 from .core.record import CompressionConfig as CompressionConfig
 from .export.folder import export_onnx as export_onnx
 from .export.onnx_model import OnnxModel as OnnxModel
+from .layer_by_layer import compress_folder as compress_folder
 from .methods import METHODS as METHODS
 from .methods.layer_selection import LayerSelectionConfig as LayerSelectionConfig
 from .methods.linformer import LinformerConfig as LinformerConfig

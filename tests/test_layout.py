@@ -31,6 +31,7 @@ FLOORS = {
     "hf_compress.training": 4,
     "hf_compress.tasks": 4,
     "hf_compress.vocabulary": 4,
+    "hf_compress.layer_by_layer": 4,
     "hf_compress.report": 5,
     "hf_compress.export": 5,
     "hf_compress.hub": 5,

@@ -22,10 +22,11 @@ from hf_compress.core.batches import base_inputs, token_masks
 from hf_compress.core.calibration import Key, Statistic, feeding, run_base, with_progress
 from hf_compress.core.data_needs import require_batches
 from hf_compress.core.forward_state import carries_state
-from hf_compress.core.layer_calls import LayerCall, LayerRecorder, NotWalkable
+from hf_compress.core.layer_calls import LayerCall, LayerRecorder, NotWalkable, recorded_idle
 from hf_compress.core.modes import evaluating
 from hf_compress.core.moments import PairedMoments
 from hf_compress.core.processes import added_up, all_told, first_told
+from hf_compress.core.residency import InMemory, Residency
 
 
 @dataclass
@@ -93,6 +94,8 @@ class LayerWalk:
         two_streams: Also carry the hidden states of the model as it is now, beside those of the compressed model.
             Needs twice the memory, and a copy of one layer.
         offload: Keep hidden states that are not in use in CPU memory, in the model's dtype.
+        residency: Where the weights of the layers are. Unless they are all in the model, the first forward pass runs
+            no layer, and feeds no statistic. None: in the model.
 
     Raises:
         NotWalkable: If the layers do not run in this way.
@@ -110,8 +113,9 @@ class LayerWalk:
         on_batch: Callable[[Mapping[str, Any]], None] | None = None,
         two_streams: bool = False,
         offload: bool = False,
+        residency: Residency | None = None,
     ) -> None:
-        self._layers, self._index = list(layers), 0
+        self._layers, self._index, self._residency = list(layers), 0, residency or InMemory()
         self._drops_tokens = carries_state(model)
         if two_streams and self._drops_tokens:
             raise NotWalkable("layers drop tokens, and compression changes which tokens they drop")
@@ -127,11 +131,16 @@ class LayerWalk:
                     inputs = base_inputs(model, batch)
                     if on_batch is not None:
                         on_batch(inputs)
-                    recorder, masks = LayerRecorder(self._layers), token_masks(model, inputs)
-                    feeder = feeding(modules or {}, statistics or {}, masks, self._drops_tokens, whole=True)
-                    with recorder.recording(), feeder:
-                        run_base(model, inputs)
-                    self._batches.append(self._recorded(masks, *recorder.finished()))
+                    masks, run = token_masks(model, inputs), partial(run_base, model, inputs)
+                    if self._residency.complete:
+                        recorder = LayerRecorder(self._layers)
+                        feeder = feeding(modules or {}, statistics or {}, masks, self._drops_tokens, whole=True)
+                        with recorder.recording(), feeder:
+                            run()
+                        found = recorder.finished()
+                    else:
+                        found = recorded_idle(self._layers, run)
+                    self._batches.append(self._recorded(masks, *found))
                     sequences += len(self._batches[-1].states)
             except NotWalkable as error:
                 reason = str(error)
@@ -140,6 +149,17 @@ class LayerWalk:
                 raise NotWalkable(reason)
         require_batches(len(self._batches))
         self.num_sequences = sum(all_told(sequences))
+        self._first = self._resume(*self._residency.resumed())
+
+    def _resume(self, first: int, states: list[Tensor]) -> int:
+        """Put the inputs of the first layer to visit in place of those of the model's first layer."""
+        left = iter(states)
+        for batch in self._batches if states else ():
+            del batch.calls[len(batch.calls) - first :]
+            batch.states = self._put_away(next(left).to(batch.device))
+            if self._two_streams:
+                batch.dense_states = self._put_away(next(left).to(batch.device))
+        return first
 
     def _recorded(self, masks: list[Tensor], calls: list[LayerCall], states: Tensor) -> _Batch:
         # Layers share masks and position embeddings: each tensor is moved only once.
@@ -155,18 +175,33 @@ class LayerWalk:
     def _put_away(self, tensor: Tensor) -> Tensor:
         return tensor.to("cpu") if self._offload else tensor
 
+    @property
+    def first(self) -> int:
+        """Index of the layer with which the walk begins; the layers before it are changed already."""
+        return self._first
+
     def __len__(self) -> int:
         return len(self._layers)
 
     def __iter__(self) -> Iterator[int]:
         """Yield the index of each layer. Going on runs the current layer, as it is by then, for the last time."""
-        for index, layer in enumerate(self._layers):
+        for index in range(self._first, len(self._layers)):
             self._index = index
+            self._residency.enter(index)
             if self._two_streams:
-                self._dense_layer = copy.deepcopy(layer).eval()
+                self._dense_layer = copy.deepcopy(self._layers[index]).eval()
             yield index
-            if index + 1 < len(self._layers):
+            following = index + 1 < len(self._layers)
+            if following:
                 self._advance()
+            self._dense_layer = None
+            self._residency.leave(index, list(self._streams()) if following else [])
+
+    def _streams(self) -> Iterator[Tensor]:
+        for batch in self._batches:
+            yield batch.states
+            if batch.dense_states is not None:
+                yield batch.dense_states
 
     def _run(self, layer: nn.Module, batch: _Batch, states: Tensor) -> Tensor:
         if not self._offload:

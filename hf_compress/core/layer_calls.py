@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from hf_compress.core.watching import After, Before, watched
+from hf_compress.core.watching import After, Before, Stop, watched
 
 
 class NotWalkable(ValueError):
@@ -140,6 +140,11 @@ class LayerRecorder:
 
         return leave
 
+    @property
+    def begun(self) -> bool:
+        """Whether a layer has run."""
+        return bool(self._calls)
+
     def finished(self) -> tuple[list[LayerCall], Tensor]:
         """The calls, and the input of the first layer.
 
@@ -149,6 +154,64 @@ class LayerRecorder:
         if self._states is None or len(self._calls) < len(self._layers):
             raise NotWalkable(f"layer {len(self._calls)} does not run")
         return self._calls, self._states
+
+
+# What layers of transformers' models make of their hidden states; the second entry of a tuple are attention weights.
+_RETURNED: tuple[Callable[[Tensor], Any], ...] = (
+    lambda states: states,
+    lambda states: (states,),
+    lambda states: (states, None),
+)
+
+
+def recorded_idle(layers: Sequence[nn.Module], run: Callable[[], None]) -> tuple[list[LayerCall], Tensor]:
+    """Record the calls of layers that compute nothing, so that their weights need not be there.
+
+    Each layer passes its input on. What layers return (a tensor, or a tuple that begins with it) is tried out.
+
+    Args:
+        layers: Modules that are expected to run once each, in this order.
+        run: Runs the model once.
+
+    Returns:
+        The calls, and the input of the first layer.
+
+    Raises:
+        NotWalkable: If the layers do not run one after the other in any of these ways.
+    """
+    reason: Exception | None = None
+    for returned in _RETURNED:
+        recorder = LayerRecorder(layers)
+        try:
+            with recorder.recording(), _idle(layers, returned):
+                run()
+            return recorder.finished()
+        except (NotWalkable, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            if not recorder.begun:
+                # What fails before the first layer has nothing to do with what layers return.
+                raise
+            reason = reason or error
+    raise NotWalkable(str(reason)) from reason
+
+
+@contextmanager
+def _idle(layers: Sequence[nn.Module], returned: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Let each layer return its input unchanged, and end the forward pass at the last one."""
+
+    def passing(*args: Any, **kwargs: Any) -> Any:
+        # Another object, because the recorder asks which of them later layers read.
+        return returned(LayerCall.of(args, kwargs)[1].detach())
+
+    def ending(*args: Any, **kwargs: Any) -> Any:
+        raise Stop
+
+    try:
+        for layer in layers:
+            layer.forward = ending if layer is layers[-1] else passing
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

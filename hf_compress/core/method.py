@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.core.data_needs import Data, DataNeeds
+from hf_compress.core.layer_passes import LayerPasses
 from hf_compress.core.method_config import MethodConfig as MethodConfig
 from hf_compress.core.method_training import MethodTraining
 
@@ -64,6 +65,9 @@ class Method:
             record, or to compute what is not saved. None: nothing to do.
         training: `(model) -> MethodTraining`; what the method does in a training of a model that went through it.
             None: nothing.
+        compress_layers: `(passes, config) -> completed config`; what `compress` does to a model whose layers are
+            in memory one at a time. It may be called again after it was killed, and then ends with the same. Raises
+            `ValueError` where a config needs the whole model. None: the method always does.
     """
 
     # The callables take a config of `config_class`, which these types cannot express.
@@ -86,6 +90,7 @@ class Method:
     implied: Callable[[PretrainedConfig], MethodConfig | None] | None = None
     check_loaded: Callable[[PreTrainedModel], None] | None = None
     training: Callable[[PreTrainedModel], MethodTraining] | None = None
+    compress_layers: Callable[[LayerPasses, Any], MethodConfig] | None = None
 
     def needs_of(self, config: MethodConfig) -> DataNeeds:
         """How `compress` reads its data under a config."""

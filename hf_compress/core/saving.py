@@ -16,6 +16,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 # `Trainer` uploads no files whose name begins like this.
@@ -240,12 +242,31 @@ def write_json(file: str | os.PathLike[str], content: Any) -> None:
 
 def write_text(file: str | os.PathLike[str], text: str) -> None:
     """Write a text file in one step, as `write_json`."""
-    file = Path(file)
+    with _in_one_step(Path(file)) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_tensors(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], told: Mapping[str, str]) -> None:
+    """Write a file of safetensors in one step, as `write_json`, so that it is there after a loss of power, too.
+
+    Args:
+        file: Its place.
+        tensors: Name -> tensor, on any device.
+        told: What the file's header says beside names and shapes.
+    """
+    with _in_one_step(Path(file)) as aside:
+        content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(content, aside, {"format": "pt", **told})
+    _sync(Path(file).parent)
+
+
+@contextmanager
+def _in_one_step(file: Path) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     # A unique name, because two processes may write the same file.
     aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.incomplete")
     try:
-        aside.write_text(text, encoding="utf-8")
+        yield aside
         _sync(aside)
         os.replace(aside, file)
     finally:

@@ -2,6 +2,7 @@
 
 from hf_compress.core.method import Method, Paper
 from hf_compress.methods.structured_pruning.config import StructuredPruningConfig as StructuredPruningConfig
+from hf_compress.methods.structured_pruning.layer_by_layer import compress_layers
 from hf_compress.methods.structured_pruning.modeling import check, compress, data_needs, plain, rebuild
 
 
@@ -13,6 +14,7 @@ METHOD = Method(
     check=check,
     plain=plain,
     data_needs=data_needs,
+    compress_layers=compress_layers,
     paper=Paper(
         title="STAT: Shrinking Transformers After Training",
         identifier="2406.00061",

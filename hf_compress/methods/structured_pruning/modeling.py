@@ -94,7 +94,7 @@ def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data
     """
     layers = layers_of(model)
     if config.mac_ratio == 1:
-        return _completed(config, layers, config.seq_len, 0.0)
+        return completed(config, layers, config.seq_len, 0.0)
     assert data is not None
     warn_of_filled_zeros(config, layers)
     if config.selection == "fisher":
@@ -136,7 +136,7 @@ def _compress_by_activations(
         measured = measure()
     rankings = measured.rankings
     seq_len = config.seq_len or measured.mean_length
-    sublayers = _sublayers(layers, config, seq_len, _priorities(model, layers, config, measured, data))
+    sublayers = ranked_sublayers(layers, config, seq_len, _priorities(model, layers, config, measured, data))
     sizes, tolerance = allocate(sublayers, config.mac_ratio * full_cost(sublayers))
     kept = dict(zip(rankings, sizes, strict=True))
     if measured.walk is None:
@@ -146,9 +146,9 @@ def _compress_by_activations(
         # Every sublayer is measured again, so the moments of the intact model only take up memory.
         measured.moments.clear()
         pre_norm = layers[0].architecture.normalises_first(model.config)
-        _cut_in_order(measured.walk, layers, config, kept, measured.generator, pre_norm)
+        cut_in_order(measured.walk, layers, config, kept, measured.generator, pre_norm)
     # Priorities of a decomposition are shares of squared norms; the record holds a ratio of norms.
-    return _completed(config, layers, seq_len, None if config.allocation == "divergence" else tolerance**0.5)
+    return completed(config, layers, seq_len, None if config.allocation == "divergence" else tolerance**0.5)
 
 
 def _priorities(
@@ -164,7 +164,7 @@ def _priorities(
     return divergence_priorities(model, layers, measured.rankings, measured.moments, data)
 
 
-def _cut_in_order(
+def cut_in_order(
     walk: LayerWalk,
     layers: Sequence[TransformerLayer],
     config: StructuredPruningConfig,
@@ -212,10 +212,10 @@ def _compress_by_fisher(
         scales = kept.unit_scales.repeat_interleave(layer.unit_size)
         keep_heads_(layer, kept.units, scaled_columns(layer.attention_out, columns, scales))
         keep_neurons_(layer, kept.neurons, scaled_columns(layer.ffn_out, kept.neurons, kept.neuron_scales))
-    return _completed(config, layers, seq_len, None)
+    return completed(config, layers, seq_len, None)
 
 
-def _sublayers(
+def ranked_sublayers(
     layers: Sequence[TransformerLayer],
     config: StructuredPruningConfig,
     seq_len: float,
@@ -242,11 +242,11 @@ def _sublayers(
 def _check_budget(layers: Sequence[TransformerLayer], config: StructuredPruningConfig, seq_len: float) -> None:
     """Check that the units that must stay fit into the budget, before anything is ranked."""
     units = {(x.index, kind): x.num_units if kind == "heads" else x.num_neurons for x in layers for kind in UNIT_KINDS}
-    sublayers = _sublayers(layers, config, seq_len, {key: [1.0] * number for key, number in units.items()})
+    sublayers = ranked_sublayers(layers, config, seq_len, {key: [1.0] * number for key, number in units.items()})
     check_budget(sublayers, config.mac_ratio * full_cost(sublayers))
 
 
-def _completed(
+def completed(
     config: StructuredPruningConfig, layers: Sequence[TransformerLayer], seq_len: float | None, tolerance: float | None
 ) -> StructuredPruningConfig:
     done = dataclasses.replace(

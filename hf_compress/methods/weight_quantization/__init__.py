@@ -2,6 +2,7 @@
 
 from hf_compress.core.method import Method, Paper
 from hf_compress.methods.weight_quantization.config import WeightQuantizationConfig as WeightQuantizationConfig
+from hf_compress.methods.weight_quantization.layer_by_layer import compress_layers
 from hf_compress.methods.weight_quantization.modeling import (
     check,
     compress,
@@ -24,6 +25,7 @@ METHOD = Method(
     plain=plain,
     make_plain=make_plain,
     data_needs=data_needs,
+    compress_layers=compress_layers,
     check_loaded=compute_weights,
     training=WeightQuantizationTraining,
     relation="quantized",

@@ -95,9 +95,7 @@ def compress(model: PreTrainedModel, config: WeightQuantizationConfig, data: Dat
     layers = layers_to_quantise(model, config)
     if config.algorithm == "rtn":
         for layer in layers:
-            for module in chosen_modules(layer, config, model.base_model_prefix).values():
-                rounded = round_to_nearest(matrix_of(module).detach(), _options(config, module))
-                pack_(module, rounded, storage_of(config))
+            round_layer_(layer, config, model.base_model_prefix)
         return config
     assert data is not None
     try:
@@ -109,6 +107,13 @@ def compress(model: PreTrainedModel, config: WeightQuantizationConfig, data: Dat
         ) from error
     quantize_in_order(walk, layers, config, model.base_model_prefix)
     return config
+
+
+def round_layer_(layer: TransformerLayer, config: WeightQuantizationConfig, prefix: str) -> None:
+    """Round the weights of one layer to nearest, and pack them."""
+    for module in chosen_modules(layer, config, prefix).values():
+        rounded = round_to_nearest(matrix_of(module).detach(), _options(config, module))
+        pack_(module, rounded, storage_of(config))
 
 
 def quantize_in_order(
@@ -209,8 +214,13 @@ def rebuild(model: PreTrainedModel, config: WeightQuantizationConfig) -> None:
     """
     if config.act_order is None:
         raise ValueError("act_order must be recorded, got a config that was never applied.")
-    for layer in layers_to_quantise(model, config):
-        for module in chosen_modules(layer, config, model.base_model_prefix).values():
+    rebuild_layers(layers_to_quantise(model, config), config, model.base_model_prefix)
+
+
+def rebuild_layers(layers: Sequence[TransformerLayer], config: WeightQuantizationConfig, prefix: str) -> None:
+    """Give some layers of a skeleton their packed modules."""
+    for layer in layers:
+        for module in chosen_modules(layer, config, prefix).values():
             pack_shapes_(module, storage_of(config))
 
 
