@@ -107,8 +107,8 @@ def test_one_layer_is_loaded_at_a_time(source, tmp_path, monkeypatch):
         resident = [any(not p.is_meta for p in layer.parameters()) for layer in store._layers]
         most.append((sum(resident), len(loaded)))
 
-    def dropping(store, index):
-        drop(store, index)
+    def dropping(store, index, done):
+        drop(store, index, done)
         loaded.discard(index)
 
     monkeypatch.setattr(LayerStore, "load_", loading)
