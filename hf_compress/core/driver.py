@@ -47,6 +47,13 @@ class _Batch:
     dense_states: Tensor | None
     device: torch.device
 
+    def resume(self, first: int, states: Iterator[Tensor], put_away: Callable[[Tensor], Tensor]) -> None:
+        """Go on with a later layer and its inputs, those in the untouched model last."""
+        del self.calls[len(self.calls) - first :]
+        self.states = put_away(next(states).to(self.device))
+        if self.dense_states is not None:
+            self.dense_states = put_away(next(states).to(self.device))
+
 
 class _Rows:
     """Keeps the rows of one batch unchanged."""
@@ -140,7 +147,7 @@ class LayerWalk:
                         found = recorder.finished()
                     else:
                         found = recorded_idle(self._layers, run)
-                    self._batches.append(self._recorded(masks, *found))
+                    self._batches.append(_recorded(masks, *found, self._put_away, two_streams))
                     sequences += len(self._batches[-1].states)
             except NotWalkable as error:
                 reason = str(error)
@@ -149,43 +156,21 @@ class LayerWalk:
                 raise NotWalkable(reason)
         require_batches(len(self._batches))
         self.num_sequences = sum(all_told(sequences))
-        self._first = self._resume(*self._residency.resumed())
-
-    def _resume(self, first: int, states: list[Tensor]) -> int:
-        """Put the inputs of the first layer to visit in place of those of the model's first layer."""
+        # The layers before the first one to visit are changed already.
+        self.first, states = self._residency.resumed()
         left = iter(states)
         for batch in self._batches if states else ():
-            del batch.calls[len(batch.calls) - first :]
-            batch.states = self._put_away(next(left).to(batch.device))
-            if self._two_streams:
-                batch.dense_states = self._put_away(next(left).to(batch.device))
-        return first
-
-    def _recorded(self, masks: list[Tensor], calls: list[LayerCall], states: Tensor) -> _Batch:
-        # Layers share masks and position embeddings: each tensor is moved only once.
-        away: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def put(tensor: Tensor) -> Tensor:
-            return away.setdefault(id(tensor), (tensor, self._put_away(tensor)))[1]
-
-        kept = [call.mapped(put) for call in reversed(calls)]
-        own = put(states)
-        return _Batch(masks, kept, own, own if self._two_streams else None, states.device)
+            batch.resume(self.first, left, self._put_away)
 
     def _put_away(self, tensor: Tensor) -> Tensor:
         return tensor.to("cpu") if self._offload else tensor
-
-    @property
-    def first(self) -> int:
-        """Index of the layer with which the walk begins; the layers before it are changed already."""
-        return self._first
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def __iter__(self) -> Iterator[int]:
         """Yield the index of each layer. Going on runs the current layer, as it is by then, for the last time."""
-        for index in range(self._first, len(self._layers)):
+        for index in range(self.first, len(self._layers)):
             self._index = index
             self._residency.enter(index)
             if self._two_streams:
@@ -286,6 +271,24 @@ class LayerWalk:
                 pairs = {name: _BesideDense(moments[name], rows[name]) for name in moments}
                 with feeding(_named(layer, moments), pairs, batch.masks):
                     self._run(layer, batch, batch.states)
+
+
+def _recorded(
+    masks: list[Tensor],
+    calls: list[LayerCall],
+    states: Tensor,
+    put_away: Callable[[Tensor], Tensor],
+    two_streams: bool,
+) -> _Batch:
+    # Layers share masks and position embeddings: each tensor is moved only once.
+    away: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def put(tensor: Tensor) -> Tensor:
+        return away.setdefault(id(tensor), (tensor, put_away(tensor)))[1]
+
+    kept = [call.mapped(put) for call in reversed(calls)]
+    own = put(states)
+    return _Batch(masks, kept, own, own if two_streams else None, states.device)
 
 
 def _named(layer: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
