@@ -159,8 +159,8 @@ class LayerWalk:
         # The layers before the first one to visit are changed already.
         self.first, states = self._residency.resumed()
         left = iter(states)
-        for batch in self._batches if states else ():
-            batch.resume(self.first, left, self._put_away)
+        for recorded in self._batches if states else ():
+            recorded.resume(self.first, left, self._put_away)
 
     def _put_away(self, tensor: Tensor) -> Tensor:
         return tensor.to("cpu") if self._offload else tensor
