@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,7 +69,7 @@ class WeightQuantizationConfig(MethodConfig):
                 f"group_size must be -1 (one group of all inputs) or at least 1, got {self.group_size}. 64 or 128 are "
                 "usual."
             )
-        if self.percdamp <= 0:
+        if not 0 < self.percdamp < math.inf:
             raise ValueError(f"percdamp must be positive, got {self.percdamp}. 0.01 is usual.")
         if self.static_groups and self.group_size == -1:
             raise ValueError("static_groups must go with a group_size, got group_size=-1: there are no groups.")
