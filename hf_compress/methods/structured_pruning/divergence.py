@@ -18,10 +18,11 @@ from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.batches import base_inputs, layer_mask, on_device, seen_tokens
 from hf_compress.core.calibration import with_progress
 from hf_compress.core.data_needs import Data, require_batches
-from hf_compress.core.forward_state import forward_state
+from hf_compress.core.forward_state import carries_state, forward_state
 from hf_compress.core.modes import evaluating
 from hf_compress.core.moments import SecondMoments
 from hf_compress.core.processes import added_up
+from hf_compress.core.replaying import outputs_recorded, replayed
 from hf_compress.core.surgery import unit_columns
 from hf_compress.methods.structured_pruning.allocation import UnitKind
 from hf_compress.methods.structured_pruning.correction import output_projection
@@ -122,7 +123,12 @@ def divergence_priorities(
     answers, priorities = _Answers(model), {}
     with evaluating(model):
         batches = _first(model, data)
-        dense = [answers(batch) for batch in batches]
+        modules, dense, returned = [layer.module for layer in layers], [], []
+        for batch in batches:
+            with outputs_recorded(modules) as found:
+                dense.append(answers(batch))
+            # Layers that drop tokens also change what later layers read beside their input.
+            returned.append([] if carries_state(model) else found)
         if any(bool(torch.isnan(rows).any()) for rows in dense):
             raise ValueError(
                 "The model's outputs must be finite for allocation='divergence', got NaN. Check its weights."
@@ -140,8 +146,11 @@ def divergence_priorities(
                         columns = unit_columns(sorted(ranking.order[:kept]), size).to(gram.device)
                         out.weight.zero_()
                         out.weight[:, columns] = (intact.to(gram) @ interpolation_matrix(gram, columns).T).to(intact)
-                        for rows, batch in zip(dense, batches, strict=True):
-                            distances.add(trial, rows, answers(batch), answers.classifies)
+                        for rows, batch, outputs in zip(dense, batches, returned, strict=True):
+                            # The layers before the one that is cut compute what they have computed already.
+                            same = outputs[: key[0]]
+                            with replayed(modules[: len(same)], same):
+                                distances.add(trial, rows, answers(batch), answers.classifies)
                     distances.count(dense, answers.classifies)
             finally:
                 out.weight.copy_(intact)
