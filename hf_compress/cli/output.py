@@ -248,7 +248,10 @@ def recovery_hint(models: Sequence[Mapping[str, Any]], metric: str, num_examples
 def _print_exported(arguments: StageArguments, results: Mapping[str, Any]) -> None:
     report = results["export"]
     files = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in report["bytes"].items())
-    print(f"within {report['largest_difference']:.1e} of PyTorch on {len(report['checks'])} batches; {files}")
+    if "checks" in report:
+        print(f"within {report['largest_difference']:.1e} of PyTorch on {len(report['checks'])} batches; {files}")
+    else:
+        print(f"{report['layers']} packed layers, read back bit for bit; {files}")
     if "int8" in report:
         _print_int8(report["int8"])
     for name, metrics in results["metrics"].items():

@@ -21,6 +21,7 @@ from hf_compress.core.batches import layer_mask
 from hf_compress.core.cost import count_size
 from hf_compress.core.exported import ExportedModel
 from hf_compress.core.saving import complete_or_absent, require_own_folder, write_json
+from hf_compress.export import compressed_tensors
 from hf_compress.export.formats import FORMATS, Format
 from hf_compress.export.graph import OPSET, called_for_export, output_names, output_values
 from hf_compress.export.inputs import Inputs, checked_inputs, example_inputs, read_inputs, size_of
@@ -91,6 +92,8 @@ def export_model(
 ) -> dict[str, Any]:
     """As `export_onnx`, to any of `FORMATS`; with int8 to ONNX only."""
     require_format(format_, int8)
+    if format_ == compressed_tensors.FORMAT:
+        return _export_packed(model, output_dir, processor)
     _require_exportable(model)
     require_bound(int8_bound)
     require_own_folder(output_dir, {"the model": getattr(model.config, "_name_or_path", None)})
@@ -106,11 +109,27 @@ def export_model(
     return report
 
 
+def _export_packed(
+    model: PreTrainedModel,
+    output_dir: str | os.PathLike[str],
+    processor: PreTrainedTokenizerBase | BaseImageProcessor | None,
+) -> dict[str, Any]:
+    """Write packed weights for other programs, which open the folder as one of transformers'."""
+    require_own_folder(output_dir, {"the model": getattr(model.config, "_name_or_path", None)})
+    found = compressed_tensors.packed_model(model)
+    with complete_or_absent(output_dir) as staged:
+        report = {"format": compressed_tensors.FORMAT, **found.write(staged)}
+        report["bytes"] = {file.name: file.stat().st_size for file in sorted(staged.glob("*.safetensors"))}
+        _write_processor(model, processor, staged)
+    return report
+
+
 def require_format(name: str, int8: bool = False) -> None:
     """Raise `ValueError` unless the format exists, its packages are installed, and it has int8 if that is asked."""
-    if name not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}.")
-    FORMATS[name].require_packages()
+    if name not in FORMATS and name != compressed_tensors.FORMAT:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, {compressed_tensors.FORMAT}, got {name!r}.")
+    if name in FORMATS:
+        FORMATS[name].require_packages()
     if int8 and name != "onnx":
         raise ValueError(f"int8 must be left out for format {name}: only the graphs of ONNX Runtime have the guard.")
 
@@ -118,11 +137,18 @@ def require_format(name: str, int8: bool = False) -> None:
 def _write_beside(
     model: PreTrainedModel, processor: PreTrainedTokenizerBase | BaseImageProcessor | None, folder: Path
 ) -> None:
-    """What readers of a folder need beside the graph: config, processor, how a sentence encoder pools."""
+    """What readers of a folder need beside the graph."""
     config = copy.deepcopy(model.config)
     # A config that was never saved does not say what head the model has.
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
+    _write_processor(model, processor, folder)
+
+
+def _write_processor(
+    model: PreTrainedModel, processor: PreTrainedTokenizerBase | BaseImageProcessor | None, folder: Path
+) -> None:
+    """The processor, and how a sentence encoder pools."""
     if processor is not None:
         processor.save_pretrained(folder)
     source = getattr(model.config, "_name_or_path", "")

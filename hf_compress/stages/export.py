@@ -27,7 +27,6 @@ from hf_compress.tasks.inputs import calibration_batches
 
 logger = logging.getLogger(__name__)
 
-_COMPRESSED_TENSORS = "it stores rounded weights, and no method of this package rounds weights yet"
 _TORCH = "PyTorch"
 # Of the draw of the examples that outputs are compared on, and how many are padded to one length.
 _SEED, _BATCH = 0, 16
@@ -39,8 +38,8 @@ class ExportArguments:
 
     Args:
         model_name_or_path: Hub name or folder of the model to export, dense or compressed.
-        format: onnx, openvino (where that package is installed) or torch-export. compressed-tensors is refused with a
-            reason.
+        format: onnx, openvino (where that package is installed), torch-export, or compressed-tensors: packed weights
+            of 4 or 8 bits for transformers and vLLM.
         int8: Also write the model with weights of eight bits, in the format onnx; layers that move the outputs too far
             stay in float.
         int8_bound: How far int8 may move the outputs: the root mean square of their change over their standard
@@ -63,8 +62,6 @@ class ExportArguments:
     latency_examples: int = 64
 
     def __post_init__(self) -> None:
-        if self.format == "compressed-tensors":
-            raise ValueError(f"format must be another one, got {self.format!r}: {_COMPRESSED_TENSORS}.")
         require_format(self.format, self.int8)
         require_bound(self.int8_bound)
         for name in ("check_examples", "latency_repeats", "latency_examples"):
@@ -103,6 +100,8 @@ def export(arguments: Export) -> dict[str, Any]:
     wanted, data, folder = arguments.export, arguments.data, arguments.output.output_dir
     task, split = opened_task(data, wanted.split, [wanted.model_name_or_path])
     original = measured(wanted.model_name_or_path, task, split, data.max_length, "cpu")
+    if wanted.format not in FORMATS:
+        return _packed(original, folder, wanted.format)
     rows = original.rows
     batches = calibration_batches(
         rows, original.processor, min(wanted.check_examples, len(rows)), _SEED, batch_size=_BATCH
@@ -120,6 +119,21 @@ def export(arguments: Export) -> dict[str, Any]:
         "num_examples": len(rows),
         "metrics": {name: evaluated(each).metrics() for name, each in measures.items()},
         "latency": _timed(measures, wanted),
+        "environment": environment(),
+    }
+    write_json(Path(folder, "results.json"), results)
+    return results
+
+
+def _packed(original: Measured, folder: str, format_: str) -> dict[str, Any]:
+    """Write packed weights, which other programs compute with: nothing is timed."""
+    report = export_model(original.model, folder, [], original.processor, format_)
+    results = {
+        "export": report,
+        "split": original.split,
+        "num_examples": len(original.rows),
+        "metrics": {_TORCH: evaluated(original).metrics()},
+        "latency": [],
         "environment": environment(),
     }
     write_json(Path(folder, "results.json"), results)
