@@ -18,6 +18,7 @@ from transformers import (
 
 import hf_compress as hc
 from hf_compress.cli.main import main
+from hf_compress.core.exported import ExportedModel
 from hf_compress.export.folder import export_model
 from hf_compress.methods.weight_quantization.packed import PackedModule
 from tests.labelled_models import TEXTS, write_perfect_model, write_rows
@@ -132,6 +133,21 @@ def test_what_the_layout_cannot_say_is_refused(tmp_path, model, quantized, what)
         export_model(made, tmp_path / "out", [], None, FORMAT)
     assert "\n" not in str(found.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_exported_model_writes_no_text(tmp_path):
+    class Nothing(ExportedModel):
+        runtime = "ONNX Runtime"
+
+        def compute(self, inputs):
+            return []
+
+    exported = Nothing(tmp_path / "model.onnx", ["input_ids"], [], None)
+    with pytest.raises(
+        ValueError, match="generate must be called on the original, got a model in ONNX Runtime"
+    ) as found:
+        exported.generate(torch.ones(1, 2, dtype=torch.int64))
+    assert "\n" not in str(found.value)
 
 
 def test_int8_and_unknown_formats_are_refused(tmp_path, quantized):

@@ -64,6 +64,13 @@ class ExportedModel(nn.Module, ABC):
         """Pipelines ask; no exported model does."""
         return False
 
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Refuse to write a text, with the remedy."""
+        raise ValueError(
+            f"generate must be called on the original, got a model in {self.runtime}: its graph computes a whole text "
+            "and has no cache of keys and values. The exported one gives the logits of a text that is there."
+        )
+
     def forward(
         self,
         input_ids: Tensor | None = None,
