@@ -162,7 +162,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     answers = write_perfect_model(tmp_path / "dense", ["no", "yes"])
     rows = [{"text": text, "label": answer} for text, answer in zip(TEXTS, answers, strict=True)]
     write_rows(tmp_path / "data" / "validation.jsonl", rows)
-    line = "export --model_name_or_path dense --data_dir data --output_dir out --format compressed-tensors --max_length 32"
+    options = "--data_dir data --output_dir out --format compressed-tensors --max_length 32"
+    line = f"export --model_name_or_path dense {options}"
     assert main(line.split()) == 2
     assert "must have a model with packed weights" in capsys.readouterr().err
     model = AutoModelForSequenceClassification.from_pretrained("dense")
