@@ -102,7 +102,7 @@ def test_command_and_comparison(tmp_path, monkeypatch, capsys, format_):
 @pytest.mark.parametrize(
     ("format_", "int8", "words"),
     [
-        ("tflite", False, "format must be one of onnx, openvino, torch-export, got 'tflite'"),
+        ("tflite", False, "format must be one of onnx, openvino, torch-export, compressed-tensors, got 'tflite'"),
         ("torch-export", True, "int8 must be left out for format torch-export"),
     ],
 )
