@@ -38,6 +38,7 @@ from .tasks.inputs import calibration_batches as calibration_batches
 from .tasks.pair_inputs import PairCollator as PairCollator
 from .tasks.pair_inputs import encode_pairs as encode_pairs
 from .tasks.pair_inputs import read_pairs_separately_ as read_pairs_separately_
+from .tasks.perplexity import perplexity as perplexity
 from .tasks.sources import load_task as load_task
 from .training.arguments import DistillationArguments as DistillationArguments
 from .training.arguments import JointTeacherArguments as JointTeacherArguments

@@ -97,11 +97,19 @@ def test_what_replaces_other_options_exists(page):
     # Parameters of functions, arguments of programs in examples/, and a class of transformers.
     others = {
         "config",
+        "context",
         "data",
+        "groupsize",
         "int8",
+        "model",
+        "nearest",
         "nproc_per_node",
+        "nsamples",
+        "out",
+        "output",
         "sep_pair",
         "student_reinit",
+        "task",
         "TrainerCallback",
         "TrainingArguments",
     }

@@ -88,4 +88,4 @@ def test_there_is_no_text_to_calibrate_on(place, capsys):
     assert main(f"{CUT} --task_name story.txt".split()) == 2
     message = capsys.readouterr().err
     assert "The task 'story' has no train split to calibrate on, only validation" in message
-    assert "name a file with --train_file" in message
+    assert "name a text with train_file, in place of data_dir" in message

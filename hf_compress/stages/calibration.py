@@ -36,11 +36,6 @@ def calibration_of(
     Raises:
         ValueError: If there is no training text, or too little of it.
     """
-    if "train" not in task.splits:
-        raise ValueError(
-            f"The task {task.name!r} has no train split to calibrate on, only {', '.join(task.splits)}: name a file "
-            "with --train_file, in place of data_dir; its texts need not be of the task that is measured."
-        )
     seed: int = arguments.option("calibration_seed")
     length = task.longest(model, processor, data.max_length)
     asked: int = arguments.option("calibration_samples")

@@ -152,9 +152,8 @@ class LanguageModeling(Task):
     def encode(self, split: str, processor: Processor, max_length: int) -> Dataset:
         """Windows of `max_length` tokens with `labels`.
 
-        A running text is cut into whole windows; what is left at its end stays out, and of texts that are read in
-        training only if there is a whole window. Of texts on their own the last window may be shorter. Tokens that an
-        earlier window held have no label.
+        A running text is cut into whole windows; what is left at its end stays out. Of texts on their own the last
+        window may be shorter, and so is that of a short text in training. Tokens of an earlier window have no label.
 
         Raises:
             ValueError: If a measured text is shorter than a window.
@@ -162,7 +161,7 @@ class LanguageModeling(Task):
         tokenizer = tokenizer_for(processor, max_length)
         chosen = self.windows or WindowArguments()
         stride = require_windows(max_length, chosen.stride)
-        streams = tokenizer(self._texts(split), verbose=False)["input_ids"]
+        streams = self.tokens(split, tokenizer)
         columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for ids in streams:
             places = cut(len(ids), max_length, stride, tail=self.separate)
@@ -186,6 +185,10 @@ class LanguageModeling(Task):
         first = {name: rows[: chosen.max_windows] for name, rows in columns.items()}
         return Dataset.from_dict(first, split=self.split(split).split)
 
+    def tokens(self, split: str, processor: Processor) -> list[list[int]]:
+        """The tokens of each text of a split: of one text, unless rows are separate ones."""
+        return list(tokenizer_for(processor)(self._texts(split), verbose=False)["input_ids"])
+
     def _texts(self, split: str) -> list[str]:
         """The rows of a split, or the one text that they are."""
         texts, known = self.split(split)["text"][:], PUBLISHED.get(self.name)
@@ -201,6 +204,11 @@ class LanguageModeling(Task):
         """
         if self.separate:
             return None
+        if "train" not in self.splits:
+            raise ValueError(
+                f"The task {self.name!r} has no train split to calibrate on, only {', '.join(self.splits)}: name a "
+                "text with train_file, in place of data_dir; it need not be of the task that is measured."
+            )
         rows, drawing = self.split("train")["text"][:], random.Random(seed)
         if sum(map(len, rows)) > _CALIBRATION_TEXT:
             # As many of them, in another order, as hold the text that is enough.
