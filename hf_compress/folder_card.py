@@ -27,6 +27,7 @@ from hf_compress.card_sections import (
     training_section,
 )
 from hf_compress.core.architectures import base_of
+from hf_compress.core.cost import weights_of
 from hf_compress.core.engines import is_sharded
 from hf_compress.core.record import quantized_by_another, record_of
 from hf_compress.methods import METHODS
@@ -107,7 +108,7 @@ def _dense_parameters(model: PreTrainedModel) -> int:
 
 
 def _sizes(model: PreTrainedModel) -> str:
-    parameters = list(model.parameters())
+    parameters, stored = weights_of(model)
     now = sum(parameter.numel() for parameter in parameters)
     # One process writes the card: it cannot count what others hold.
     counted = not any(is_sharded(parameter) for parameter in parameters)
@@ -116,7 +117,10 @@ def _sizes(model: PreTrainedModel) -> str:
     # A class outside transformers may need more than a config. Fewer layers or tokens stand in the config itself.
     if type(model).__module__.startswith("transformers.") and (dense := _dense_parameters(model)) != now:
         rows.insert(0, f"| a dense model of this config | {dense:,} | |")
-    return "\n".join(["| | parameters | not zero |", "|---|---|---|", *rows])
+    table = "\n".join(["| | parameters | not zero |", "|---|---|---|", *rows])
+    size = sum(tensor.numel() * tensor.element_size() for tensor in stored)
+    packed = len(stored) > len(parameters)
+    return f"{table}\n\nWeights are stored as packed integers, {size:,} bytes in all." if packed else table
 
 
 def _auto_class(model: PreTrainedModel) -> str:

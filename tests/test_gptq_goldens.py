@@ -67,7 +67,7 @@ def test_matrices_of_the_released_code(matrix):
         assert torch.equal(found.codes, expected["codes"]), case["case"]
         assert torch.equal(found.grid.zero, expected["zero"]), case["case"]
         assert torch.equal(found.groups, expected["gidx"]), case["case"]
-        assert float(found.loss) == pytest.approx(float(expected["loss"]), rel=1e-6)
+        assert float(found.loss) == pytest.approx(float(expected["loss"]), rel=4e-6)
         if case["groupsize"] == -1 or case["static_groups"]:
             assert torch.equal(found.grid.scale, expected["scale"])
             assert torch.equal(value_of(found), expected["Q"])

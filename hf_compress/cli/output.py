@@ -66,6 +66,14 @@ def _print_compressed(arguments: StageArguments, results: Mapping[str, Any]) -> 
     _print_saved(arguments)
 
 
+def _print_quantized(arguments: StageArguments, results: Mapping[str, Any]) -> None:
+    step, before, after = dict(results["step"]), results["before"], results["after"]
+    print(f"{step.pop('method')}: {json.dumps(step)}")
+    print(f"{before['bytes']:,d} bytes of weights became {after['bytes']:,d} ({after['bytes'] / before['bytes']:.3f})")
+    print(f"{results['seconds']:.1f} s; ", end="")
+    _print_saved(arguments)
+
+
 def _print_pruned_structure(arguments: StageArguments, results: Mapping[str, Any]) -> None:
     _print_cost(results["before"], results["after"])
     _print_sizes(results["step"])
@@ -277,7 +285,7 @@ def _print_int8(found: Mapping[str, Any]) -> None:
 _PRINTERS: dict[str, Callable[[StageArguments, Mapping[str, Any]], None]] = {
     "structured_pruning": _print_pruned_structure,
     "vocabulary_pruning": _print_pruned_vocabulary,
-    "weight_quantization": _print_compressed,
+    "weight_quantization": _print_quantized,
     "weight_pruning": _print_pruned_weights,
     "linformer": _print_linearized,
     "evaluate": _print_evaluated,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
@@ -54,16 +54,21 @@ class CountsItself(Protocol):
         """[B] the tokens of each sequence of a batch that the layers read."""
 
 
-def count_size(model: PreTrainedModel) -> dict[str, int]:
-    """`params`, `nonzero_params` and `bytes` of a `Cost`; of any architecture."""
+def weights_of(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """What a model computes with, and what is stored of it: its parameters both, unless weights are packed."""
     packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
     stored = {id(tensor): tensor for module in packed for tensor in module.stored().values()}
-    ordinary = [p for p in model.parameters() if id(p) not in stored]
-    weights = ordinary + [cast(Tensor, module.weight) for module in packed]
+    ordinary: list[Tensor] = [p for p in model.parameters() if id(p) not in stored]
+    return ordinary + [cast(Tensor, module.weight) for module in packed], [*ordinary, *stored.values()]
+
+
+def count_size(model: PreTrainedModel) -> dict[str, int]:
+    """`params`, `nonzero_params` and `bytes` of a `Cost`; of any architecture."""
+    weights, stored = weights_of(model)
     return {
-        "params": sum(w.numel() for w in weights),
-        "nonzero_params": sum(int(w.count_nonzero()) for w in weights),
-        "bytes": sum(t.numel() * t.element_size() for t in (*ordinary, *stored.values())),
+        "params": sum(weight.numel() for weight in weights),
+        "nonzero_params": sum(int(weight.count_nonzero()) for weight in weights),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
     }
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_compress.methods.weight_quantization.factorisation import inverse_factor
 from hf_compress.methods.weight_quantization.grids import Grid, codes_on, fitted_grid, fitted_grids, largest_code
 
 
@@ -131,8 +132,7 @@ def prepare_inputs(
         damped = damped[order][:, order]
     damped.diagonal().add_(options.percdamp * damped.diagonal().mean())
     try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        factor = inverse_factor(damped)
     except RuntimeError as error:
         # torch.linalg.LinAlgError, which torch does not declare.
         raise ValueError(
@@ -163,7 +163,8 @@ def round_by_inputs(
 
     Source:
         Frantar et al. 2023 (arXiv 2210.17323), algorithm 1. The codes are those of the released code in single
-        precision; sums inside and behind a block are added in another order.
+        precision but for weights that lie in the middle between two of them: sums are added in another order, and the
+        inverse of the moments is factorised without being computed.
     """
     work = _Work(weight, inputs, options, hold_zeros)
     loss = torch.zeros((), device=weight.device)
