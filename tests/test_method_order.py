@@ -26,8 +26,13 @@ IMPOSSIBLE = {
     for first in METHOD_CONFIGS
     if first != "layer_selection"
 }
+IMPOSSIBLE |= {
+    ("weight_quantization", second): f"{second} cannot follow weight_quantization: its weights are packed"
+    for second in METHOD_CONFIGS
+}
+IMPOSSIBLE["weight_quantization", "weight_quantization"] = "Steps must not repeat weight_quantization"
 # The second one reads data, whose ids mean other tokens after the first one: not in one call.
-APART = {("vocabulary_pruning", "structured_pruning")}
+APART = {("vocabulary_pruning", "structured_pruning"), ("vocabulary_pruning", "weight_quantization")}
 
 
 def outcome(model, calls, batches):

@@ -54,7 +54,7 @@ def verdict(method, dense):
         assert_equal_to_rounding(skeleton(**seen)[0], model(**seen)[0])
     if dense.config.model_type not in ARCHITECTURES:
         return "yes"
-    layers = layers_of(model)
+    layers = layers_of(model, packed=True)
     if method == "structured_pruning":
         return "key-value groups and neurons" if layers[0].queries_per_unit > 1 else "heads and neurons"
     if method == "linformer" and any(layer.window is not None for layer in layers):

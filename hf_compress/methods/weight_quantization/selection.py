@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.expressions import matches
-from hf_compress.core.projections import NEURON_ROLES, CuttableLinear, Role, module_inputs, module_outputs
+from hf_compress.core.projections import NEURON_ROLES, Role, module_inputs, module_outputs
 from hf_compress.methods.weight_quantization.config import WeightQuantizationConfig
 
 
@@ -66,13 +66,13 @@ def _listed(names: tuple[str, ...] | None) -> list[str] | None:
 def shared_inputs(layer: TransformerLayer, paths: list[str]) -> list[list[str]]:
     """Group modules of a layer by the input that they read, in the order in which they run.
 
-    A module that a method has changed, or that also reads embeddings of positions, is alone.
+    Modules that also read embeddings of positions are alone. Keys and values of linear attention are projected after
+    they were pooled, so the inputs of the query, of which those rows are sums, stand for theirs, too.
     """
     found: dict[object, list[str]] = {}
     for path in paths:
         role = layer.architecture.projections[path][0]
-        alone = isinstance(layer.modules[path], CuttableLinear) or reads_positions(layer)
-        key = next((roles for roles in _SHARING if role in roles and not alone), path)
+        key = next((roles for roles in _SHARING if role in roles and not reads_positions(layer)), path)
         found.setdefault(key, []).append(path)
     return list(found.values())
 
