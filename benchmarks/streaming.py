@@ -2,8 +2,8 @@
 
     python -m benchmarks.streaming --work_dir build/streaming --out streaming.json
 
-Writes a Llama of random weights in shards, one layer after the other, and compresses it in processes of their own: once
-undisturbed, and once killed at random moments and started again until it ends. The files of both must be the same.
+Writes a Llama of random weights in shards, one layer after the other, and compresses it in processes of their own:
+once undisturbed, and once killed at random moments and started again until it ends. Both must end in the same files.
 Memory is the largest resident set of the process less what it has after the imports.
 """
 
@@ -42,10 +42,9 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     places: dict[str, str] = {}
     for part in [None, *range(args.layers)]:
-        inside = f"model.layers.{part}."
-        names = [
-            n for n in shapes if n.startswith(inside) or (part is None and ".layers." not in n and "lm_head" not in n)
-        ]
+        # The head is tied to the embeddings.
+        outside = [name for name in shapes if ".layers." not in name and not name.startswith("lm_head.")]
+        names = outside if part is None else [name for name in shapes if name.startswith(f"model.layers.{part}.")]
         file = f"model-{len(set(places.values())) + 1:05d}-of-{args.layers + 1:05d}.safetensors"
         tensors = {}
         for name in names:

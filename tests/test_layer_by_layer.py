@@ -4,9 +4,11 @@ import hashlib
 import json
 import multiprocessing
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -316,3 +318,27 @@ def test_a_source_must_be_another_folder_with_a_known_model(source, tmp_path):
     start = saved(tmp_path, "nomic_bert", AutoModelForSequenceClassification)
     with pytest.raises(ValueError, match="layer by layer: its weight files lack .* Open the model whole"):
         hc.compress_folder(start, tmp_path / "out", config, data=calibration())
+
+
+def peak_of(folder, layers, told):
+    """Bytes that a process which prunes a model needs at most, beyond what it has after the imports."""
+    config = transformers.LlamaConfig(
+        vocab_size=99, hidden_size=512, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=8, pad_token_id=0, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "source", max_shard_size="8MB")
+    process = multiprocessing.get_context("spawn").Process(
+        target=layers_program.measure, args=(str(folder / "source"), str(folder / "out"), str(told))
+    )
+    process.start()
+    process.join()
+    return int(told.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read where Linux tells it")
+def test_memory_does_not_grow_with_the_layers(tmp_path):
+    few, many = (peak_of(tmp_path / str(n), n, tmp_path / f"{n}.txt") for n in (3, 30))
+    layer = 4 * (4 * 512**2 + 3 * 512 * 1024)
+    # 27 more layers, and not the room for two of them.
+    assert abs(many - few) < 2 * layer

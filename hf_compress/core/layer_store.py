@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from hf_compress.core.saved_weights import SavedWeights
 from hf_compress.core.saving import write_tensors
 
 
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 # Numbers that are looked at in one go.
 _PART = 2**22
 
@@ -100,6 +103,10 @@ class LayerStore:
             done: It will not be loaded again, so that what no file holds may go, too.
         """
         layer = self._layers[index]
-        tensors = layer.state_dict(keep_vars=True)
-        for name, tensor in {**tensors, **dict(layer.named_buffers() if done else ())}.items():
-            put_(layer, name, tensor.detach().to("meta"))
+        names = [*layer.state_dict(keep_vars=True), *(name for name, _ in layer.named_buffers() if done)]
+        for name in dict.fromkeys(names):
+            path, _, leaf = name.rpartition(".")
+            put_(layer, name, getattr(layer.get_submodule(path), leaf).detach().to("meta"))
+        # glibc keeps pages between what is still used: without this, every layer would leave some behind.
+        if _trim is not None:
+            _trim(0)
