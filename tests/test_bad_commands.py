@@ -44,11 +44,14 @@ def flag_and_value(line: str) -> str:
 TYPING, MORE_TYPING = first_of_each(bad_commands.typing_errors(), flag_and_value)
 VALUES, MORE_VALUES = first_of_each(bad_commands.wrong_values(), flag_and_value)
 MODELS = bad_commands.bad_models()
+# Flags without their value all end in one place: some of them are enough by default.
+BARE = [line for index, line in enumerate(TYPING) if " " not in flag_and_value(line).strip() and index % 8]
 QUICK = [
-    *TYPING, *VALUES, *bad_commands.wrong_training(), *bad_commands.contradictions(), *bad_commands.yamls(),
-    *bad_commands.bad_data(), *(line for line in MODELS if line.startswith("evaluate")),
+    *(line for line in TYPING if line not in BARE), *VALUES, *bad_commands.wrong_training(), *bad_commands.yamls(),
+    *bad_commands.contradictions(), *bad_commands.bad_data(),
+    *(line for line in MODELS if line.startswith("evaluate")),
 ]  # fmt: skip
-LONG = [*MORE_TYPING, *MORE_VALUES, *(line for line in MODELS if not line.startswith("evaluate"))]
+LONG = [*MORE_TYPING, *BARE, *MORE_VALUES, *(line for line in MODELS if not line.startswith("evaluate"))]
 
 
 def refused(line: str, files, capsys) -> None:

@@ -72,8 +72,13 @@ def test_two_processes_train_as_one_with_the_batch_of_both(tmp_path, pair, kind)
     reason="this transformers reads optimizers of several processes to a device cpu:0, which torch does not know",
 )
 @pytest.mark.parametrize(
-    "kind", ["compression", "distillation", "tokens", "joint", "snapshots", "proximal, dual", "stock"]
-)
+    "kind",
+    [
+        "distillation", "tokens", "joint", "proximal, dual",
+        # A part of what the others are.
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("compression", "snapshots", "stock")),
+    ],
+)  # fmt: skip
 def test_resumed_processes_end_with_the_bits_of_unbroken_ones(tmp_path, pair, kind):
     """Ragged rows grouped by length, dropout, two windows of two batches an epoch, stopped in the middle of one."""
     data = program.rows(28)
@@ -96,7 +101,7 @@ def test_resumed_processes_end_with_the_bits_of_unbroken_ones(tmp_path, pair, ki
         assert len(read) == 32
 
 
-@pytest.mark.parametrize("kind", ["distillation", "joint"])
+@pytest.mark.parametrize("kind", [pytest.param("distillation", marks=pytest.mark.slow), "joint"])
 def test_workers_change_no_bit(tmp_path, pair, kind):
     data = program.rows(20)
     alone, _ = pair.run(program.train, kind, str(tmp_path / "alone"), data, dropout=0.1)
@@ -125,7 +130,7 @@ def test_what_each_process_has_drawn_for_itself_becomes_that_of_the_first(tmp_pa
     assert_same_bits(found[0]["weights"], expected["weights"])
 
 
-@pytest.mark.parametrize("kind", ["compression", "distillation", "joint"])
+@pytest.mark.parametrize("kind", [pytest.param("compression", marks=pytest.mark.slow), "distillation", "joint"])
 def test_processes_train_together_after_an_evaluation(tmp_path, pair, kind):
     """accelerate does not wrap a model that was prepared for an evaluation: each process would train its own."""
     data = program.rows(20)

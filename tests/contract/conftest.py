@@ -1,6 +1,7 @@
 """What the contract is tested on: one row for each method, applied to every architecture."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,27 @@ KEEPS_DENSE_MODULES = {"weight_pruning", "layer_selection", "vocabulary_pruning"
 # Methods after which weights cannot be changed any more, neither by training nor by another method.
 FINAL = {"weight_quantization"}
 CHANGEABLE = [name for name in METHOD_CONFIGS if name not in FINAL]
+
+
+# Methods whose result depends on the head: on the tokens or words that it reads, or on the shapes in its file.
+READS_THE_HEAD = {"token_pruning", "vocabulary_pruning", "structured_pruning"}
+# Architectures of the usual modules, of `Conv1D` and of images: for trainers and adapters the others are like these.
+TRAINED = ("bert", "gpt2", "vit")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Cells of the grid that run the same code as others are slow; every method still meets every architecture."""
+    for item in items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.path.parent != Path(__file__).parent or "method" not in values:
+            continue
+        other_head = values.get("head") not in (None, "base", "sequence_classification")
+        repeated = other_head and values["method"] not in READS_THE_HEAD
+        if item.path.name == "test_ecosystem.py" and values["method"] in KEEPS_DENSE_MODULES:
+            repeated |= values.get("architecture", "bert") not in TRAINED
+        if repeated:
+            item.add_marker(pytest.mark.slow)
 
 
 def precise(name):
