@@ -34,7 +34,7 @@ UNFIT = {
         {**STEP, "heads_per_layer": [2, 5, 2]},
         "Layer 1 must have at most 4 heads and 64 neurons, got 5 and 9",
     ),
-    "zero": ({**STEP, "neurons_per_layer": [9, 0, 9]}, "neurons_per_layer must hold a positive size"),
+    "negative": ({**STEP, "neurons_per_layer": [9, -1, 9]}, "neurons_per_layer must hold a size of at least 0"),
 }
 
 
