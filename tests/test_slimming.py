@@ -363,8 +363,8 @@ def test_refusals(model):
         hc.compress(model("bert"), hc.WeightPruningConfig(**step))
     with pytest.raises(ValueError, match="must be given together"):
         hc.WeightPruningConfig(heads_per_layer=[1])
-    with pytest.raises(ValueError, match=r"neurons_per_layer must hold a positive size.*got \[0\]"):
-        hc.WeightPruningConfig(heads_per_layer=[1], neurons_per_layer=[0])
+    with pytest.raises(ValueError, match=r"neurons_per_layer must hold a size of at least 0.*got \[-1\]"):
+        hc.WeightPruningConfig(heads_per_layer=[1], neurons_per_layer=[-1])
 
 
 def test_trains_on(model, batches):

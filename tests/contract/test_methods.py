@@ -183,8 +183,9 @@ def test_copies_and_casts(compressed, batch, method, architecture, tmp_path):
     seen = batch(model)
     twin = copy.deepcopy(model)
     assert_same_outputs(twin, model, seen)
-    # One column of the embeddings (of patches: one channel): norms would undo a shift of all. Scales are read once.
-    next(p for name, p in twin.named_parameters() if p.ndim in (2, 4) and "scales" not in name).data[:, 0].add_(1)
+    # One number of each embedding: norms would undo a shift of all. Scales are read once.
+    values = next(p.data for name, p in twin.named_parameters() if p.ndim in (2, 4) and "scales" not in name)
+    (values[:, 0] if values.ndim == 2 else values[0]).add_(1)
     assert hc.steps_of(twin) == hc.steps_of(model)
     assert differ_beyond_rounding(logits_of(twin, seen)[0], logits_of(model, seen)[0])
     model.save_pretrained(tmp_path)

@@ -42,9 +42,9 @@ def eliminated_last(gram: Tensor, cross: Tensor, keep: int, size: int = 1) -> li
         (OSSCAR, ICML), without its exchanges. Removing several columns at once is ours.
 
     Example:
-        >>> a = torch.tensor([[1.0, 0.0, 0.1], [0.0, 2.0, 0.0], [0.0, 0.0, 0.1]], dtype=torch.float64)
-        >>> eliminated_last(a.T @ a, a.T @ torch.ones(3, 1, dtype=torch.float64), 2)
-        [0, 1, 2]
+        >>> a, weight = torch.eye(3, dtype=torch.float64), torch.tensor([[2.0], [0.1], [1.0]], dtype=torch.float64)
+        >>> eliminated_last(a.T @ a, a.T @ (a @ weight), 2)
+        [0, 2, 1]
     """
     if not (torch.isfinite(gram.sum()) and torch.isfinite(cross.sum())):
         raise ValueError("The moments must be finite: the layer inputs or the targets hold NaN or infinity.")
