@@ -51,6 +51,22 @@ def add_gram_in_parts_(gram: Tensor, rows: Tensor) -> None:
         gram[part, start:].addmm_(rows[:, part].T, rows[:, start:])
 
 
+def mirror_upper_(matrix: Tensor) -> None:
+    """Write the entries above the diagonal of a square matrix below it.
+
+    Example:
+        >>> matrix = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
+        >>> mirror_upper_(matrix)
+        >>> matrix.tolist()
+        [[1.0, 2.0], [2.0, 3.0]]
+    """
+    for start in range(0, len(matrix), _COLUMNS):
+        part = slice(start, start + _COLUMNS)
+        block = matrix[part, part]
+        block.copy_(block.triu() + block.triu(1).T)
+        matrix[part, :start] = matrix[:start, part].T
+
+
 def device_of_doubles(device: torch.device | str) -> torch.device:
     """The device itself, or the CPU if the device has no double precision."""
     return torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
@@ -92,8 +108,10 @@ class SecondMoments:
 
     @property
     def gram(self) -> Tensor:
-        """[F, F] float64, `X^T X`."""
-        return self._upper.triu() + self._upper.triu(1).T
+        """[F, F] float64, `X^T X`: not a copy, so it must not be changed and is valid until further rows come."""
+        # Copies of it would be the largest tensors of a whole run.
+        mirror_upper_(self._upper)
+        return self._upper
 
     def centred_gram(self) -> Tensor:
         """[F, F] float64, the Gram matrix of the rows minus their mean."""
