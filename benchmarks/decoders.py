@@ -59,11 +59,11 @@ def tokens(file: str, name: str, tokenizer: PreTrainedTokenizerBase) -> list[int
 
 
 def windows(ids: list[int], args: argparse.Namespace, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Calibration batches of two windows each, from random places."""
+    """Calibration batches of two windows each, from random places; the selection `fisher` reads their labels."""
     drawing = random.Random(seed)
     starts = [drawing.randint(0, len(ids) - args.context - 1) for _ in range(args.samples)]
     rows = torch.tensor([ids[start : start + args.context] for start in starts])
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(2)]
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in rows.split(2)]
 
 
 def label_of(fields: dict) -> str:
