@@ -32,8 +32,8 @@ test: $(VENV)/.installed
 
 # What kernels compute, as on processors without AVX512 and without AVX2, with one thread and with two.
 PROCESSORS := $(addprefix tests/, contract/test_alignment.py contract/test_alike.py contract/test_methods.py $(addsuffix .py, $(addprefix test_, \
-	acceleration bilstm bilstm_goldens cald_goldens combinations decomposition distillation driver fisher fisher_goldens fisher_tuning guided \
-	images_and_sounds learners linformer linformer_models losses ltp_goldens projections prokt_goldens proximal proximal_identities slimming structured_pruning teacher_cache token_attention \
+	acceleration bilstm bilstm_goldens cald_goldens combinations decomposition dense_target distillation driver fisher fisher_goldens fisher_tuning gptq gptq_goldens guided \
+	images_and_sounds learners linformer linformer_models losses ltp_goldens next_tokens perplexity projections prokt_goldens proximal proximal_identities slimming structured_pruning teacher_cache token_attention \
 	token_pruning token_training weight_pruning_calibrated weight_pruning_goldens weight_pruning_one_shot \
 	weight_pruning_training)))
 test-processors: $(VENV)/.installed
