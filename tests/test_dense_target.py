@@ -16,7 +16,7 @@ from hf_compress.core.projections import Projection, Role
 from hf_compress.methods.structured_pruning.allocation import UNIT_KINDS
 from hf_compress.methods.structured_pruning.correction import output_projection, output_projections
 from hf_compress.methods.structured_pruning.dense_target import DenseSums, Normal, fitted
-from hf_compress.methods.structured_pruning.divergence import divergence_priorities, falls
+from hf_compress.methods.structured_pruning.divergence import _Distances, divergence_priorities, falls
 from hf_compress.methods.structured_pruning.elimination import eliminated_last
 from hf_compress.methods.structured_pruning.measuring import measure_and_rank
 from tests.images_and_sounds import cast
@@ -123,6 +123,23 @@ def test_without_held_rows_the_own_output_stays_but_for_the_bias():
     assert math.isinf(found.pull)
     assert torch.equal(found.weight, own)
     torch.testing.assert_close(found.bias, torch.full((2,), 2.0, dtype=torch.float64))
+
+
+def test_inputs_that_never_change_leave_the_own_output():
+    out, inputs = torch.nn.Linear(3, 2).double(), torch.zeros(20, 3, dtype=torch.float64)
+    own = out.weight.detach()
+    parts = [moments_of(inputs, inputs @ own.T + 2) for _ in range(2)]
+    assert torch.equal(fitted(alone(out), torch.arange(3), own, *parts).weight, own)
+
+
+def test_outputs_that_are_no_numbers_are_far_away():
+    distances = _Distances(2, torch.device("cpu"))
+    dense = torch.log_softmax(torch.tensor([[1.0, 2.0, -torch.inf]]), -1)
+    distances.add(0, dense, torch.full_like(dense, torch.nan), classifies=True)
+    distances.add(1, dense, dense, classifies=True)
+    distances.count([dense], classifies=True)
+    assert distances.means()[0] > 1e30
+    assert distances.means()[1] == 0
 
 
 def walked(model, data):

@@ -184,7 +184,10 @@ class Normal:
         # Dependent columns would make the matrix singular.
         damped = gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * strength
         damped.diagonal().add_(_JITTER * float(gram.diagonal().mean()))
-        factor = torch.linalg.cholesky(damped)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            # Inputs that depend on each other, or are always the same, allow no fit of this strength.
+            return own
         return torch.cholesky_solve(self.cross[columns] + strength * own.T, factor).T
 
     def bias(self, columns: Tensor, weight: Tensor) -> Tensor | None:

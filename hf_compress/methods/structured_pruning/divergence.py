@@ -84,13 +84,15 @@ class _Distances:
             self._whole += len(rows) if classifies else rows.square().sum()
 
     def add(self, trial: int, dense: Tensor, rows: Tensor, classifies: bool) -> None:
-        # An impossible class (an answer that ends in padding) is impossible in both: no number times minus infinity.
-        apart = (dense.exp() * (dense - rows)).nan_to_num(0.0) if classifies else (dense - rows).square()
-        self._apart[trial] += apart.sum()
+        apart = dense.exp() * (dense - rows) if classifies else (dense - rows).square()
+        # An impossible class (an answer that ends in padding) does not count: no number times minus infinity.
+        self._apart[trial] += apart.masked_fill(dense.isneginf(), 0.0).sum()
 
     def means(self) -> list[float]:
         """[trials]: Kullback-Leibler divergence in nats a row, or squared distance as a share of the dense outputs."""
-        means: list[float] = (self._apart / self._whole).tolist()
+        # Outputs that a cut has made infinite or NaN are as far away as can be.
+        far = torch.finfo(torch.float32).max
+        means: list[float] = (self._apart / self._whole).nan_to_num(nan=far, posinf=far).tolist()
         return means
 
 
