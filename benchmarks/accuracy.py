@@ -95,3 +95,8 @@ def training(args: argparse.Namespace, output_dir: str, seed: int, **changes: An
 def scores(model: PreTrainedModel, rows: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The task's metrics on everything but the training rows."""
     return {name: evaluate_model(model, split, tokenizer, 64) for name, split in rows.items() if name != "train"}
+
+
+def label_of(fields: dict[str, Any]) -> str:
+    """The name of the settings of a method in a result file."""
+    return ",".join(f"{name}={value}" for name, value in sorted(fields.items())) or "default"

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accuracy import Results
+from accuracy import Results, label_of
 from datasets import Dataset
 from header import arguments_of, machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -64,10 +64,6 @@ def windows(ids: list[int], args: argparse.Namespace, seed: int) -> list[dict[st
     starts = [drawing.randint(0, len(ids) - args.context - 1) for _ in range(args.samples)]
     rows = torch.tensor([ids[start : start + args.context] for start in starts])
     return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in rows.split(2)]
-
-
-def label_of(fields: dict) -> str:
-    return ",".join(f"{name}={value}" for name, value in sorted(fields.items())) or "default"
 
 
 def main() -> None:

@@ -16,11 +16,10 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from accuracy import Results
+from accuracy import Results, label_of
 from datasets import Dataset
 from header import machine
 from scipy.stats import spearmanr
@@ -111,10 +110,6 @@ def calibration(data: str, tokenizer: PreTrainedTokenizerBase, samples: int, see
         texts += [distinct[row] for row in drawing.choice(len(distinct), number, replace=False)]
     drawing.shuffle(texts)
     return [encoded(tokenizer, texts[start : start + 16]) for start in range(0, len(texts), 16)]
-
-
-def label_of(fields: dict[str, Any]) -> str:
-    return ",".join(f"{name}={value}" for name, value in sorted(fields.items())) or "default"
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """F1 of an extractive question answerer: dense, pruned without retraining, recovered, and reloaded.
 
-    python benchmarks/question_answering.py --model MODEL --data_dir DATA/squad_dev --out qa.json
+    python benchmarks/question_answering.py --model MODEL --data_dir DATA/squad_dev --out qa.json \
+        --ratios 0.7 0.5 --prune '{}' '{"target": "dense"}'
 
+Every finished cell is written to the result file at once and skipped when the command is given again.
 Columns: `question`, `context`, `answer_texts`, `answer_starts`. F1 is SQuAD's: lower case, no punctuation, no
 articles, bag of words, best of the given answers.
 """
@@ -10,17 +12,25 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import re
 import string
+import time
 
 import datasets
 import torch
-from header import arguments_of, commit, machine
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, default_data_collator, set_seed
+from accuracy import Results, label_of
+from header import arguments_of, machine
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    PreTrainedModel,
+    default_data_collator,
+    set_seed,
+)
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
-from hf_compress.core.saving import write_json
 from hf_compress.stages.models import freeze_embeddings_
 
 
@@ -100,65 +110,91 @@ def main() -> None:
     parser.add_argument("--train_rows", type=int, default=7602)
     parser.add_argument("--eval_rows", type=int, default=2968)
     parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--recovery_epochs", type=float, default=1)
-    parser.add_argument("--mac_ratio", type=float, default=0.7)
+    parser.add_argument("--recovery_epochs", type=float, default=1, help="Of the first of --prune; 0: none.")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.7])
+    parser.add_argument("--prune", type=json.loads, nargs="*", default=[{}], metavar="JSON")
+    parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--max_length", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
-    set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     read = {n: datasets.Dataset.from_parquet(f"{args.data_dir}/{n}.parquet") for n in ("train", "validation")}
-    train = read["train"].shuffle(seed=args.seed).select(range(min(args.train_rows, len(read["train"]))))
-    valid = read["validation"].shuffle(seed=args.seed).select(range(min(args.eval_rows, len(read["validation"]))))
-    windows = {"train": encode(train, tokenizer, args.max_length), "valid": encode(valid, tokenizer, args.max_length)}
-    learn = windows["train"].remove_columns(["offset_mapping", "row", "context_mask"])
-    learn = learn.filter(lambda end: end > 0, input_columns="end_positions")
+    header = arguments_of(args)
+    for grows in ("ratios", "prune", "seeds"):
+        header.pop(grows)
+    results = Results(args.out, {"arguments": header, "environment": machine()})
 
     def collate(features: list[dict]) -> dict:
         batch = default_data_collator(features)
         width = int(batch["attention_mask"].sum(1).max())
         return {k: v[:, :width] if v.ndim == 2 else v for k, v in batch.items()}
 
-    def trained(model, folder: str, epochs: float, teacher=None):
-        options = {"alpha_layer": 1.0} if teacher is not None else {"alpha_output": 0.0}
-        freeze_embeddings_(model)
-        trainer = hc.DistillationTrainer(
-            model=model, teacher_model=teacher, train_dataset=learn, data_collator=collate, processing_class=tokenizer,
-            args=hc.DistillationArguments(
-                f"{args.work_dir}/{folder}", num_train_epochs=epochs, learning_rate=3e-4, warmup_steps=0.1,
-                per_device_train_batch_size=16, save_strategy="no", logging_steps=50, report_to="none",
-                disable_tqdm=True, seed=args.seed, dataloader_pin_memory=False, **options,
-            ),
-        )  # fmt: skip
-        trainer.train()
-        trainer.save_model()
-        return AutoModelForQuestionAnswering.from_pretrained(f"{args.work_dir}/{folder}")
+    for seed in args.seeds:
+        set_seed(seed)
+        train = read["train"].shuffle(seed=seed).select(range(min(args.train_rows, len(read["train"]))))
+        # The same questions for every seed, so that seeds differ by training and calibration alone.
+        valid = read["validation"].shuffle(seed=0).select(range(min(args.eval_rows, len(read["validation"]))))
+        windows = {n: encode(x, tokenizer, args.max_length) for n, x in (("train", train), ("valid", valid))}
+        learn = windows["train"].remove_columns(["offset_mapping", "row", "context_mask"])
+        learn = learn.filter(lambda end: end > 0, input_columns="end_positions")
 
-    result: dict = {"arguments": arguments_of(args), "commit": commit(), "environment": machine()}
+        def trained(model, folder: str, epochs: float, teacher=None, learn=learn, seed=seed):
+            options = {"alpha_layer": 1.0} if teacher is not None else {"alpha_output": 0.0}
+            freeze_embeddings_(model)
+            trainer = hc.DistillationTrainer(
+                model=model, teacher_model=teacher, train_dataset=learn, data_collator=collate,
+                processing_class=tokenizer, args=hc.DistillationArguments(
+                    folder, num_train_epochs=epochs, learning_rate=3e-4, warmup_steps=0.1, save_strategy="no",
+                    per_device_train_batch_size=16, logging_steps=50, report_to="none", disable_tqdm=True, seed=seed,
+                    dataloader_pin_memory=False, **options,
+                ),
+            )  # fmt: skip
+            trainer.train()
+            trainer.save_model()
 
-    def note(name: str, value: float) -> None:
-        result[name] = round(value, 2)
-        print(name, result[name], flush=True)
-        write_json(args.out, result)
+        def measured(folder: str, windows=windows, valid=valid) -> dict:
+            return {"f1": round(score(opened(folder), windows["valid"], valid), 2)}
 
-    dense = trained(AutoModelForQuestionAnswering.from_pretrained(args.model), "dense", args.epochs)
-    note("dense_f1", score(dense, windows["valid"], valid))
-    sample = windows["train"].shuffle(seed=args.seed).select(range(256))
-    batches = [
-        collate([{k: r[k] for k in learn.column_names} for r in sample.select(range(i, i + 16))])
-        for i in range(0, 256, 16)
-    ]
-    pruned = AutoModelForQuestionAnswering.from_pretrained(f"{args.work_dir}/dense")
-    hc.compress(pruned, hc.StructuredPruningConfig(mac_ratio=args.mac_ratio), data=batches)
-    note("pruned_f1", score(pruned, windows["valid"], valid))
-    pruned.save_pretrained(f"{args.work_dir}/pruned")
-    reopened = AutoModelForQuestionAnswering.from_pretrained(f"{args.work_dir}/pruned")
-    note("pruned_reloaded_f1", score(reopened, windows["valid"], valid))
-    if args.recovery_epochs:
-        note(
-            "recovered_f1", score(trained(reopened, "recovered", args.recovery_epochs, dense), windows["valid"], valid)
-        )
+        place = f"{args.work_dir}/{seed}"
+        dense = f"{place}-dense"
+
+        def train_dense(dense=dense, trained=trained, measured=measured) -> dict:
+            trained(AutoModelForQuestionAnswering.from_pretrained(args.model), dense, args.epochs)
+            return measured(dense)
+
+        results.cell(f"seed{seed}/dense", train_dense)
+        sample = windows["train"].shuffle(seed=seed).select(range(args.samples))
+        batches = [
+            collate([{k: r[k] for k in learn.column_names} for r in sample.select(range(i, i + 16))])
+            for i in range(0, args.samples, 16)
+        ]
+        for ratio in args.ratios:
+            for number, fields in enumerate(args.prune):
+                pruned = f"{place}-{ratio}-{number}"
+
+                def prune(ratio=ratio, fields=fields, pruned=pruned, dense=dense, batches=batches, measured=measured):
+                    model = opened(dense)
+                    start = time.perf_counter()
+                    hc.compress(model, hc.StructuredPruningConfig(mac_ratio=ratio, **fields), data=batches)
+                    seconds = time.perf_counter() - start
+                    model.save_pretrained(pruned)
+                    return {**measured(pruned), "prune_seconds": round(seconds, 1)}
+
+                results.cell(f"seed{seed}/{ratio}/{label_of(fields)}", prune)
+
+            def recover(ratio=ratio, place=place, dense=dense, trained=trained, measured=measured) -> dict:
+                trained(
+                    opened(f"{place}-{ratio}-0"), f"{place}-{ratio}-recovered", args.recovery_epochs, opened(dense)
+                )
+                return measured(f"{place}-{ratio}-recovered")
+
+            if args.recovery_epochs:
+                results.cell(f"seed{seed}/{ratio}/recovered", recover)
+
+
+def opened(folder: str) -> PreTrainedModel:
+    return AutoModelForQuestionAnswering.from_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/structured_pruning.py --model MODEL --data_dir DATA/sst2_sentences --out x.json \
         --seeds 0 1 2 --selections interpolative fisher magnitude random
 
-Every finished cell is written to the result file at once and skipped when the command is given again.
+Every finished cell is written to the result file at once and skipped when the command is given again;
+dense models that lie in the working folder already are used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 
 from accuracy import Results as Results
 from accuracy import argument_parser, open_results, open_task, scores, stem, training
@@ -68,10 +70,11 @@ def main() -> None:
         dense = f"{place}-dense"
 
         def train_dense(seed=seed, dense=dense) -> dict:
-            finetune(Finetune(
-                model=ModelArguments(args.model, freeze_embeddings=True), data=data,
-                training=TrainingArguments(**training(args, dense, seed, **WARMUP)),
-            ))  # fmt: skip
+            if not Path(dense, "config.json").is_file():
+                finetune(Finetune(
+                    model=ModelArguments(args.model, freeze_embeddings=True), data=data,
+                    training=TrainingArguments(**training(args, dense, seed, **WARMUP)),
+                ))  # fmt: skip
             return scores(open_model(dense, task), rows, tokenizer)
 
         results.cell(f"seed{seed}/dense", train_dense)

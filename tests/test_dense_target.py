@@ -183,6 +183,34 @@ def test_the_target_is_that_of_the_dense_layer(model, batches, architecture):
     )
 
 
+@pytest.mark.parametrize("width", [1, 4, 20])
+def test_every_fifth_sequence_is_held_back_however_they_are_batched(model, batches, width):
+    """In one batch of 20 sequences as well as in batches of one, against tokens that are counted by hand."""
+    dense = model("bert")
+    rows = batches(dense.config, count=20 // width, size=width)
+    walk, layers = walked(dense, rows)
+    assert next(iter(walk)) == 0
+    sums = DenseSums(walk, layers[0], pre_norm=False)
+    fit, held = sums.moments("heads")
+    wanted = sum(
+        int(length)
+        for number, batch in enumerate(rows)
+        for place, length in enumerate(batch["attention_mask"].sum(1))
+        if (number + place) % 5 == 4
+    )
+    assert held.own.num_rows == wanted > 0
+    assert fit.own.num_rows + wanted == sum(int(batch["attention_mask"].sum()) for batch in rows)
+
+
+def test_too_few_sequences_are_refused(model, batches):
+    dense = model("bert")
+    config = hc.StructuredPruningConfig(mac_ratio=0.5, target="dense", order="sequential", ridge=1e-3)
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    with pytest.raises(ValueError, match="Give at least 5"):
+        hc.compress(dense, config, data=batches(dense.config, count=1, size=4))
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
 @pytest.mark.parametrize("selection", ["interpolative", "magnitude", "random"])
 def test_pruned_models_come_nearer_to_the_dense_one(model, batches, selection):
     """On the calibration rows, over several layers; each sublayer alone is tested above."""

@@ -28,7 +28,7 @@ from hf_compress.methods.structured_pruning.allocation import UNIT_KINDS, UnitKi
 from hf_compress.methods.structured_pruning.correction import output_projection
 
 
-# One batch of so many is held back: the strength of the fit is chosen on it.
+# One sequence of so many is held back: the strength of the fit is chosen on it.
 _HELD_BACK = 5
 # Strengths of the pull towards the sublayer's own output, as fractions of the mean diagonal of the Gram matrix.
 _PULLS = (0.0, 0.01, 0.1, 1.0, 10.0, math.inf)
@@ -43,11 +43,13 @@ class Seen:
         inputs: [N, W], the input of the output projection.
         residual: [N, D], what the sublayer's output is added to.
         output: [N, D], the output, with its bias.
+        places: [N] int64, the place in its batch of the sequence that each token belongs to.
     """
 
     inputs: Tensor
     residual: Tensor
     output: Tensor
+    places: Tensor
 
 
 def seen_of(
@@ -86,12 +88,16 @@ def seen_of(
         end = run()
         if "neurons" in kinds and pre_norm:
             found["neurons", "residual"] = end - found["neurons", "output"].reshape(end.shape)
+    states = found["heads", "residual"]
+    places = torch.arange(len(states), device=states.device)[:, None, None].expand(*states.shape[:-1], 1)
+
+    def live(what: str, values: Tensor) -> Tensor:
+        return live_rows(f"layer {layer.index} {what}", values, masks, may_be_packed=False)
+
     return {
         kind: Seen(
-            *(
-                live_rows(f"layer {layer.index} {what}", found[kind, what], masks, may_be_packed=False)
-                for what in ("inputs", "residual", "output")
-            )
+            *(live(what, found[kind, what]) for what in ("inputs", "residual", "output")),
+            places=live("places", places).flatten(),
         )
         for kind in kinds
     }
@@ -125,16 +131,26 @@ class DenseSums:
         """Moments of the input of one output projection, as its layer is now, with its targets.
 
         Returns:
-            Those of the batches that weights are fitted to, and those of every fifth batch, which is held back.
+            Those of the sequences that weights are fitted to, and those of every fifth one, which is held back.
+
+        Raises:
+            ValueError: If there are too few sequences to hold one back.
         """
         out = output_projection(self._layer, kind)
         fit, held = (PairedMoments(out.out_features, out.in_features, out.weight.device) for _ in range(2))
         with added_up(fit, held):
             for number, (masks, run) in enumerate(self._walk.runs()):
                 seen = seen_of(self._layer, [kind], masks, run, self._pre_norm)[kind]
-                # Counted over all processes, so that their number does not decide what is held back.
-                held_back = place_in_data(number) % _HELD_BACK == _HELD_BACK - 1
-                (held if held_back else fit).update(self._sums[kind][number] - seen.residual, seen.inputs)
+                # Batches are counted over all processes, so that their number does not decide what is held back.
+                held_back = (place_in_data(number) + seen.places) % _HELD_BACK == _HELD_BACK - 1
+                targets = self._sums[kind][number] - seen.residual
+                for moments, rows in ((fit, ~held_back), (held, held_back)):
+                    moments.update(targets[rows], seen.inputs[rows])
+        if not held.own.num_rows:
+            raise ValueError(
+                f"target='dense' holds back one sequence of {_HELD_BACK} to choose how far weights may move, got "
+                f"too few sequences. Give at least {_HELD_BACK}, or use target='self'."
+            )
         return fit, held
 
 
@@ -204,14 +220,14 @@ def fitted(out: Projection, columns: Tensor, own: Tensor, fit: PairedMoments, he
     """Fit the kept columns of an output projection to the dense model.
 
     Ridge regression towards the weight that repeats the sublayer's own output; how strongly it pulls is chosen on the
-    batches that were held back, and the weight is then fitted to all of them. Where no strength beats that weight
+    sequences that were held back, and the weight is then fitted to all of them. Where no strength beats that weight
     itself, or nothing was held back, only the bias is fitted.
 
     Args:
         out: The projection, not cut yet.
         columns: [k] int64, ascending indices of the columns that stay.
         own: [D, k] float64, the weight for them that repeats the sublayer's own output.
-        fit: Moments of most batches.
+        fit: Moments of most sequences.
         held: Moments of the others.
 
     Raises:
