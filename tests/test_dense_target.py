@@ -16,7 +16,7 @@ from hf_compress.core.projections import Projection, Role
 from hf_compress.methods.structured_pruning.allocation import UNIT_KINDS
 from hf_compress.methods.structured_pruning.correction import output_projection, output_projections
 from hf_compress.methods.structured_pruning.dense_target import DenseSums, Normal, fitted
-from hf_compress.methods.structured_pruning.divergence import _Distances, divergence_priorities, falls
+from hf_compress.methods.structured_pruning.divergence import _Distances, _first, divergence_priorities, falls
 from hf_compress.methods.structured_pruning.elimination import eliminated_last
 from hf_compress.methods.structured_pruning.measuring import measure_and_rank
 from tests.images_and_sounds import cast
@@ -285,6 +285,21 @@ def test_priorities_are_divergences_of_models_with_one_cut_sublayer(model, batch
             by_hull, by_hand = sum(found[key][kept:]), divergence(cut, dense, data)
             assert by_hull <= by_hand * (1 + 1e-3) + 1e-9
             assert kept or by_hull == pytest.approx(by_hand, rel=1e-3)
+
+
+def test_a_large_vocabulary_is_asked_about_fewer_tokens_of_several_texts(model, batches, monkeypatch):
+    dense = model("llama", "causal_lm")
+    monkeypatch.setattr("hf_compress.methods.structured_pruning.divergence._NUMBERS", 30 * dense.config.vocab_size)
+    monkeypatch.setattr("hf_compress.methods.structured_pruning.divergence._SHORT", 8)
+    padded = batches(dense.config, count=2)
+    full = [{name: batch["input_ids"].clone() for name in ("input_ids", "labels")} for batch in padded]
+    (found,) = _first(dense, full)
+    assert {name: value.shape for name, value in found.items()} == dict.fromkeys(("input_ids", "labels"), (4, 8))
+    assert torch.equal(found["input_ids"], full[0]["input_ids"][:4, :8])
+    # What a text begins with may be padding: those that have any stay whole.
+    found = _first(dense, padded)
+    assert torch.equal(found[0]["attention_mask"], padded[0]["attention_mask"][:2])
+    assert len(_first(model("bert"), padded)) == 2
 
 
 def test_the_hull_is_convex_and_below_every_point():

@@ -96,7 +96,9 @@ def seen_of(
 
     return {
         kind: Seen(
-            *(live(what, found[kind, what]) for what in ("inputs", "residual", "output")),
+            inputs=live("inputs", found[kind, "inputs"]),
+            residual=live("residual", found[kind, "residual"]),
+            output=live("output", found[kind, "output"]),
             places=live("places", places).flatten(),
         )
         for kind in kinds

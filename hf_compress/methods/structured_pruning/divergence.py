@@ -32,8 +32,12 @@ from hf_compress.methods.structured_pruning.selection import Ranking
 
 # Fractions of a sublayer's units at which it is tried.
 _LEVELS = (0.0, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75)
-# Live tokens that are compared at most: outputs for a large vocabulary take memory and time.
+# Live tokens that are compared at most.
 _TOKENS = 2048
+# Numbers in the outputs that are compared at most: those of a large vocabulary take memory and time.
+_NUMBERS = 2**24
+# Where that limits the tokens, sequences are cut to this length, so that several of them are seen.
+_SHORT = 64
 
 
 class _Answers:
@@ -114,7 +118,8 @@ def divergence_priorities(
         layers: Its layers.
         rankings: (layer index, kind) -> the units of each sublayer, most important first.
         moments: The same -> moments of the output projection's input.
-        data: Batches of inputs. Labels are not read; about the first 2,048 live tokens are.
+        data: Batches of inputs. Labels are not read; about the first 2,048 live tokens are, and of a language model
+            with a large vocabulary fewer (with 50,000 tokens 335), from the beginnings of sequences.
 
     Returns:
         (layer index, kind) -> [units]: by how much the divergence falls when each unit is kept after those before it.
@@ -162,14 +167,31 @@ def divergence_priorities(
 
 def _first(model: PreTrainedModel, data: Data) -> list[Mapping[str, Any]]:
     """The first batches of the data that together hold enough tokens."""
-    batches, tokens = [], 0
+    batches, tokens, wanted = [], 0, _TOKENS
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is not None:
+        wanted = min(wanted, _NUMBERS // head.weight.shape[0])
     for batch in data:
+        if wanted < _TOKENS:
+            batch = _shortened(model, batch, wanted - tokens)
         batches.append(batch)
         tokens += int(seen_tokens(model, base_inputs(model, batch)).sum())
-        if tokens >= _TOKENS:
+        if tokens >= wanted:
             break
     require_batches(len(batches))
     return batches
+
+
+def _shortened(model: PreTrainedModel, batch: Mapping[str, Any], tokens: int) -> Mapping[str, Any]:
+    """The first sequences of a batch, and their beginnings only unless there is padding to get rid of first."""
+    inputs = base_inputs(model, batch)
+    whole, mask = inputs["input_ids"].shape, seen_tokens(model, inputs)
+    length = _SHORT if bool(mask.all()) else whole[1]
+    rows = math.ceil(tokens / min(length, whole[1]))
+    return {
+        name: value[:rows, :length] if torch.is_tensor(value) and value.shape == whole else value
+        for name, value in batch.items()
+    }
 
 
 def falls(divergences: Mapping[int, float]) -> list[float]:
