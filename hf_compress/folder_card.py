@@ -110,8 +110,8 @@ def _dense_parameters(model: PreTrainedModel) -> int:
 def _sizes(model: PreTrainedModel) -> str:
     parameters, stored = weights_of(model)
     now = sum(parameter.numel() for parameter in parameters)
-    # One process writes the card: it cannot count what others hold.
-    counted = not any(is_sharded(parameter) for parameter in parameters)
+    # One process writes the card: it cannot count what others hold, or what is not in memory.
+    counted = not any(is_sharded(parameter) or parameter.is_meta for parameter in parameters)
     nonzero = f"{sum(int(parameter.count_nonzero()) for parameter in parameters):,}" if counted else ""
     rows = [f"| this model | {now:,} | {nonzero} |"]
     # A class outside transformers may need more than a config. Fewer layers or tokens stand in the config itself.

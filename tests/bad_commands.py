@@ -200,7 +200,8 @@ CONTRADICTIONS = {
     "prune-structure": (
         "--prune_heads false --prune_neurons false", "--selection fisher --order sequential",
         "--selection fisher --round_to 2", "--route sketch", "--heads_per_layer 1 1", "--tolerance 0.1",
-        "--neurons_per_layer 8 8", "--prune_heads false --mac_ratio 0.2",
+        "--neurons_per_layer 8 8", "--prune_heads false --mac_ratio 0.2", "--layer_by_layer",
+        "--layer_by_layer --order sequential --max_positions 64", "--layer_by_layer --model_name_or_path nowhere",
     ),
     "prune-tokens": (
         "--prune_mode topk --soft_fraction 0.5", "--token_keep_rate 0.5", "--soft_fraction 0 --lambda_threshold 0.1",
@@ -220,7 +221,7 @@ CONTRADICTIONS = {
         "--static_groups true", "--algorithm rtn --correction dense", "--algorithm rtn --act_order true",
         "--algorithm rtn --true_sequential true", "--algorithm awq", "--op_names nothing", "--excluded_op_names layer",
         "--freeze_embeddings", "--max_eval_samples 4", "--output_dir model", "--learning_rate 0.1", "--op_names (",
-        "--heads_per_layer 1 1",
+        "--heads_per_layer 1 1", "--layer_by_layer --max_positions 64", "--layer_by_layer --model_name_or_path nowhere",
     ),
     "linearize": (
         "--max_length 16", "--freeze_embeddings", "--slot_stride 2", "--initialization normal --slot_stride 2",

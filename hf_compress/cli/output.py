@@ -47,7 +47,9 @@ def _print_trained(arguments: StageArguments, results: Mapping[str, Any]) -> Non
 def _print_cost(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     print(f"{'':24s}{'before':>14s}{'after':>14s}")
     print(f"{'parameters':24s}{before['params']:14,d}{after['params']:14,d}")
-    if before["nonzero_params"] - before["params"] != after["nonzero_params"] - after["params"]:
+    # Not counted of a model that is not in memory.
+    counted = None not in (before["nonzero_params"], after["nonzero_params"])
+    if counted and before["nonzero_params"] - before["params"] != after["nonzero_params"] - after["params"]:
         print(f"{'non-zero parameters':24s}{before['nonzero_params']:14,d}{after['nonzero_params']:14,d}")
     if before["macs"] is not None and after["macs"] is not None:
         print(f"{'multiply-accumulates':24s}{before['macs']:14.4g}{after['macs']:14.4g}")

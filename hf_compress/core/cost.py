@@ -24,7 +24,7 @@ class Cost:
 
     Args:
         params: Number of parameters, shared ones once; of packed weights as many as they stand for.
-        nonzero_params: Those that are not exactly zero.
+        nonzero_params: Those that are not exactly zero; None where weights are on the meta device.
         macs: Multiply-accumulates of one forward pass of the given batch through the layers, without LayerNorm,
             softmax, embeddings (those of patches and the feature encoder of sounds are such) and task head; None
             where they were not counted. DeBERTa projects its embeddings of distances once a batch, and is counted
@@ -34,7 +34,7 @@ class Cost:
     """
 
     params: int
-    nonzero_params: int
+    nonzero_params: int | None
     macs: float | None
     bytes: int
     macs_by_layer: list[float] = field(default_factory=list)
@@ -62,12 +62,13 @@ def weights_of(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     return ordinary + [cast(Tensor, module.weight) for module in packed], [*ordinary, *stored.values()]
 
 
-def count_size(model: PreTrainedModel) -> dict[str, int]:
+def count_size(model: PreTrainedModel) -> dict[str, Any]:
     """`params`, `nonzero_params` and `bytes` of a `Cost`; of any architecture."""
     weights, stored = weights_of(model)
+    empty = any(weight.is_meta for weight in weights)
     return {
         "params": sum(weight.numel() for weight in weights),
-        "nonzero_params": sum(int(weight.count_nonzero()) for weight in weights),
+        "nonzero_params": None if empty else sum(int(weight.count_nonzero()) for weight in weights),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
     }
 
@@ -154,8 +155,6 @@ def count_cost(
     """
     if seq_len <= 0 or batch_size <= 0:
         raise ValueError(f"seq_len and batch_size must be positive, got {seq_len} and {batch_size}.")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("Weights must be loaded to be counted, got a model on the meta device.")
     if data is not None:
         data = readable_data(model, data, 1)
     if isinstance(model, CountsItself):

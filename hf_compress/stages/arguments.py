@@ -54,6 +54,18 @@ class DeviceArguments:
         model.to(chosen_device(self.device))
 
 
+@dataclass(frozen=True)
+class MemoryArguments:
+    """How much of a model is in memory.
+
+    Args:
+        layer_by_layer: Load, compress and write one layer at a time, for a model larger than memory. The model must be
+            a folder. A command that was killed goes on at the layer that it had reached when it is given again.
+    """
+
+    layer_by_layer: bool = False
+
+
 @dataclass
 class TeacherArguments:
     """Which model teaches.

@@ -11,8 +11,15 @@ from hf_compress.api import compress, steps_of
 from hf_compress.core.cost import count_cost
 from hf_compress.core.method import MethodConfig
 from hf_compress.methods import METHODS
-from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
+from hf_compress.stages.arguments import (
+    CalibrationArguments,
+    DeviceArguments,
+    MemoryArguments,
+    OutputArguments,
+    StageArguments,
+)
 from hf_compress.stages.calibration import calibration_of
+from hf_compress.stages.layer_by_layer import compress_layers
 from hf_compress.stages.models import (
     ModelArguments,
     fit_labels,
@@ -41,6 +48,7 @@ class Compress(StageArguments):
         data: The task; only read when the method looks at examples.
         output: Where the compressed model goes.
         device: Where it is computed.
+        memory: Whether all of the model is in memory.
     """
 
     model: ModelArguments
@@ -49,6 +57,7 @@ class Compress(StageArguments):
     data: DataArguments
     output: OutputArguments
     device: DeviceArguments = DeviceArguments()
+    memory: MemoryArguments = MemoryArguments()
 
 
 def compress_model(arguments: Compress) -> dict[str, Any]:
@@ -60,6 +69,11 @@ def compress_model(arguments: Compress) -> dict[str, Any]:
     Raises:
         ValueError: If the method cannot be applied, or model and data do not fit together.
     """
+    if arguments.memory.layer_by_layer:
+        return compress_layers(
+            arguments, arguments.model, arguments.method, arguments.data, arguments.output.output_dir,
+            arguments.device.device, _SEQ_LEN,
+        )  # fmt: skip
     method = next(method for method in METHODS.values() if method.config_class is type(arguments.method))
     reads = method.needs_of(arguments.method).passes > 0
     # A method that looks at no data must not ask for a task.

@@ -80,8 +80,8 @@ def open_config(name: str) -> PretrainedConfig:
     return config
 
 
-def _kind(config: PretrainedConfig, task: Task | None) -> type[Task]:
-    """The task's kind; without a task, what the model has a head for."""
+def kind_for(config: PretrainedConfig, task: Task | None) -> type[Task]:
+    """The kind of a task; without a task, what the model has a head for."""
     return type(task) if task is not None else kind_of_model(config) or SequenceClassification
 
 
@@ -91,7 +91,7 @@ def head_config(name: str, task: Task | None = None) -> PretrainedConfig | None:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError):
         return None
-    return config if _kind(config, task).has_head(config) else None
+    return config if kind_for(config, task).has_head(config) else None
 
 
 def task_for(name: str, data: DataArguments) -> Task:
@@ -111,7 +111,7 @@ def has_head(name: str, task: Task | None = None) -> bool:
     """Whether a hub name or folder holds a model with a head for a task; `ValueError` where it holds none."""
     with _opening(name, "model"):
         config = open_config(name)
-    return _kind(config, task).has_head(config)
+    return kind_for(config, task).has_head(config)
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def open_model(name: str, task: Task | None = None, fresh_head: bool = False, ma
     """
     with _opening(name, type(task).model_noun if task is not None else SequenceClassification.model_noun):
         config = open_config(name)
-    kind = _kind(config, task)
+    kind = kind_for(config, task)
     new = fresh_head and not kind.has_head(config)
     settings: dict[str, Any] = {}
     if task is not None and new:
@@ -182,7 +182,7 @@ def open_pretrained(model_args: ModelArguments) -> tuple[Processor, PreTrainedMo
         model, loaded = kind.from_pretrained(name, output_loading_info=True)
         require_complete(loaded, lambda key: key.startswith("pooler."))
     check_finite(model)
-    processor = open_processor(model_args.tokenizer_name or name, _kind(config, None))
+    processor = open_processor(model_args.tokenizer_name or name, kind_for(config, None))
     check_vocabulary(config, processor)
     return processor, apply_implied(model)
 
@@ -209,7 +209,9 @@ def open_pair(
         ValueError: If they cannot be opened, do not belong together, or the model takes more tokens already.
     """
     model = open_model(model_args.model_name_or_path, task, fresh_head, match=False)
-    processor = open_processor(model_args.tokenizer_name or model_args.model_name_or_path, _kind(model.config, task))
+    processor = open_processor(
+        model_args.tokenizer_name or model_args.model_name_or_path, kind_for(model.config, task)
+    )
     check_vocabulary(model.config, processor)
     if model_args.max_positions is not None:
         lengthen_(model, model_args.max_positions)
@@ -268,12 +270,33 @@ def save_stage(
     if is_first_process():
         with complete_or_absent(directory) as staged:
             model.save_pretrained(staged)
-            processor.save_pretrained(staged)
-            write_json(staged / "results.json", results)
-            # What the model was opened from may have such files.
-            source = getattr(model.config, "_name_or_path", "")
-            beside = task.files_beside if task is not None else own_sentence_files
-            for file, content in (beside(source) if source else {}).items():
-                (staged / file).parent.mkdir(parents=True, exist_ok=True)
-                (staged / file).write_bytes(content)
-            write_card(staged, model, directory)
+            save_beside(staged, directory, model, processor, results, task)
+
+
+def save_beside(
+    staged: Path,
+    directory: str | Path,
+    model: PreTrainedModel,
+    processor: Processor,
+    results: Mapping[str, Any],
+    task: Task | None,
+) -> None:
+    """Save what a stage's folder has beside the model.
+
+    Args:
+        staged: Where the files are put for now.
+        directory: Where they will be.
+        model: May be on the meta device.
+        processor: As for `save_stage`, like the following.
+        results: What `results.json` shall hold.
+        task: What the model is for.
+    """
+    processor.save_pretrained(staged)
+    write_json(staged / "results.json", results)
+    # What the model was opened from may have such files.
+    source = getattr(model.config, "_name_or_path", "")
+    beside = task.files_beside if task is not None else own_sentence_files
+    for file, content in (beside(source) if source else {}).items():
+        (staged / file).parent.mkdir(parents=True, exist_ok=True)
+        (staged / file).write_bytes(content)
+    write_card(staged, model, directory)

@@ -16,11 +16,22 @@ from hf_compress.core.cost import count_cost
 from hf_compress.methods.structured_pruning import StructuredPruningConfig
 from hf_compress.methods.structured_pruning.correction import require_tokens
 from hf_compress.methods.structured_pruning.modeling import check
-from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
+from hf_compress.stages.arguments import (
+    CalibrationArguments,
+    DeviceArguments,
+    MemoryArguments,
+    OutputArguments,
+    StageArguments,
+)
 from hf_compress.stages.calibration import calibration_of
+from hf_compress.stages.layer_by_layer import compress_layers
 from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, save_stage, task_for
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.task import Batch
+
+
+# Tokens of the printed cost, where the examples are not looked at first.
+_SEQ_LEN = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +45,7 @@ class PruneStructure(StageArguments):
         data: The task.
         output: Where the pruned model goes.
         device: Where it is computed.
+        memory: Whether all of the model is in memory.
     """
 
     model: ModelArguments
@@ -42,6 +54,7 @@ class PruneStructure(StageArguments):
     data: DataArguments
     output: OutputArguments
     device: DeviceArguments = DeviceArguments()
+    memory: MemoryArguments = MemoryArguments()
 
 
 def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
@@ -54,6 +67,11 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
         ValueError: If the budget cannot be met or model and data do not fit together.
     """
     model_args, data, config = arguments.model, arguments.data, arguments.pruning
+    if arguments.memory.layer_by_layer:
+        return compress_layers(
+            arguments, model_args, config, data, arguments.output.output_dir, arguments.device.device,
+            config.seq_len or _SEQ_LEN,
+        )  # fmt: skip
     task = task_for(model_args.model_name_or_path, data)
     tokenizer, model = open_pair(model_args, task)
     task = fit_labels(task, model, model_args.model_name_or_path)

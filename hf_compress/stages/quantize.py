@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_compress.methods.weight_quantization import WeightQuantizationConfig
-from hf_compress.stages.arguments import CalibrationArguments, DeviceArguments, OutputArguments, StageArguments
+from hf_compress.stages.arguments import (
+    CalibrationArguments,
+    DeviceArguments,
+    MemoryArguments,
+    OutputArguments,
+    StageArguments,
+)
 from hf_compress.stages.compress import Compress, compress_model
 from hf_compress.stages.models import ModelArguments
 from hf_compress.tasks.arguments import DataArguments
@@ -23,6 +29,7 @@ class Quantize(StageArguments):
         data: The task; not read with `--algorithm rtn`.
         output: Where the quantised model goes.
         device: Where it is computed.
+        memory: Whether all of the model is in memory.
     """
 
     model: ModelArguments
@@ -31,6 +38,7 @@ class Quantize(StageArguments):
     data: DataArguments
     output: OutputArguments
     device: DeviceArguments = DeviceArguments()
+    memory: MemoryArguments = MemoryArguments()
 
 
 def quantize(arguments: Quantize) -> dict[str, Any]:
@@ -50,6 +58,7 @@ def quantize(arguments: Quantize) -> dict[str, Any]:
             data=arguments.data,
             output=arguments.output,
             device=arguments.device,
+            memory=arguments.memory,
             given=arguments.given,
         )
     )
