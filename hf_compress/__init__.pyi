@@ -2,6 +2,7 @@
 
 from . import students as students
 from .api import compress as compress
+from .api import dequantize as dequantize
 from .api import rebuild as rebuild
 from .api import steps_of as steps_of
 from .api import to_plain as to_plain

@@ -14,7 +14,7 @@ from hf_compress.core.method import Method, MethodConfig, check_order
 from hf_compress.core.method_training import MethodTraining
 from hf_compress.core.own_config import own_config_
 from hf_compress.core.processes import first_told, make_equal_, require_same_model, together
-from hf_compress.core.record import append_step, quantized_by_another, record_of, write_flat_fields
+from hf_compress.core.record import append_step, quantized_by_another, record_of, replace_steps, write_flat_fields
 from hf_compress.core.rollback import restored_on_failure
 from hf_compress.methods import METHODS
 
@@ -218,6 +218,35 @@ def trainings_of(model: PreTrainedModel) -> dict[str, MethodTraining]:
     return {method.name: method.training(model) for method in methods if method.training is not None}
 
 
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn packed weights into the numbers they stand for; every other step of a model stays.
+
+    The result can be trained, changed, compressed further and saved again, at the size of ordinary weights.
+
+    Returns:
+        The same model, without the step `weight_quantization` in its record.
+
+    Raises:
+        ValueError: If no weights are packed.
+
+    Example:
+        >>> import hf_compress as hc
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        >>> packed = hc.compress(BertModel(tiny), hc.WeightQuantizationConfig(bits=4, algorithm="rtn"))
+        >>> hc.steps_of(dequantize(packed))
+        []
+    """
+    steps = steps_of(model)
+    # Nothing may follow packed weights.
+    last = METHODS[steps[-1]["method"]] if steps else None
+    if last is None or last.make_plain is None:
+        raise ValueError("The model must have packed weights to be dequantised, got none.")
+    last.make_plain(model)
+    replace_steps(model.config, steps[:-1])
+    return model
+
+
 def to_plain(model: PreTrainedModel) -> PreTrainedModel:
     """Drop the record of a model that stock transformers can build from ordinary config fields.
 
@@ -240,6 +269,5 @@ def to_plain(model: PreTrainedModel) -> PreTrainedModel:
     for method, _ in reversed(parsed):
         if method.make_plain is not None:
             method.make_plain(model)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    replace_steps(model.config, [])
     return model

@@ -221,7 +221,8 @@ CONTRADICTIONS = {
         "--static_groups true", "--algorithm rtn --correction dense", "--algorithm rtn --act_order true",
         "--algorithm rtn --true_sequential true", "--algorithm awq", "--op_names nothing", "--excluded_op_names layer",
         "--freeze_embeddings", "--max_eval_samples 4", "--output_dir model", "--learning_rate 0.1", "--op_names (",
-        "--heads_per_layer 1 1", "--layer_by_layer --max_positions 64", "--layer_by_layer --model_name_or_path nowhere",
+        "--heads_per_layer 1 1", "--layer_by_layer --max_positions 64",
+        "--layer_by_layer --model_name_or_path nowhere",
     ),
     "linearize": (
         "--max_length 16", "--freeze_embeddings", "--slot_stride 2", "--initialization normal --slot_stride 2",

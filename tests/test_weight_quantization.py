@@ -214,6 +214,31 @@ def test_to_plain_gives_ordinary_weights(model, batches, batch, architecture, tm
     hc.compress(changed, hc.StructuredPruningConfig(mac_ratio=0.7), data=batches(changed.config))
 
 
+@pytest.mark.parametrize("opened", [False, True])
+def test_dequantised_weights_keep_their_shapes_and_can_be_trained(model, batches, batch, opened, tmp_path):
+    """Layers of unequal widths, which no ordinary config describes."""
+    pruning = hc.StructuredPruningConfig(mac_ratio=0.6)
+    pruned = hc.compress(model("bert", "sequence_classification"), pruning, data=batches(model("bert").config))
+    changed = hc.compress(pruned, hc.WeightQuantizationConfig(bits=4), data=batches(pruned.config))
+    with pytest.raises(ValueError, match="layer"):
+        hc.to_plain(copy.deepcopy(changed))
+    if opened:
+        changed.save_pretrained(tmp_path / "m")
+        changed = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    twin = copy.deepcopy(changed)
+    assert hc.dequantize(changed) is changed
+    assert not packed_in(changed)
+    assert [step["method"] for step in hc.steps_of(changed)] == ["structured_pruning"]
+    assert_same_outputs(changed, twin, batch(changed.config))
+    changed.save_pretrained(tmp_path / "ordinary")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ordinary")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in changed.state_dict().items())
+    Trainer(again, arguments(tmp_path / "t", max_steps=1), train_dataset=examples(again.config, batches)).train()
+    hc.compress(changed, hc.WeightQuantizationConfig(bits=8), data=batches(changed.config))
+    with pytest.raises(ValueError, match="must have packed weights"):
+        hc.dequantize(again)
+
+
 @pytest.mark.parametrize("kind", [Trainer, hc.CompressionTrainer])
 @pytest.mark.parametrize("opened", [False, True])
 def test_packed_weights_are_not_trained(model, batches, kind, opened, tmp_path):
@@ -223,7 +248,7 @@ def test_packed_weights_are_not_trained(model, batches, kind, opened, tmp_path):
         changed = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
     before = {name: value.clone() for name, value in changed.state_dict().items()}
     trainer = kind(changed, arguments(tmp_path / "t", max_steps=1), train_dataset=examples(changed.config, batches))
-    with pytest.raises(ValueError, match=r"packed weights cannot be trained.*hc\.to_plain\(model\).*adapters"):
+    with pytest.raises(ValueError, match=r"packed weights cannot be trained.*hc\.dequantize\(model\).*adapters"):
         trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in changed.state_dict().items())
 
@@ -254,7 +279,7 @@ def test_nothing_may_follow(model, batches):
     changed = quantised(model, batches)
     steps, data = hc.steps_of(changed), batches(changed.config)
     for config in (hc.StructuredPruningConfig(), hc.TokenPruningConfig(), hc.LinformerConfig()):
-        with pytest.raises(ValueError, match=r"cannot follow weight_quantization: its weights are packed.*to_plain"):
+        with pytest.raises(ValueError, match=r"cannot follow weight_quantization: its weights are packed.*dequantize"):
             hc.compress(changed, config, data=data)
     with pytest.raises(ValueError, match="must not repeat weight_quantization"):
         hc.compress(changed, hc.WeightQuantizationConfig(), data=data)

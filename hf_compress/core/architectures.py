@@ -247,7 +247,7 @@ def layers_of(model: PreTrainedModel, adapted: bool = False, packed: bool = Fals
                     continue
                 raise ValueError(
                     f"Layer {layer.index} {path} must have an ordinary weight, got packed integers, which cannot be "
-                    "changed. Turn them into ordinary weights first (hc.to_plain(model))."
+                    "changed. Turn them into ordinary weights first (hc.dequantize(model))."
                 )
             if not is_cuttable(module):
                 raise ValueError(

@@ -120,7 +120,7 @@ def check_order(earlier: Sequence[Method], method: Method) -> None:
         if before.last:
             raise ValueError(
                 f"{method.name} cannot follow {before.name}: its weights are packed and cannot be changed. Apply "
-                f"{method.name} before it, or turn them into ordinary weights first (hc.to_plain(model))."
+                f"{method.name} before it, or turn them into ordinary weights first (hc.dequantize(model))."
             )
         if method.first:
             raise ValueError(

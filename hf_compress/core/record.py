@@ -126,4 +126,12 @@ def append_step(
         steps.append(step)
     else:
         steps[instead_of] = step
-    config.quantization_config = CompressionConfig(steps=steps)
+    replace_steps(config, steps)
+
+
+def replace_steps(config: PretrainedConfig, steps: list[dict[str, Any]]) -> None:
+    """Give a model's config other steps; without any it has no record."""
+    if steps:
+        config.quantization_config = CompressionConfig(steps=steps)
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config

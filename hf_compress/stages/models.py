@@ -287,9 +287,7 @@ def save_beside(
         staged: Where the files are put for now.
         directory: Where they will be.
         model: May be on the meta device.
-        processor: As for `save_stage`, like the following.
-        results: What `results.json` shall hold.
-        task: What the model is for.
+        processor, results, task: As for `save_stage`.
     """
     processor.save_pretrained(staged)
     write_json(staged / "results.json", results)

@@ -124,14 +124,14 @@ class PackedModule(PackedWeight):
                 raise ValueError(
                     f"{prefix}weight must be what its packed integers say, but something has changed it (an adapter "
                     "that was merged?): it cannot be saved. Turn packed weights into ordinary ones first "
-                    "(hc.to_plain(model)), then merge or change them."
+                    "(hc.dequantize(model)), then merge or change them."
                 )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 NOT_TRAINABLE = (
     "A model with packed weights cannot be trained: its integers would not follow. Turn them into ordinary weights "
-    "(hc.to_plain(model)), or train adapters on top of them (peft, with the model frozen)."
+    "(hc.dequantize(model)), or train adapters on top of them (peft, with the model frozen)."
 )
 
 
