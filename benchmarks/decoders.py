@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model: dense, pruned without retraining, with weights of few bits, and both.
+"""Perplexity of a causal language model: dense, pruned, with weights of few bits, both, and after a short training.
 
     python benchmarks/decoders.py --model MODEL --calibration DATA/c4_sample/train.parquet \
         --texts wikitext2=DATA/wikitext2/test_raw.parquet ptb=DATA/ptb/test.parquet --out x.json \
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prune", type=json.loads, nargs="*", default=[{}], metavar="JSON")
     parser.add_argument("--quantize", type=json.loads, nargs="*", default=[], metavar="JSON")
     parser.add_argument("--both", type=json.loads, nargs="*", default=[], metavar="[JSON, JSON]")
+    parser.add_argument(
+        "--recover", type=json.loads, nargs="*", default=[], metavar="[JSON, JSON]",
+        help="Pruned, then trained towards the dense model for --updates batches of 16 windows, then rounded.",
+    )  # fmt: skip
+    parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--max_windows", type=int, default=16)
     parser.add_argument("--samples", type=int, default=16, help="Windows of calibration.")
@@ -66,6 +73,22 @@ def windows(ids: list[int], args: argparse.Namespace, seed: int) -> list[dict[st
     return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in rows.split(2)]
 
 
+def recover(
+    model: PreTrainedModel, dense: PreTrainedModel, ids: list[int], args: argparse.Namespace, seed: int
+) -> None:
+    """Train a pruned model towards the dense one on further windows of the calibration text."""
+    drawn = windows(ids, argparse.Namespace(context=args.context, samples=16 * args.updates), seed + 1000)
+    rows = [{"input_ids": row, "labels": row} for batch in drawn for row in batch["input_ids"]]
+    with tempfile.TemporaryDirectory() as folder:
+        training = hc.DistillationArguments(
+            folder, max_steps=args.updates, learning_rate=args.learning_rate, warmup_steps=0.1, seed=seed,
+            per_device_train_batch_size=16, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+            alpha_task=1.0, alpha_output=1.0,
+        )  # fmt: skip
+        hc.DistillationTrainer(model, dense, training, train_dataset=rows).train()
+    model.eval()
+
+
 def main() -> None:
     args = parse()
     transformers_logging.set_verbosity_error()
@@ -73,7 +96,7 @@ def main() -> None:
     texts = {name: tokens(file, name, tokenizer) for name, file in (pair.split("=", 1) for pair in args.texts)}
     calibration = tokens(args.calibration, "calibration", tokenizer)
     header = {**arguments_of(args), "texts": sorted(texts), "calibration": Path(args.calibration).parent.name}
-    for grows in ("ratios", "prune", "quantize", "both", "seeds"):
+    for grows in ("ratios", "prune", "quantize", "both", "recover", "seeds"):
         header.pop(grows)
     results = Results(args.out, {"arguments": header, "environment": machine()})
 
@@ -83,9 +106,24 @@ def main() -> None:
             for name, ids in texts.items()
         }
 
+    def opened() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+
+    def recovered(seed: int, pruning: hc.CompressionConfig, quantizing: hc.CompressionConfig) -> Callable[[], dict]:
+        def compute() -> dict:
+            model, data = opened(), windows(calibration, args, seed)
+            hc.compress(model, pruning, data=data)
+            found = {"pruned": measured(model)}
+            recover(model, opened(), calibration, args, seed)
+            found["recovered"] = measured(model)
+            hc.compress(model, quantizing, data=data)
+            return {**found, "rounded": measured(model), "bytes": hc.count_cost(model, args.context).bytes}
+
+        return compute
+
     def compressed(seed: int, *configs: hc.CompressionConfig) -> Callable[[], dict]:
         def compute() -> dict:
-            model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+            model = opened()
             before = hc.count_cost(model, args.context)
             start = time.perf_counter()
             hc.compress(model, *configs, data=windows(calibration, args, seed))
@@ -101,7 +139,7 @@ def main() -> None:
 
         return compute
 
-    results.cell("dense", lambda: measured(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)))
+    results.cell("dense", lambda: measured(opened()))
     for seed in args.seeds:
         for ratio in args.ratios:
             for fields in args.prune:
@@ -114,6 +152,9 @@ def main() -> None:
         for pruning, quantizing in args.both:
             configs = (hc.StructuredPruningConfig(seed=seed, **pruning), hc.WeightQuantizationConfig(**quantizing))
             results.cell(f"seed{seed}/both/{label_of(pruning)}/{label_of(quantizing)}", compressed(seed, *configs))
+        for pruning, quantizing in args.recover:
+            configs = (hc.StructuredPruningConfig(seed=seed, **pruning), hc.WeightQuantizationConfig(**quantizing))
+            results.cell(f"seed{seed}/recover/{label_of(pruning)}/{label_of(quantizing)}", recovered(seed, *configs))
 
 
 if __name__ == "__main__":

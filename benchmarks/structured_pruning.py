@@ -1,5 +1,7 @@
 """Accuracy of structured pruning: dense, without retraining, recovered; four selections, correction on and off.
 
+Also of weights of few bits: `--quantize '{"bits": 4, "group_size": 64}'`.
+
     python benchmarks/structured_pruning.py --model MODEL --data_dir DATA/sst2_sentences --out x.json \
         --seeds 0 1 2 --selections interpolative fisher magnitude random
 
@@ -15,7 +17,7 @@ import time
 from pathlib import Path
 
 from accuracy import Results as Results
-from accuracy import argument_parser, open_results, open_task, scores, stem, training
+from accuracy import argument_parser, label_of, open_results, open_task, scores, stem, training
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -33,7 +35,7 @@ WARMUP = {"warmup_steps": 0.1}
 
 def parse() -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.7])
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.5, 0.7])
     parser.add_argument("--selections", nargs="+", default=["interpolative"])
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--recovery_epochs", type=float, default=2)
@@ -44,6 +46,7 @@ def parse() -> argparse.Namespace:
         "--also", nargs="*", default=[], type=json.loads, metavar="JSON",
         help="Also interpolative with these fields of the config, e.g. '{\"center\": true}'.",
     )  # fmt: skip
+    parser.add_argument("--quantize", nargs="*", default=[], type=json.loads, metavar="JSON")
     parser.add_argument("--no_recovery", action="store_true")
     return parser.parse_args()
 
@@ -79,6 +82,17 @@ def main() -> None:
 
         results.cell(f"seed{seed}/dense", train_dense)
         batches = calibration_batches(rows["train"], tokenizer, args.samples, seed)
+        for fields in args.quantize:
+
+            def quantize(fields=fields, dense=dense, batches=batches) -> dict:
+                model = open_model(dense, task)
+                before = hc.count_cost(model, 32).bytes
+                hc.compress(model, hc.WeightQuantizationConfig(**fields), data=batches)
+                return {
+                    **scores(model, rows, tokenizer), "bytes_before": before, "bytes": hc.count_cost(model, 32).bytes,
+                }  # fmt: skip
+
+            results.cell(f"seed{seed}/quantize/{label_of(fields)}", quantize)
         for ratio in args.ratios:
             for selection in args.selections:
                 for label, options in variants(selection, args):
