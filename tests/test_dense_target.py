@@ -16,7 +16,13 @@ from hf_compress.core.projections import Projection, Role
 from hf_compress.methods.structured_pruning.allocation import UNIT_KINDS
 from hf_compress.methods.structured_pruning.correction import output_projection, output_projections
 from hf_compress.methods.structured_pruning.dense_target import DenseSums, Normal, fitted
-from hf_compress.methods.structured_pruning.divergence import _Distances, _first, divergence_priorities, falls
+from hf_compress.methods.structured_pruning.divergence import (
+    _Answers,
+    _Distances,
+    _first,
+    divergence_priorities,
+    falls,
+)
 from hf_compress.methods.structured_pruning.elimination import eliminated_last
 from hf_compress.methods.structured_pruning.measuring import measure_and_rank
 from tests.images_and_sounds import cast
@@ -285,6 +291,18 @@ def test_priorities_are_divergences_of_models_with_one_cut_sublayer(model, batch
             by_hull, by_hand = sum(found[key][kept:]), divergence(cut, dense, data)
             assert by_hull <= by_hand * (1 + 1e-3) + 1e-9
             assert kept or by_hull == pytest.approx(by_hand, rel=1e-3)
+
+
+def test_labels_that_hold_at_once_are_rows_of_two_classes(model, batches):
+    many = model("bert", "sequence_classification").eval()
+    many.config.return_dict, many.config.problem_type = False, "multi_label_classification"
+    (batch,) = batches(many.config, count=1)
+    answers = _Answers(many)
+    rows = answers(batch)
+    scores = many(**batch, return_dict=True).logits
+    assert answers.classifies
+    wanted = torch.stack([torch.sigmoid(scores), 1 - torch.sigmoid(scores)], -1).reshape(-1, 2)
+    torch.testing.assert_close(rows.exp(), wanted)
 
 
 def test_a_large_vocabulary_is_asked_about_fewer_tokens_of_several_texts(model, batches, monkeypatch):

@@ -52,14 +52,19 @@ class _Answers:
         self.classifies = False
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
-        """[rows, C or D] float32; padding has no row, and the scores of an answer's ends are two rows an example."""
+        """[rows, C or D] float32; padding has no row, the scores of an answer's ends are two rows an example, and each
+        of several labels that hold at once is a row of two classes."""
         inputs = {name: value for name, value in on_device(self._model, batch).items() if name != "labels"}
-        found = self._model(**inputs, **forward_state(self._model))
+        found = self._model(**inputs, return_dict=True, **forward_state(self._model))
         if "start_logits" in found:
             self.classifies = True
             ends = torch.cat([found["start_logits"], found["end_logits"]])
             return torch.log_softmax(ends.float(), -1)
         values = found["logits"] if "logits" in found else found[0]
+        if "logits" in found and self._model.config.problem_type == "multi_label_classification":
+            self.classifies = True
+            either = torch.stack([values, torch.zeros_like(values)], -1).reshape(-1, 2)
+            return torch.log_softmax(either.float(), -1)
         self.classifies = "logits" in found and values.shape[-1] > 1
         mask = layer_mask(self._model, inputs)
         if mask is not None and values.ndim == 3 and values.shape[:2] == mask.shape:
