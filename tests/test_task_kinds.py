@@ -25,6 +25,7 @@ from hf_compress.stages.models import open_model
 from hf_compress.tasks.kinds import TASK_KINDS
 from hf_compress.tasks.language_modeling import LanguageModeling
 from hf_compress.tasks.question_answering import QuestionAnswering, SpanAnswers
+from hf_compress.tasks.retrieval import ranks_of
 from hf_compress.tasks.sentence_embedding import SentenceEmbedding
 from hf_compress.tasks.sequence_classification import SequenceClassification
 from hf_compress.tasks.sources import DataArguments, load_task
@@ -477,10 +478,62 @@ def test_pooling_that_is_not_known_is_refused(tmp_path, pairs, model, tokenizer)
         found_by(name, load_task(pairs))
 
 
+@pytest.fixture
+def queries(tmp_path, sentences):
+    """Queries with the text that belongs to each; several queries share a text."""
+    texts = [t for t, _ in sentences]
+    rows = [{"query": texts[i], "passage": f"{texts[i % 9]} {texts[i % 9 + 9]}"} for i in range(40)]
+    path = tmp_path / "queries"
+    folder(path, train=[{"text": t} for t in texts], validation=rows)
+    return DataArguments(data_dir=str(path), max_length=64, task_kind="sentence-embedding")
+
+
+def test_texts_of_queries_are_found_among_all(tmp_path, queries, model, tokenizer):
+    name = saved(tmp_path / "encoder", model("bert"), tokenizer)
+    task = load_task(queries)
+    assert (task.main_metric, task.measured_split()) == ("recall_at_1", "validation")
+    rows = task.split("validation")
+    assert len(task.encode("validation", tokenizer, 64)) == len(rows) + len(set(rows["sentence2"][:])) == 49
+    answers = found_by(name, task, batch_size=7)
+    net = transformers.AutoModel.from_pretrained(name)
+
+    @torch.no_grad()
+    def vector(text):
+        return net(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).double()
+
+    passages = {text: vector(text) for text in rows["sentence2"]}
+    ranks = []
+    for row in rows:
+        query = vector(row["sentence1"])
+        near = {text: float(torch.cosine_similarity(query, found, dim=0)) for text, found in passages.items()}
+        ranks.append(sorted(near, key=near.get, reverse=True).index(row["sentence2"]))
+    assert answers.ranks.tolist() == ranks
+    assert len(set(ranks)) > 3
+    assert answers.metrics() == {
+        "recall_at_1": pytest.approx(ranks.count(0) / 40),
+        "recall_at_10": pytest.approx(sum(rank < 10 for rank in ranks) / 40),
+        "mrr": pytest.approx(sum(1 / (1 + rank) for rank in ranks) / 40),
+    }
+    assert answers.at(np.array([0, 0, 3])).ranks.tolist() == [ranks[0], ranks[0], ranks[3]]
+    with pytest.raises(ValueError, match="no pairs to measure on"):
+        task.measured_split("train")
+
+
+def test_many_queries_are_ranked_in_parts(monkeypatch):
+    generator = np.random.default_rng(0)
+    queries, texts = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (
+        generator.standard_normal((23, 4)), generator.standard_normal((11, 4))
+    ))  # fmt: skip
+    wanted = generator.integers(11, size=23)
+    whole = ranks_of(queries, texts, wanted)
+    monkeypatch.setattr("hf_compress.tasks.retrieval._QUERIES", 4)
+    assert ranks_of(queries, texts, wanted).tolist() == whole.tolist()
+
+
 def test_texts_alone_cannot_be_measured(tmp_path, pairs):
     task = load_task(pairs)
     assert task.measured_split() == "validation"
-    with pytest.raises(ValueError, match="no pairs with scores to measure on"):
+    with pytest.raises(ValueError, match="no pairs to measure on"):
         task.measured_split("train")
 
 

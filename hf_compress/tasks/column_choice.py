@@ -12,7 +12,7 @@ from hf_compress.tasks.arguments import DataArguments
 # The usual names; pairs come first, and earlier ones win.
 _PAIRS = (
     ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"),
-    ("text1", "text2"), ("text_a", "text_b"), ("text", "text_pair"),
+    ("text1", "text2"), ("text_a", "text_b"), ("text", "text_pair"), ("query", "passage"), ("anchor", "positive"),
 )  # fmt: skip
 _STANDARD_TEXTS = ("sentence", "text")
 _OTHER_TEXTS = (

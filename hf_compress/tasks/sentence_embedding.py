@@ -1,5 +1,7 @@
 """Sentences as vectors: how alike two of them are is the cosine between their vectors.
 
+Pairs with scores say how well cosines order them; pairs without scores are queries with the text that belongs to each.
+
 Letters: B pairs, D dimensions.
 """
 
@@ -24,6 +26,7 @@ from hf_compress.tasks.inputs import tokenizer_for
 from hf_compress.tasks.label_values import read_labels, without_unlabelled_test
 from hf_compress.tasks.metrics import Array, regression_metrics
 from hf_compress.tasks.pooling import Pooling, has_pooling, pooling_of, sentence_files
+from hf_compress.tasks.retrieval import RetrievalAnswers, ranks_of
 from hf_compress.tasks.task import EVALUATED, Batch, Collator, Processor, Task, drawn
 
 
@@ -53,6 +56,8 @@ class SimilarityAnswers(Answers):
 @dataclass(frozen=True, kw_only=True)
 class SentenceEmbedding(Task):
     """Columns `sentence1`, and for pairs `sentence2` and `label`, a score; a split of texts alone has the first only.
+
+    Where no split has scores, the first sentence of each pair is a query, and the second the text that belongs to it.
 
     Args:
         pooling: How the vectors of tokens become one.
@@ -102,29 +107,43 @@ class SentenceEmbedding(Task):
 
     @property
     def main_metric(self) -> str:
-        """Spearman's correlation."""
-        return "spearman"
+        """Spearman's correlation of scored pairs, else the share of queries whose text is the nearest."""
+        return "recall_at_1" if self._retrieves else "spearman"
+
+    @property
+    def _retrieves(self) -> bool:
+        """Whether what is measured are queries and not scores."""
+        return not any("label" in rows.column_names for rows in self.splits.values())
+
+    def _is_measurable(self, split: str) -> bool:
+        return ("sentence2" if self._retrieves else "label") in self.split(split).column_names
 
     @property
     def evaluation_split(self) -> str | None:
-        """The first of `validation` and `test` that has scores."""
-        return next((s for s in EVALUATED if s in self.splits and "label" in self.splits[s].column_names), None)
+        """The first of `validation` and `test` that has scores, or pairs where nothing has scores."""
+        return next((s for s in EVALUATED if s in self.splits and self._is_measurable(s)), None)
 
     def measured_split(self, name: str | None = None) -> str:
-        """The split that a model is measured on; it must have pairs with scores."""
+        """The split that a model is measured on; it must have pairs, with scores if any split has them."""
         found = super().measured_split(name)
-        if "label" not in self.split(found).column_names:
+        if not self._is_measurable(found):
             raise ValueError(
-                f"{self.files.get(found, found)} has texts, but no pairs with scores to measure on (columns such as "
-                "sentence1, sentence2 and label)."
+                f"{self.files.get(found, found)} has texts, but no pairs to measure on: columns such as sentence1, "
+                "sentence2 and label (a score), or sentence1 and sentence2 (a query and the text that belongs to it)."
             )
         return found
 
     def encode(self, split: str, processor: Processor, max_length: int) -> Dataset:
-        """Token ids and masks of every sentence, both of a pair one after the other."""
+        """Token ids and masks of every sentence, both of a pair one after the other.
+
+        Of pairs without scores: first all queries, then every text once.
+        """
         rows, tokenizer = self.split(split), tokenizer_for(processor, max_length)
         names = [name for name in rows.column_names if name != "label"]
-        sentences = [text for row in rows.select_columns(names) for text in row.values()]
+        if self._retrieves and "sentence2" in names:
+            sentences = rows["sentence1"][:] + list(dict.fromkeys(rows["sentence2"][:]))
+        else:
+            sentences = [text for row in rows.select_columns(names) for text in row.values()]
         encoded = tokenizer(sentences, truncation=True, max_length=max_length)
         return Dataset.from_dict(dict(encoded), split=rows.split)
 
@@ -145,12 +164,16 @@ class SentenceEmbedding(Task):
         """[D] the vector of each sentence."""
         return list(self.pooling.pooled(outputs.last_hidden_state.float(), live_tokens(batch)))
 
-    def answers(self, split: str, rows: Dataset, outputs: Sequence[Array]) -> SimilarityAnswers:
-        """The cosine of each pair."""
-        vectors = np.stack(outputs).astype(np.float64)
+    def answers(self, split: str, rows: Dataset, outputs: Sequence[Array]) -> SimilarityAnswers | RetrievalAnswers:
+        """The cosine of each pair, or where the text of each query stands."""
+        vectors, pairs = np.stack(outputs).astype(np.float64), self.split(split)
         unit = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+        if self._retrieves:
+            places = {text: place for place, text in enumerate(dict.fromkeys(pairs["sentence2"][:]))}
+            wanted = np.array([places[text] for text in pairs["sentence2"][:]])
+            return RetrievalAnswers(ranks_of(unit[: len(pairs)], unit[len(pairs) :], wanted))
         cosines = (unit[0::2] * unit[1::2]).sum(-1)
-        return SimilarityAnswers(cosines, np.array(self.split(split)["label"][:], dtype=np.float64))
+        return SimilarityAnswers(cosines, np.array(pairs["label"][:], dtype=np.float64))
 
     def matched(self, config: PretrainedConfig) -> Task:
         """The task with the pooling of a model's folder; the mean where it has none."""
