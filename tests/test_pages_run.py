@@ -77,7 +77,7 @@ def write_data(root):
     halves = {"sentence1": texts, "sentence2": texts[::-1], "label": [float(label) for label in labels]}
     tables = {
         "reviews": {"sentence": texts, "label": labels}, "my_data": {"text": texts, "label": labels}, "stsb": halves,
-        "pairs": halves | {"label": labels},
+        "pairs": halves | {"label": labels}, "questions": {"question": texts, "context": texts[::-1]},
     }  # fmt: skip
     for folder, columns in tables.items():
         for split in ("train", "validation", "test"):
