@@ -108,8 +108,11 @@ def calibration(data: str, tokenizer: PreTrainedTokenizerBase, samples: int, see
     ):
         distinct = list(dict.fromkeys(source))
         texts += [distinct[row] for row in drawing.choice(len(distinct), number, replace=False)]
-    drawing.shuffle(texts)
-    return [encoded(tokenizer, texts[start : start + 16]) for start in range(0, len(texts), 16)]
+    # Alike in length, so that little is padding; in a random order, because a part of the batches may be read alone.
+    texts.sort(key=len)
+    batches = [encoded(tokenizer, texts[start : start + 16]) for start in range(0, len(texts), 16)]
+    drawing.shuffle(batches)
+    return batches
 
 
 def main() -> None:

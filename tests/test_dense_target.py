@@ -19,7 +19,7 @@ from hf_compress.methods.structured_pruning.dense_target import DenseSums, Norma
 from hf_compress.methods.structured_pruning.divergence import (
     _Answers,
     _Distances,
-    _first,
+    _some,
     divergence_priorities,
     falls,
 )
@@ -271,7 +271,7 @@ def test_priorities_are_divergences_of_models_with_one_cut_sublayer(model, batch
     data = batches(dense.config)
     layers, before = layers_of(dense), copy.deepcopy(dense.state_dict())
     measured = measure_and_rank(dense, layers, hc.StructuredPruningConfig(), data)
-    found = divergence_priorities(dense, layers, measured.rankings, measured.moments, data)
+    found = divergence_priorities(dense, layers, measured.rankings, measured.moments, data, measured.mean_length)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     for key, out in output_projections(layers).items():
         ranking = measured.rankings[key]
@@ -305,19 +305,37 @@ def test_labels_that_hold_at_once_are_rows_of_two_classes(model, batches):
     torch.testing.assert_close(rows.exp(), wanted)
 
 
-def test_a_large_vocabulary_is_asked_about_fewer_tokens_of_several_texts(model, batches, monkeypatch):
+def test_a_large_vocabulary_is_asked_about_the_beginnings_of_fewer_texts(model, batches, monkeypatch):
     dense = model("llama", "causal_lm")
-    monkeypatch.setattr("hf_compress.methods.structured_pruning.divergence._NUMBERS", 30 * dense.config.vocab_size)
+    monkeypatch.setattr("hf_compress.methods.structured_pruning.divergence._NUMBERS", 32 * dense.config.vocab_size)
     monkeypatch.setattr("hf_compress.methods.structured_pruning.divergence._SHORT", 8)
-    padded = batches(dense.config, count=2)
+    padded = batches(dense.config, count=3)
     full = [{name: batch["input_ids"].clone() for name in ("input_ids", "labels")} for batch in padded]
-    (found,) = _first(dense, full)
-    assert {name: value.shape for name, value in found.items()} == dict.fromkeys(("input_ids", "labels"), (4, 8))
-    assert torch.equal(found["input_ids"], full[0]["input_ids"][:4, :8])
+    found = _some(dense, full, examples=24, mean_length=24)
+    # Every sixth text of 24, eight tokens each.
+    wanted = torch.cat([batch["input_ids"] for batch in full])[::6, :8]
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in found]), wanted)
+    assert torch.equal(torch.cat([batch["labels"] for batch in found]), wanted)
     # What a text begins with may be padding: those that have any stay whole.
-    found = _first(dense, padded)
-    assert torch.equal(found[0]["attention_mask"], padded[0]["attention_mask"][:2])
-    assert len(_first(model("bert"), padded)) == 2
+    found = _some(dense, padded, examples=24, mean_length=24)
+    masks = torch.cat([batch["attention_mask"] for batch in padded])
+    assert torch.equal(torch.cat([batch["attention_mask"] for batch in found]), masks[::6])
+
+
+def test_examples_are_taken_from_all_over_the_data(model, batches, monkeypatch):
+    """Batches are often sorted by length."""
+    dense = model("bert", "sequence_classification")
+    monkeypatch.setattr("hf_compress.methods.structured_pruning.divergence._TOKENS", 100)
+    data = batches(dense.config, count=5)
+    ids = torch.cat([batch["input_ids"] for batch in data])
+    lengths = torch.cat([batch["attention_mask"] for batch in data]).sum(1)
+    found = _some(dense, data, examples=40, mean_length=float(lengths.double().mean()))
+    step = round(int(lengths.sum()) / 100)
+    assert step > 4
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in found]), ids[::step])
+    places = torch.arange(ids.shape[1])[None]
+    (part,) = _some(dense, [{"input_ids": ids, "position_ids": places}], 40, 20.0)
+    assert part["position_ids"] is places
 
 
 def test_the_hull_is_convex_and_below_every_point():

@@ -112,6 +112,7 @@ def divergence_priorities(
     rankings: Mapping[tuple[int, UnitKind], Ranking],
     moments: Mapping[tuple[int, UnitKind], SecondMoments],
     data: Data,
+    mean_length: float,
 ) -> dict[tuple[int, UnitKind], list[float]]:
     """How much each unit brings the outputs of a model nearer to those of the dense one.
 
@@ -123,8 +124,10 @@ def divergence_priorities(
         layers: Its layers.
         rankings: (layer index, kind) -> the units of each sublayer, most important first.
         moments: The same -> moments of the output projection's input.
-        data: Batches of inputs. Labels are not read; about the first 2,048 live tokens are, and of a language model
-            with a large vocabulary fewer (with 50,000 tokens 335), from the beginnings of sequences.
+        data: Batches of inputs, those that were measured. Labels are not read. About 2,048 live tokens are, of
+            examples from all over the data; of a language model with a large vocabulary fewer (with 50,000 tokens
+            335), from the beginnings of sequences.
+        mean_length: Tokens of an average example.
 
     Returns:
         (layer index, kind) -> [units]: by how much the divergence falls when each unit is kept after those before it.
@@ -133,8 +136,9 @@ def divergence_priorities(
         ValueError: If the model's outputs are not finite.
     """
     answers, priorities = _Answers(model), {}
+    examples = next(iter(moments.values())).num_rows / mean_length
     with evaluating(model):
-        batches = _first(model, data)
+        batches = _some(model, data, examples, mean_length)
         modules, dense, returned = [layer.module for layer in layers], [], []
         for batch in batches:
             with outputs_recorded(modules) as found:
@@ -170,33 +174,41 @@ def divergence_priorities(
     return priorities
 
 
-def _first(model: PreTrainedModel, data: Data) -> list[Mapping[str, Any]]:
-    """The first batches of the data that together hold enough tokens."""
-    batches, tokens, wanted = [], 0, _TOKENS
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+def _some(model: PreTrainedModel, data: Data, examples: float, mean_length: float) -> list[Mapping[str, Any]]:
+    """Examples from all over the data, which may be sorted, that together hold about as many tokens as are wanted."""
+    wanted = _TOKENS
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # of transformers
     if head is not None:
         wanted = min(wanted, _NUMBERS // head.weight.shape[0])
+    shortened = wanted < _TOKENS
+    each = min(mean_length, _SHORT) if shortened else mean_length
+    step = max(1, round(examples * each / wanted))
+    batches: list[Mapping[str, Any]] = []
+    seen = 0
     for batch in data:
-        if wanted < _TOKENS:
-            batch = _shortened(model, batch, wanted - tokens)
-        batches.append(batch)
-        tokens += int(seen_tokens(model, base_inputs(model, batch)).sum())
-        if tokens >= wanted:
-            break
+        inputs = base_inputs(model, batch)
+        rows = torch.arange(-seen % step, len(next(iter(inputs.values()))), step)
+        seen += len(next(iter(inputs.values())))
+        if len(rows):
+            batches.append(_part_of(model, batch, inputs, rows, shortened))
     require_batches(len(batches))
     return batches
 
 
-def _shortened(model: PreTrainedModel, batch: Mapping[str, Any], tokens: int) -> Mapping[str, Any]:
-    """The first sequences of a batch, and their beginnings only unless there is padding to get rid of first."""
-    inputs = base_inputs(model, batch)
-    whole, mask = inputs["input_ids"].shape, seen_tokens(model, inputs)
-    length = _SHORT if bool(mask.all()) else whole[1]
-    rows = math.ceil(tokens / min(length, whole[1]))
-    return {
-        name: value[:rows, :length] if torch.is_tensor(value) and value.shape == whole else value
-        for name, value in batch.items()
-    }
+def _part_of(
+    model: PreTrainedModel, batch: Mapping[str, Any], inputs: Mapping[str, Tensor], rows: Tensor, shortened: bool
+) -> dict[str, Any]:
+    """Some examples of a batch; of texts without padding, which may be cut short, only the beginnings if wanted."""
+    examples, ids = len(next(iter(inputs.values()))), inputs.get("input_ids")
+    length = ids.shape[1] if shortened and ids is not None and bool(seen_tokens(model, inputs).all()) else None
+
+    def part(value: Any) -> Any:
+        if not torch.is_tensor(value):
+            return value
+        found = value[rows] if value.ndim and len(value) == examples else value
+        return found[:, :_SHORT] if found.ndim > 1 and found.shape[1] == length else found
+
+    return {name: part(value) for name, value in batch.items()}
 
 
 def falls(divergences: Mapping[int, float]) -> list[float]:

@@ -161,7 +161,7 @@ def _priorities(
     """(layer index, kind) -> the priorities of its units."""
     if config.allocation != "divergence":
         return {key: ranking.priorities for key, ranking in measured.rankings.items()}
-    return divergence_priorities(model, layers, measured.rankings, measured.moments, data)
+    return divergence_priorities(model, layers, measured.rankings, measured.moments, data, measured.mean_length)
 
 
 def cut_in_order(
