@@ -1,4 +1,4 @@
-"""Tables of `benchmarks/RESULTS.md` from the result files of `structured_pruning.py`.
+"""Tables of `benchmarks/RESULTS.md` from result files of cells: a mean and its standard error over the seeds.
 
 python benchmarks/summarise.py benchmarks/results/*.json
 """
@@ -6,44 +6,53 @@ python benchmarks/summarise.py benchmarks/results/*.json
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 
-def value(cell: dict, split: str, metric: str) -> float:
-    return 100 * cell[split][metric]
+# Facts of a cell that are no measurement of quality.
+LEFT_OUT = ("seconds", "prune_seconds", "compress_seconds")
+
+
+def numbers(cell: dict[str, Any], scale: bool) -> dict[str, float]:
+    """Column -> number of a cell; of a split's metrics the main one, x 100."""
+    found: dict[str, float] = {}
+    for name, value in cell.items():
+        if isinstance(value, dict):
+            metric = next((x for x in ("spearman", "accuracy") if x in value), None)
+            found |= {name: 100 * value[metric]} if metric else {f"{name} {k}": v for k, v in value.items()}
+        elif isinstance(value, int | float) and name not in LEFT_OUT:
+            found[name] = 100 * value if scale and value <= 1 and name != "params" else value
+    return found
+
+
+def cell_text(values: list[float]) -> str:
+    digits = 0 if min(values) > 1000 else 3 if max(values) <= 1 else 2
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return f"{statistics.mean(values):,.{digits}f}" + (f" +- {spread:.{digits}f}" if spread is not None else "")
 
 
 def main() -> None:
     for file in map(Path, sys.argv[1:]):
         content = json.loads(file.read_text())
-        cells = content.get("cells")
-        if not cells:
+        if not (cells := content.get("cells")):
             continue
-        metric = "spearman" if "spearman" in next(iter(cells.values()))["validation"] else "accuracy"
-        groups: dict[str, list[dict]] = defaultdict(list)
+        groups: dict[str, list[dict[str, float]]] = defaultdict(list)
         for name, cell in cells.items():
-            groups[name.split("/", 1)[1]].append(cell)
-        header = content["header"]
-        print(f"\n### {header['data']}, {header['model']} ({metric} x 100)\n")
-        print("| model | seeds | validation | test | parameters kept | pruning s |\n|---|---|---|---|---|---|")
-        for name, found in groups.items():
-            columns = [name, str(len(found))]
-            for split in ("validation", "test"):
-                if split not in found[0]:
-                    columns.append("-")
-                    continue
-                scores = [value(cell, split, metric) for cell in found]
-                spread = f" +- {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-                columns.append(f"{statistics.mean(scores):.2f}{spread}")
-            for key, digits in (("params", 3), ("prune_seconds", 1)):
-                known = [cell[key] for cell in found if key in cell]
-                columns.append(f"{statistics.mean(known):.{digits}f}" if known else "")
-            print("| " + " | ".join(columns) + " |")
+            kind = name.split("/", 1)[1] if name.startswith("seed") else name
+            groups[kind].append(numbers(cell, scale="embeddings" in file.name))
+        columns = list(dict.fromkeys(column for found in groups.values() for row in found for column in row))
+        print(f"\n### {file.name}\n\n| | seeds | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 2)}")
+        for kind, found in groups.items():
+            shown = [[row[column] for row in found if column in row] for column in columns]
+            print(f"| {kind} | {len(found)} | {' | '.join(cell_text(x) if x else '' for x in shown)} |")
         commits = sorted({cell["commit"] for cell in cells.values()})
-        print(f"\nCommits of the cells: {', '.join(commits)}; arguments: `{json.dumps(header['arguments'])}`.")
+        arguments = json.dumps(content["header"].get("arguments"))
+        print(f"\nCommits of the cells: {', '.join(commits)}; arguments: `{arguments}`.")
 
 
 if __name__ == "__main__":
