@@ -15,6 +15,10 @@ ROWS = [Rows()[index] for index in range(16)]
 CONFIGS = {
     "2:4": [hc.WeightPruningConfig(pattern="2:4", target_sparsity=0.5, criterion="magnitude")],
     "blocks": [hc.WeightPruningConfig(pattern="4x1", target_sparsity=0.75, criterion="magnitude")],
+    # Layers have unequal widths then, so that a share of their channels is another share of their weights.
+    "channels of pruned layers": [
+        hc.StructuredPruningConfig(mac_ratio=0.3, ridge=0.01),
+        hc.WeightPruningConfig(pattern="channelx1", target_sparsity=0.5, criterion="magnitude")],
     "then tokens": [
         hc.WeightPruningConfig(pattern="2:4", target_sparsity=0.5, criterion="magnitude"), hc.TokenPruningConfig()],
     "then heads": [

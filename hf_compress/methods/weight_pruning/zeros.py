@@ -19,6 +19,7 @@ from hf_compress.methods.weight_pruning.config import NAME
 from hf_compress.methods.weight_pruning.groups import selected
 from hf_compress.methods.weight_pruning.outcome import config_of
 from hf_compress.methods.weight_pruning.prunable import PrunableWeight
+from hf_compress.methods.weight_pruning.sparsity import sparsity_of
 
 
 logger = logging.getLogger(__name__)
@@ -162,18 +163,18 @@ def warn_of_lost_zeros(model: PreTrainedModel) -> None:
     if cut or not recorded:
         return
     try:
-        prunables = [prunable for group in selected(model, config) for prunable in group.weights]
+        groups = selected(model, config)
     except ValueError:
         return
-    weights = {prunable.weight for prunable in prunables if prunable.weight.device.type != "meta"}
-    total = sum(weight.numel() for weight in weights)
-    found = 1 - sum(int(weight.count_nonzero()) for weight in weights) / max(total, 1)
-    if total and found < recorded - _LOST:
+    if any(prunable.weight.is_meta for group in groups for prunable in group.weights):
+        return
+    # Counted as it was recorded, in units: one of a smaller layer is as much of it as one of a larger layer.
+    if groups and (found := sparsity_of(groups)) < recorded - _LOST:
         logger.warning(
-            "config.json records that weight pruning made %.3f of %d weights zero, but %.3f of their elements are: "
+            "config.json records that weight pruning made %.3f of %d weights zero, but %.3f of them is: "
             "the model was trained without holding its zeros. Prune it again; train pruned models with a trainer of "
             "hf_compress, or with HeldZerosCallback() among the callbacks of another one.",
             recorded,
-            len(prunables),
+            sum(len(group.weights) for group in groups),
             found,
         )
