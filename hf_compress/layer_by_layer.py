@@ -31,6 +31,7 @@ from hf_compress.core.saved_weights import INDEX, WEIGHTS, SavedWeights
 from hf_compress.core.saving import complete_or_absent, require_own_folder, sole_training, write_json
 from hf_compress.core.skeletons import empty_model, load_outside_
 from hf_compress.core.unfinished import Unfinished
+from hf_compress.folder_card import write_card
 from hf_compress.methods import METHODS
 
 
@@ -81,7 +82,9 @@ def compress_folder(
         >>> pruning = hc.StructuredPruningConfig(mac_ratio=0.7, order="sequential")             # doctest: +SKIP
         >>> hc.compress_folder("large-model", "large-model-0.7", pruning, data=batches)         # doctest: +SKIP
     """
-    return compress_saved(source, output_dir, configs, data, device)
+    return compress_saved(
+        source, output_dir, configs, data, device, lambda model, staged: write_card(staged, model, Path(output_dir))
+    )
 
 
 def compress_saved(
@@ -93,6 +96,8 @@ def compress_saved(
     beside: Beside | None = None,
 ) -> Path:
     """Do what `compress_folder` does, with further files in the result."""
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"source must be the folder of a saved model, got a {type(source).__name__}: use compress.")
     if not configs:
         raise ValueError("configs must name at least one step, got none.")
     methods = [method_of(config) for config in configs]
@@ -116,17 +121,36 @@ def compress_saved(
     }
     with sole_training(target):
         unfinished = Unfinished(target / UNFINISHED, inputs)
-        last = len(configs) - 1
-        for position, (method, config) in enumerate(zip(methods, configs, strict=True)):
-            ended = target if position == last else unfinished.folder / f"model-{position}"
-            if unfinished.noted(f"step-{position}") is None or not (ended / INDEX).is_file():
-                step = _Step(start, ended, Unfinished(unfinished.folder / f"layers-{position}", {}), place)
-                step.apply(method, config, batches, beside if position == last else None)
-                unfinished.note(f"step-{position}", "done")
-                step.unfinished.forget()
-            start = ended
+        try:
+            _apply(start, target, list(zip(methods, configs, strict=True)), batches, place, unfinished, beside)
+        except ValueError:
+            # Settings or data were refused before a layer was written: other ones must find an empty folder.
+            if not any(unfinished.folder.rglob("*.safetensors")):
+                unfinished.forget()
+            raise
         unfinished.forget()
     return target
+
+
+def _apply(
+    start: Path,
+    target: Path,
+    steps: Sequence[tuple[Method, MethodConfig]],
+    batches: Sequence[Mapping[str, Any]] | None,
+    place: torch.device,
+    unfinished: Unfinished,
+    beside: Beside | None,
+) -> None:
+    """Go through the steps that are not done yet; the result of the last one is the target."""
+    last = len(steps) - 1
+    for position, (method, config) in enumerate(steps):
+        ended = target if position == last else unfinished.folder / f"model-{position}"
+        if unfinished.noted(f"step-{position}") is None or not (ended / INDEX).is_file():
+            step = _Step(start, ended, Unfinished(unfinished.folder / f"layers-{position}", {}), place)
+            step.apply(method, config, batches, beside if position == last else None)
+            unfinished.note(f"step-{position}", "done")
+            step.unfinished.forget()
+        start = ended
 
 
 def _check(model: PreTrainedModel, steps: Sequence[tuple[Method, MethodConfig]]) -> None:

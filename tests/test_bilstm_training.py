@@ -14,8 +14,8 @@ from transformers import BertConfig, BertForSequenceClassification, DataCollator
 import hf_compress as hc
 from hf_compress.folder_card import write_card
 from hf_compress.stages.arguments import DeviceArguments, OutputArguments
-from hf_compress.stages.models import save_stage
 from hf_compress.stages.report import Report, ReportArguments, report
+from hf_compress.stages.saved import save_stage
 from hf_compress.stages.training import add_teacher_columns
 from hf_compress.tasks.inputs import length_sorted, row_lengths
 from tests.bilstm_models import SIZES, bilstm, texts

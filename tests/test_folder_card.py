@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 import hf_compress as hc
 from hf_compress.folder_card import steps_with_settings, write_card
-from hf_compress.stages.models import save_stage
+from hf_compress.stages.saved import save_stage
 from tests.contract.conftest import METHOD_CONFIGS
 
 

@@ -28,7 +28,7 @@ from hf_compress.core.pickles import is_pickle
 from hf_compress.folder_card import card_text
 from hf_compress.methods import METHODS
 from hf_compress.report.table import Entry, build_report
-from hf_compress.stages.models import save_stage
+from hf_compress.stages.saved import save_stage
 from tests.fake_hub import TOKEN, FakeHub
 from tests.rounding import assert_equal_to_rounding
 from tests.test_report import timing

@@ -67,6 +67,7 @@ def test_the_result_is_that_of_compress(tmp_path, architecture, kind, settings):
     expected.save_pretrained(tmp_path / "expected")
     assert (folder / "config.json").read_text() == (tmp_path / "expected" / "config.json").read_text()
     assert (folder / "tokenizer.json").is_file()
+    assert "**structured_pruning**" in (folder / "README.md").read_text()
     assert not (folder / layer_by_layer.UNFINISHED).exists()
 
 
@@ -307,12 +308,16 @@ def test_a_lacking_tensor_is_named(source, tmp_path):
 def test_impossible_work_is_refused(source, tmp_path, configs, data, message):
     with pytest.raises(ValueError, match=message):
         hc.compress_folder(source, tmp_path / "out", *configs, data=data)
+    # Settings that are possible must not find the work of these.
+    assert not (tmp_path / "out" / layer_by_layer.UNFINISHED).exists()
 
 
 def test_a_source_must_be_another_folder_with_a_known_model(source, tmp_path):
     config = hc.StructuredPruningConfig(**PRUNING)
     with pytest.raises(ValueError, match="is the folder of source"):
         hc.compress_folder(source, source, config, data=calibration())
+    with pytest.raises(ValueError, match="got a LlamaForCausalLM: use compress"):
+        hc.compress_folder(AutoModelForCausalLM.from_pretrained(source), tmp_path / "out", config, data=calibration())
     with pytest.raises(ValueError, match="source must be a folder"):
         hc.compress_folder(tmp_path / "nothing", tmp_path / "out", config, data=calibration())
     start = saved(tmp_path, "nomic_bert", AutoModelForSequenceClassification)

@@ -48,6 +48,21 @@ def test_the_line_says_what_to_change(folder, monkeypatch, capsys, line):
     assert not (folder / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("line", [
+    "evaluate --models dnse", "prune-structure --model_name_or_path dnse --output_dir out",
+    "quantize --model_name_or_path dnse --output_dir out",
+])  # fmt: skip
+def test_texts_alone_do_not_hide_a_mistyped_model(folder, monkeypatch, capsys, line):
+    monkeypatch.chdir(folder)
+    (folder / "texts").mkdir()
+    for split in ("train", "validation"):
+        (folder / "texts" / f"{split}.csv").write_text("text\n" + "a good film\n" * 9)
+    assert main([*line.split(), "--data_dir", "texts"]) == 2
+    said = capsys.readouterr().err
+    assert "there is no folder 'dnse' here" in said
+    assert "task_kind" not in said
+
+
 def test_a_label_of_validation_alone_is_not_the_models_fault(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     with open("validation.csv", "a", newline="") as file:

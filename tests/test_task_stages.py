@@ -10,7 +10,7 @@ from datasets import Dataset
 from PIL import Image
 
 from hf_compress.cli.main import main
-from hf_compress.stages.models import save_stage
+from hf_compress.stages.saved import save_stage
 from tests.images_and_sounds import opens_images
 from tests.labelled_models import write_rows
 from tests.test_task_kinds import write_modules
@@ -237,7 +237,7 @@ def test_no_other_task_writes_these_files(place, model, tokenizer):
         ("distill --model_name_or_path encoder --teacher_name_or_path encoder --output_dir out {data} "
          "--task_kind sentence-embedding --alpha_layer 1", "alpha_task and alpha_output must be 0"),
         ("evaluate --models encoder {data} --task_kind sentences", "task_kind must be one of sequence-classification"),
-        ("evaluate --models encoder {data} --task_kind sentence-embedding --split train", "no pairs with scores"),
+        ("evaluate --models encoder {data} --task_kind sentence-embedding --split train", "no pairs to measure on"),
         ("evaluate --models writer {data} --window_stride 64", "window_stride must be in 0..max_length - 1"),
     ],
 )  # fmt: skip

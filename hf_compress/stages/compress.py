@@ -20,15 +20,8 @@ from hf_compress.stages.arguments import (
 )
 from hf_compress.stages.calibration import calibration_of
 from hf_compress.stages.layer_by_layer import compress_layers
-from hf_compress.stages.models import (
-    ModelArguments,
-    fit_labels,
-    has_head,
-    open_pair,
-    open_pretrained,
-    save_stage,
-    task_for,
-)
+from hf_compress.stages.models import ModelArguments, fit_labels, has_head, open_pair, open_pretrained, task_for
+from hf_compress.stages.saved import save_stage
 from hf_compress.tasks.arguments import DataArguments
 
 

@@ -16,8 +16,9 @@ from hf_compress.core.skeletons import empty_model
 from hf_compress.layer_by_layer import compress_saved
 from hf_compress.stages.arguments import StageArguments
 from hf_compress.stages.calibration import calibration_of
-from hf_compress.stages.models import ModelArguments, fit_labels, kind_for, save_beside, task_for
+from hf_compress.stages.models import ModelArguments, fit_labels, kind_for, task_for
 from hf_compress.stages.processors import check_vocabulary, open_processor
+from hf_compress.stages.saved import save_beside
 from hf_compress.tasks.arguments import DataArguments
 
 

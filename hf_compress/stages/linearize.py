@@ -20,13 +20,8 @@ from hf_compress.core.cost import layer_macs
 from hf_compress.core.positions import most_tokens
 from hf_compress.methods.linformer import LinformerConfig
 from hf_compress.stages.arguments import DeviceArguments, OutputArguments, StageArguments
-from hf_compress.stages.models import (
-    ModelArguments,
-    fit_labels,
-    has_head,
-    open_pair,
-    save_stage,
-)
+from hf_compress.stages.models import ModelArguments, fit_labels, has_head, open_pair
+from hf_compress.stages.saved import save_stage
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.sources import load_task
 from hf_compress.tasks.task import Task

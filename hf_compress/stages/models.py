@@ -1,12 +1,11 @@
-"""Opening and saving the models that stages pass to each other."""
+"""Opening the models that stages pass to each other."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -17,13 +16,9 @@ from hf_compress.api import apply_implied, check_finite, steps_of
 from hf_compress.core.errors import first_line
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.positions import extend_positions_, most_tokens, position_offset
-from hf_compress.core.processes import is_first_process
-from hf_compress.core.saving import complete_or_absent, write_json
-from hf_compress.folder_card import write_card
 from hf_compress.stages.processors import check_vocabulary, no_folder, open_processor
 from hf_compress.tasks.arguments import DataArguments
-from hf_compress.tasks.kinds import kind_of_model
-from hf_compress.tasks.pooling import own_sentence_files
+from hf_compress.tasks.kinds import UndecidedKind, kind_of_model
 from hf_compress.tasks.sequence_classification import SequenceClassification
 from hf_compress.tasks.sources import load_task
 from hf_compress.tasks.task import Processor, Task
@@ -98,12 +93,18 @@ def task_for(name: str, data: DataArguments) -> Task:
     """The task that data hold for a model: where columns fit several kinds, what the model was made for decides.
 
     Raises:
-        ValueError: If the data cannot be read or do not fit any kind.
+        ValueError: If the data cannot be read or do not fit any kind, or there is no model that would decide.
     """
     try:
         config = open_config(name)
     except (OSError, ValueError):
-        config = None  # Opening the model later reports what is wrong with it.
+        try:
+            # Opening the model later reports what is wrong with it.
+            return load_task(data)
+        except UndecidedKind:
+            with _opening(name, "model"):
+                open_config(name)
+            raise
     return load_task(data, config)
 
 
@@ -246,55 +247,3 @@ def freeze_embeddings_(model: PreTrainedModel) -> None:
     for name, parameter in embeddings.named_parameters():
         if "norm" not in name.lower():
             parameter.requires_grad_(False)
-
-
-def save_stage(
-    directory: str | Path,
-    model: PreTrainedModel,
-    processor: Processor,
-    results: Mapping[str, Any],
-    task: Task | None = None,
-) -> None:
-    """Save model, tokenizer and `results.json`, all or nothing; of several processes, the first one does it.
-
-    Args:
-        directory: The folder.
-        model: The model to save.
-        processor: Its tokenizer or image processor.
-        results: What `results.json` shall hold.
-        task: What the model is for; sentence encoders have further files beside them.
-
-    Raises:
-        ValueError: If the disk is full or the folder cannot be written.
-    """
-    if is_first_process():
-        with complete_or_absent(directory) as staged:
-            model.save_pretrained(staged)
-            save_beside(staged, directory, model, processor, results, task)
-
-
-def save_beside(
-    staged: Path,
-    directory: str | Path,
-    model: PreTrainedModel,
-    processor: Processor,
-    results: Mapping[str, Any],
-    task: Task | None,
-) -> None:
-    """Save what a stage's folder has beside the model.
-
-    Args:
-        staged: Where the files are put for now.
-        directory: Where they will be.
-        model: May be on the meta device.
-        processor, results, task: As for `save_stage`.
-    """
-    processor.save_pretrained(staged)
-    write_json(staged / "results.json", results)
-    # What the model was opened from may have such files.
-    source = getattr(model.config, "_name_or_path", "")
-    beside = task.files_beside if task is not None else own_sentence_files
-    for file, content in (beside(source) if source else {}).items():
-        (staged / file).parent.mkdir(parents=True, exist_ok=True)
-        (staged / file).write_bytes(content)
-    write_card(staged, model, directory)

@@ -25,7 +25,8 @@ from hf_compress.stages.arguments import (
 )
 from hf_compress.stages.calibration import calibration_of
 from hf_compress.stages.layer_by_layer import compress_layers
-from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, save_stage, task_for
+from hf_compress.stages.models import ModelArguments, fit_labels, open_pair, task_for
+from hf_compress.stages.saved import save_stage
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.task import Batch
 

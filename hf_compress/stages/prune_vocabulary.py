@@ -12,7 +12,8 @@ from hf_compress.methods.vocabulary_pruning import VocabularyPruningConfig
 from hf_compress.methods.vocabulary_pruning.corpus import corpus_texts
 from hf_compress.methods.vocabulary_pruning.modeling import word_embeddings
 from hf_compress.stages.arguments import DeviceArguments, OutputArguments, StageArguments
-from hf_compress.stages.models import ModelArguments, has_head, open_pair, open_pretrained, save_stage
+from hf_compress.stages.models import ModelArguments, has_head, open_pair, open_pretrained
+from hf_compress.stages.saved import save_stage
 from hf_compress.tasks.inputs import tokenizer_for
 from hf_compress.vocabulary import prune_vocabulary
 

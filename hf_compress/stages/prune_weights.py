@@ -23,7 +23,8 @@ from hf_compress.stages.arguments import (
     OptionalTeacherArguments,
     StageArguments,
 )
-from hf_compress.stages.models import ModelArguments, open_model, save_stage
+from hf_compress.stages.models import ModelArguments, open_model
+from hf_compress.stages.saved import save_stage
 from hf_compress.stages.training import (
     add_teacher_columns,
     evaluation_results,

@@ -20,15 +20,9 @@ from hf_compress.core.engines import launched_with
 from hf_compress.core.launcher import lost_process_named
 from hf_compress.core.positions import most_tokens
 from hf_compress.report.quality import TaskEvaluation, training_metrics
-from hf_compress.stages.models import (
-    ModelArguments,
-    fit_labels,
-    freeze_embeddings_,
-    head_config,
-    save_stage,
-    task_for,
-)
+from hf_compress.stages.models import ModelArguments, fit_labels, freeze_embeddings_, head_config, task_for
 from hf_compress.stages.processors import check_vocabulary, has_tokenizer, open_tokenizer
+from hf_compress.stages.saved import save_stage
 from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import row_lengths
 from hf_compress.tasks.pair_inputs import reads_separately

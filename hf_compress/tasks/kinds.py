@@ -33,6 +33,10 @@ TASK_KINDS: dict[str, type[Task]] = {
 _BY_COLUMNS: Sequence[type[Task]] = (QuestionAnswering, TokenClassification, ImageClassification)
 
 
+class UndecidedKind(ValueError):
+    """Columns fit several kinds, and no model decides."""
+
+
 def kind_named(name: str) -> type[Task]:
     """The kind of that name.
 
@@ -82,5 +86,5 @@ def choose_kind(table: Table, name: str, args: DataArguments, model: PretrainedC
         fitting.remove(LanguageModeling)
     if len(fitting) > 1:
         names = " or ".join(kind.kind for kind in fitting)
-        raise ValueError(f"{table.where} has columns that fit {names}: choose one with --task_kind.")
+        raise UndecidedKind(f"{table.where} has columns that fit {names}: choose one with --task_kind.")
     return fitting[0]

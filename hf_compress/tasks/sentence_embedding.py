@@ -125,7 +125,9 @@ class SentenceEmbedding(Task):
 
     def measured_split(self, name: str | None = None) -> str:
         """The split that a model is measured on; it must have pairs, with scores if any split has them."""
-        found = super().measured_split(name)
+        found = name or self.evaluation_split or next((x for x in EVALUATED if x in self.splits), None)
+        if found is None:
+            return super().measured_split(name)
         if not self._is_measurable(found):
             raise ValueError(
                 f"{self.files.get(found, found)} has texts, but no pairs to measure on: columns such as sentence1, "
