@@ -72,6 +72,8 @@ def test_moments_that_are_not_finite_are_refused():
 
 
 def moments_of(inputs, targets):
+    """With a last column for the intercept, as `DenseSums` has it."""
+    inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=inputs.dtype)], 1)
     moments = PairedMoments(targets.shape[1], inputs.shape[1])
     moments.update(targets, inputs)
     return moments
@@ -125,7 +127,7 @@ def test_without_held_rows_the_own_output_stays_but_for_the_bias():
     generator = torch.Generator().manual_seed(0)
     out, inputs = torch.nn.Linear(4, 2).double(), rows_of(30, 4, generator)
     own = out.weight.detach()
-    found = fitted(alone(out), torch.arange(4), own, moments_of(inputs, inputs @ own.T + 2), PairedMoments(2, 4))
+    found = fitted(alone(out), torch.arange(4), own, moments_of(inputs, inputs @ own.T + 2), PairedMoments(2, 5))
     assert math.isinf(found.pull)
     assert torch.equal(found.weight, own)
     torch.testing.assert_close(found.bias, torch.full((2,), 2.0, dtype=torch.float64))
@@ -206,6 +208,38 @@ def test_every_fifth_sequence_is_held_back_however_they_are_batched(model, batch
     )
     assert held.own.num_rows == wanted > 0
     assert fit.own.num_rows + wanted == sum(int(batch["attention_mask"].sum()) for batch in rows)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_tokens_with_huge_hidden_states_count_like_others(model, batches, architecture):
+    """Rows are divided by the root mean square of the dense model's sums, which are computed here by hooks."""
+    dense = model(architecture)
+    data = batches(dense.config, count=2)
+    walk, layers = walked(dense, data)
+    index = next(iter(walk))
+    pre_norm = layers[0].architecture.normalises_first(dense.config)
+    sums = DenseSums(walk, layers[index], pre_norm)
+    seen = {"in": [], "out": [], "residual": []}
+    hooks = [
+        layers[0].attention_out.module.register_forward_pre_hook(lambda _, args: seen["in"].append(args[0])),
+        layers[0].attention_out.module.register_forward_hook(lambda _, args, out: seen["out"].append(out)),
+        layers[0].module.register_forward_pre_hook(
+            lambda _, args, more: seen["residual"].append(args[0] if args else more["hidden_states"]), with_kwargs=True
+        ),
+    ]
+    with torch.no_grad():
+        for batch in data:
+            dense(**batch)
+    for hook in hooks:
+        hook.remove()
+    gram = 0
+    for batch, inputs, out, residual in zip(data, seen["in"], seen["out"], seen["residual"], strict=True):
+        live = batch["attention_mask"].bool()
+        scale = (residual + out)[live].double().square().mean(1, keepdim=True) ** -0.5
+        rows = torch.cat([inputs[live].double(), torch.ones(int(live.sum()), 1)], 1) * scale
+        gram = gram + rows.T @ rows
+    found = sum(moments.own.gram for moments in sums.moments("heads"))
+    torch.testing.assert_close(found, gram, rtol=1e-4, atol=1e-4 * float(gram.abs().max()))
 
 
 def test_too_few_sequences_are_refused(model, batches):

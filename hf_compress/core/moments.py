@@ -141,7 +141,6 @@ class PairedMoments:
         self.own = SecondMoments(width, device)
         device = self.own.total.device
         self._cross = torch.zeros(dense_width, width, dtype=torch.float64, device=device)
-        self.dense_total = torch.zeros(dense_width, dtype=torch.float64, device=device)
         # The squared norm of the other model's rows.
         self.dense_energy = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -163,11 +162,10 @@ class PairedMoments:
         pairs = zip(*(_in_double(part.detach().to(self._cross.device)) for part in (dense_rows, rows)), strict=True)
         for dense_chunk, chunk in pairs:
             self._cross.addmm_(dense_chunk.T, chunk)
-            self.dense_total += dense_chunk.sum(0)
             self.dense_energy += dense_chunk.square().sum()
 
     def sums(self) -> Iterable[Tensor]:
-        return [*self.own.sums(), self._cross, self.dense_total, self.dense_energy]
+        return [*self.own.sums(), self._cross, self.dense_energy]
 
     @property
     def cross(self) -> Tensor:

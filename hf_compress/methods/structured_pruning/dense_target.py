@@ -33,6 +33,8 @@ _HELD_BACK = 5
 # Strengths of the pull towards the sublayer's own output, as fractions of the mean diagonal of the Gram matrix.
 _PULLS = (0.0, 0.01, 0.1, 1.0, 10.0, math.inf)
 _JITTER = 1e-10
+# A mean square of hidden states, where they are all zero.
+_SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,10 @@ class DenseSums:
     def moments(self, kind: UnitKind) -> tuple[PairedMoments, PairedMoments]:
         """Moments of the input of one output projection, as its layer is now, with its targets.
 
+        Both are divided by the root mean square of what the dense model adds up to at a token: the normalisation that
+        reads it does so, too, and the few tokens with hidden states of a thousand times the usual size, which many
+        decoders have, would otherwise be all that is fitted to. A last column of the input is that of the intercept.
+
         Returns:
             Those of the sequences that weights are fitted to, and those of every fifth one, which is held back.
 
@@ -139,15 +145,18 @@ class DenseSums:
             ValueError: If there are too few sequences to hold one back.
         """
         out = output_projection(self._layer, kind)
-        fit, held = (PairedMoments(out.out_features, out.in_features, out.weight.device) for _ in range(2))
+        fit, held = (PairedMoments(out.out_features, out.in_features + 1, out.weight.device) for _ in range(2))
         with added_up(fit, held):
             for number, (masks, run) in enumerate(self._walk.runs()):
                 seen = seen_of(self._layer, [kind], masks, run, self._pre_norm)[kind]
                 # Batches are counted over all processes, so that their number does not decide what is held back.
                 held_back = (place_in_data(number) + seen.places) % _HELD_BACK == _HELD_BACK - 1
-                targets = self._sums[kind][number] - seen.residual
+                sums = self._sums[kind][number]
+                scale = sums.float().square().mean(1, keepdim=True).clamp(min=_SMALLEST).rsqrt()
+                targets = (sums - seen.residual) * scale
+                inputs = torch.cat([seen.inputs * scale, scale], 1)
                 for moments, rows in ((fit, ~held_back), (held, held_back)):
-                    moments.update(targets[rows], seen.inputs[rows])
+                    moments.update(targets[rows], inputs[rows])
         if not held.own.num_rows:
             raise ValueError(
                 f"target='dense' holds back one sequence of {_HELD_BACK} to choose how far weights may move, got "
@@ -175,19 +184,20 @@ class Normal:
     """The least-squares problem of a projection's columns A and targets Y, with an intercept or without.
 
     Args:
-        parts: Moments of the rows.
+        parts: Moments of the rows, as `DenseSums` gives them.
         intercept: Whether the projection has a bias.
     """
 
     def __init__(self, parts: Sequence[PairedMoments], intercept: bool) -> None:
-        self.rows = sum(part.own.num_rows for part in parts)
-        self.gram = torch.stack([part.own.gram for part in parts]).sum(0) if len(parts) > 1 else parts[0].own.gram
-        self.cross = sum((part.cross for part in parts[1:]), parts[0].cross).T
+        gram = torch.stack([part.own.gram for part in parts]).sum(0) if len(parts) > 1 else parts[0].own.gram
+        cross = sum((part.cross for part in parts[1:]), parts[0].cross).T
+        self.gram, self.cross = gram[:-1, :-1], cross[:-1]
         self.energy = sum(float(part.dense_energy) for part in parts)
+        # Rows, each as often as its scale squared says.
+        self.rows = float(gram[-1, -1])
         self._means: tuple[Tensor, Tensor] | None = None
         if intercept and self.rows:
-            inputs = sum((part.own.total for part in parts[1:]), parts[0].own.total) / self.rows
-            targets = sum((part.dense_total for part in parts[1:]), parts[0].dense_total) / self.rows
+            inputs, targets = gram[-1, :-1] / self.rows, cross[-1] / self.rows
             self._means = inputs, targets
             self.gram = self.gram - self.rows * torch.outer(inputs, inputs)
             self.cross = self.cross - self.rows * torch.outer(inputs, targets)
