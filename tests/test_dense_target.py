@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import types
 
 import numpy as np
 import pytest
@@ -79,6 +80,11 @@ def moments_of(inputs, targets):
     return moments
 
 
+def both(fit, held):
+    """Of sequences that are fitted and held back."""
+    return types.SimpleNamespace(fit=fit, held=held)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("noise", [0.0, 3.0])
 def test_the_fit_is_the_ridge_regression_that_the_held_rows_choose(bias, noise):
@@ -91,7 +97,7 @@ def test_the_fit_is_the_ridge_regression_that_the_held_rows_choose(bias, noise):
     targets = inputs[:, columns] @ near.T + 5 + noise * torch.randn(60, 4, generator=generator, dtype=torch.float64)
     parts = [(inputs[:40], targets[:40]), (inputs[40:], targets[40:])]
     projection = alone(out)
-    found = fitted(projection, columns, own, *(moments_of(*part) for part in parts))
+    found = fitted(projection, columns, own, both(*(moments_of(*part) for part in parts)))
 
     def by_hand(pull, rows, wanted):
         kept = rows[:, columns].numpy()
@@ -127,7 +133,7 @@ def test_without_held_rows_the_own_output_stays_but_for_the_bias():
     generator = torch.Generator().manual_seed(0)
     out, inputs = torch.nn.Linear(4, 2).double(), rows_of(30, 4, generator)
     own = out.weight.detach()
-    found = fitted(alone(out), torch.arange(4), own, moments_of(inputs, inputs @ own.T + 2), PairedMoments(2, 5))
+    found = fitted(alone(out), torch.arange(4), own, both(moments_of(inputs, inputs @ own.T + 2), PairedMoments(2, 5)))
     assert math.isinf(found.pull)
     assert torch.equal(found.weight, own)
     torch.testing.assert_close(found.bias, torch.full((2,), 2.0, dtype=torch.float64))
@@ -137,7 +143,7 @@ def test_inputs_that_never_change_leave_the_own_output():
     out, inputs = torch.nn.Linear(3, 2).double(), torch.zeros(20, 3, dtype=torch.float64)
     own = out.weight.detach()
     parts = [moments_of(inputs, inputs @ own.T + 2) for _ in range(2)]
-    assert torch.equal(fitted(alone(out), torch.arange(3), own, *parts).weight, own)
+    assert torch.equal(fitted(alone(out), torch.arange(3), own, both(*parts)).weight, own)
 
 
 def test_outputs_that_are_no_numbers_are_far_away():
@@ -163,7 +169,8 @@ def test_an_untouched_layer_is_its_own_target(model, batches, architecture):
         sums = DenseSums(walk, layers[index], pre_norm)
         for kind in UNIT_KINDS:
             out = output_projection(layers[index], kind)
-            everything = Normal(sums.moments(kind), out.bias is not None)
+            found = sums.moments(kind)
+            everything = Normal([found.fit, found.held], out.bias is not None)
             weight = out.weight.detach()
             assert everything.error(torch.arange(out.in_features), weight) < 1e-9 * everything.energy
             if out.bias is not None:
@@ -184,7 +191,7 @@ def test_the_target_is_that_of_the_dense_layer(model, batches, architecture):
     shift = torch.linspace(-1, 1, out.out_features).to(out.weight)
     out.bias.data += shift
     moments = sums.moments("heads")
-    everything = Normal(moments, True)
+    everything = Normal([moments.fit, moments.held], True)
     # The target of the attention has not moved: its own bias is wrong by the shift.
     assert_equal_to_rounding(
         everything.bias(torch.arange(out.in_features), out.weight.detach()), (out.bias - shift).detach()
@@ -199,15 +206,19 @@ def test_every_fifth_sequence_is_held_back_however_they_are_batched(model, batch
     walk, layers = walked(dense, rows)
     assert next(iter(walk)) == 0
     sums = DenseSums(walk, layers[0], pre_norm=False)
-    fit, held = sums.moments("heads")
+    found = sums.moments("heads")
     wanted = sum(
         int(length)
         for number, batch in enumerate(rows)
         for place, length in enumerate(batch["attention_mask"].sum(1))
         if (number + place) % 5 == 4
     )
-    assert held.own.num_rows == wanted > 0
-    assert fit.own.num_rows + wanted == sum(int(batch["attention_mask"].sum()) for batch in rows)
+    assert found.held.own.num_rows == wanted > 0
+    assert (
+        found.fit.own.num_rows + wanted
+        == found.inputs.num_rows
+        == sum(int(batch["attention_mask"].sum()) for batch in rows)
+    )
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
@@ -232,14 +243,16 @@ def test_tokens_with_huge_hidden_states_count_like_others(model, batches, archit
             dense(**batch)
     for hook in hooks:
         hook.remove()
-    gram = 0
+    gram = plain = 0
     for batch, inputs, out, residual in zip(data, seen["in"], seen["out"], seen["residual"], strict=True):
         live = batch["attention_mask"].bool()
         scale = (residual + out)[live].double().square().mean(1, keepdim=True) ** -0.5
         rows = torch.cat([inputs[live].double(), torch.ones(int(live.sum()), 1)], 1) * scale
         gram = gram + rows.T @ rows
-    found = sum(moments.own.gram for moments in sums.moments("heads"))
-    torch.testing.assert_close(found, gram, rtol=1e-4, atol=1e-4 * float(gram.abs().max()))
+        plain = plain + inputs[live].double().T @ inputs[live].double()
+    found = sums.moments("heads")
+    for ours, wanted in ((found.fit.own.gram + found.held.own.gram, gram), (found.inputs.gram, plain)):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_too_few_sequences_are_refused(model, batches):

@@ -71,6 +71,16 @@ def write_model(folder, kind=transformers.BertForSequenceClassification, layers=
     return tokenizer
 
 
+def write_decoder(folder, tokenizer):
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=len(WORDS), hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=130, pad_token_id=0,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def write_data(root):
     texts, labels = zip(*sentences(), strict=True)
     classes = [CLASSES[label] for label in labels]
@@ -78,6 +88,7 @@ def write_data(root):
     tables = {
         "reviews": {"sentence": texts, "label": labels}, "my_data": {"text": texts, "label": labels}, "stsb": halves,
         "pairs": halves | {"label": labels}, "questions": {"question": texts, "context": texts[::-1]},
+        "stories": {"text": texts},
     }  # fmt: skip
     for folder, columns in tables.items():
         for split in ("train", "validation", "test"):
@@ -102,6 +113,7 @@ def prepared(tmp_path_factory):
     write_model(root / "bert-base-uncased", transformers.BertModel, layers=7)
     write_model(root / "dslim" / "bert-base-NER", transformers.BertForTokenClassification)
     tokenizer = transformers.AutoTokenizer.from_pretrained(root / "dense")
+    write_decoder(root / "opt", tokenizer)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(root / "dense")
     batches = [dict(tokenizer([text for text, _ in sentences()], padding=True, return_tensors="pt"))]
     hc.compress(model, hc.StructuredPruningConfig(mac_ratio=0.6), data=batches)

@@ -20,7 +20,7 @@ from hf_compress.core.architectures import TransformerLayer
 from hf_compress.core.calibration import live_rows
 from hf_compress.core.driver import LayerWalk
 from hf_compress.core.layer_calls import first_of
-from hf_compress.core.moments import PairedMoments
+from hf_compress.core.moments import PairedMoments, SecondMoments
 from hf_compress.core.processes import added_up, place_in_data
 from hf_compress.core.projections import NEURON_ROLES, Projection
 from hf_compress.core.watching import Stop, watched
@@ -113,6 +113,41 @@ def _first_neurons(layer: TransformerLayer) -> nn.Module:
     )
 
 
+class Moments:
+    """What is known of an output projection and its targets.
+
+    Args:
+        out: The projection.
+
+    Attributes:
+        inputs: Moments of its inputs, by which units are chosen.
+        fit: Those of inputs and targets, of the sequences that weights are fitted to; a last column of the inputs is
+            that of the intercept. Tokens are divided by the root mean square of what the dense model adds up to: the
+            normalisation that reads it does so, too, and the few tokens with hidden states of a thousand times the
+            usual size, which many decoders have, would otherwise be all that is fitted to.
+        held: The same of every fifth sequence, which is held back.
+    """
+
+    def __init__(self, out: Projection) -> None:
+        width, device = out.in_features, out.weight.device
+        self.inputs = SecondMoments(width, device)
+        self.fit, self.held = (PairedMoments(out.out_features, width + 1, device) for _ in range(2))
+
+    def update(self, seen: Seen, sums: Tensor, held_back: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            seen: Of the layer as it is now.
+            sums: [N, D], residual plus output in the dense model.
+            held_back: [N] bool.
+        """
+        self.inputs.update(seen.inputs)
+        scale = sums.float().square().mean(1, keepdim=True).clamp(min=_SMALLEST).rsqrt()
+        targets, inputs = (sums - seen.residual) * scale, torch.cat([seen.inputs * scale, scale], 1)
+        for moments, rows in ((self.fit, ~held_back), (self.held, held_back)):
+            moments.update(targets[rows], inputs[rows])
+
+
 class DenseSums:
     """Residual plus output of each sublayer of the current layer in the dense model, batch by batch.
 
@@ -131,38 +166,26 @@ class DenseSums:
                 self._sums[kind].append(seen.residual + seen.output)
 
     @torch.no_grad()
-    def moments(self, kind: UnitKind) -> tuple[PairedMoments, PairedMoments]:
+    def moments(self, kind: UnitKind) -> Moments:
         """Moments of the input of one output projection, as its layer is now, with its targets.
-
-        Both are divided by the root mean square of what the dense model adds up to at a token: the normalisation that
-        reads it does so, too, and the few tokens with hidden states of a thousand times the usual size, which many
-        decoders have, would otherwise be all that is fitted to. A last column of the input is that of the intercept.
-
-        Returns:
-            Those of the sequences that weights are fitted to, and those of every fifth one, which is held back.
 
         Raises:
             ValueError: If there are too few sequences to hold one back.
         """
         out = output_projection(self._layer, kind)
-        fit, held = (PairedMoments(out.out_features, out.in_features + 1, out.weight.device) for _ in range(2))
-        with added_up(fit, held):
+        found = Moments(out)
+        with added_up(found.inputs, found.fit, found.held):
             for number, (masks, run) in enumerate(self._walk.runs()):
                 seen = seen_of(self._layer, [kind], masks, run, self._pre_norm)[kind]
                 # Batches are counted over all processes, so that their number does not decide what is held back.
                 held_back = (place_in_data(number) + seen.places) % _HELD_BACK == _HELD_BACK - 1
-                sums = self._sums[kind][number]
-                scale = sums.float().square().mean(1, keepdim=True).clamp(min=_SMALLEST).rsqrt()
-                targets = (sums - seen.residual) * scale
-                inputs = torch.cat([seen.inputs * scale, scale], 1)
-                for moments, rows in ((fit, ~held_back), (held, held_back)):
-                    moments.update(targets[rows], inputs[rows])
-        if not held.own.num_rows:
+                found.update(seen, self._sums[kind][number], held_back)
+        if not found.held.own.num_rows:
             raise ValueError(
                 f"target='dense' holds back one sequence of {_HELD_BACK} to choose how far weights may move, got "
                 f"too few sequences. Give at least {_HELD_BACK}, or use target='self'."
             )
-        return fit, held
+        return found
 
 
 @dataclass(frozen=True)
@@ -228,25 +251,26 @@ class Normal:
         return float((weight * (weight @ gram)).sum() - 2 * (weight.T * cross).sum()) + self.energy
 
 
-def fitted(out: Projection, columns: Tensor, own: Tensor, fit: PairedMoments, held: PairedMoments) -> Fit:
+def fitted(out: Projection, columns: Tensor, own: Tensor, moments: Moments) -> Fit:
     """Fit the kept columns of an output projection to the dense model.
 
     Ridge regression towards the weight that repeats the sublayer's own output; how strongly it pulls is chosen on the
     sequences that were held back, and the weight is then fitted to all of them. Where no strength beats that weight
-    itself, or nothing was held back, only the bias is fitted.
+    itself, only the bias is fitted.
 
     Args:
         out: The projection, not cut yet.
         columns: [k] int64, ascending indices of the columns that stay.
         own: [D, k] float64, the weight for them that repeats the sublayer's own output.
-        fit: Moments of most sequences.
-        held: Moments of the others.
+        moments: Of the projection.
 
     Raises:
         ValueError: If the moments are not finite.
     """
     intercept = out.bias is not None
-    everything, part, rest = (Normal(parts, intercept) for parts in ([fit, held], [fit], [held]))
+    everything, part, rest = (
+        Normal(parts, intercept) for parts in ([moments.fit, moments.held], [moments.fit], [moments.held])
+    )
     pull = math.inf
     if rest.rows and part.rows:
         errors = {pull: rest.error(columns, part.solved(columns, own, pull)) for pull in _PULLS}

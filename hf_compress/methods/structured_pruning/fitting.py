@@ -14,7 +14,7 @@ from hf_compress.methods.structured_pruning.allocation import UNIT_KINDS, UnitKi
 from hf_compress.methods.structured_pruning.config import StructuredPruningConfig
 from hf_compress.methods.structured_pruning.correction import output_projection
 from hf_compress.methods.structured_pruning.decomposition import interpolation_matrix
-from hf_compress.methods.structured_pruning.dense_target import DenseSums, Normal, fitted
+from hf_compress.methods.structured_pruning.dense_target import DenseSums, fitted
 from hf_compress.methods.structured_pruning.elimination import eliminated_last
 from hf_compress.methods.structured_pruning.selection import rank
 
@@ -40,13 +40,16 @@ def fit_layer_(
     sums = DenseSums(walk, layer, pre_norm)
     for kind in UNIT_KINDS:
         out = output_projection(layer, kind)
-        fit, held = sums.moments(kind)
-        everything = Normal([fit, held], out.bias is not None)
-        wide = out.weight.detach().to(everything.gram)
-        units = _chosen(layer, kind, everything.gram, wide, kept[kind], config, generator)
+        moments = sums.moments(kind)
+        gram = moments.inputs.gram
+        if out.bias is not None:
+            # What is the same for all tokens goes into the bias.
+            gram = moments.inputs.centred_gram()
+        wide = out.weight.detach().to(gram)
+        units = _chosen(layer, kind, gram, wide, kept[kind], config, generator)
         columns = unit_columns(units, layer.unit_size if kind == "heads" else 1).to(wide.device)
-        own = wide @ interpolation_matrix(everything.gram, columns, config.ridge).T
-        found = fitted(out, columns, own, fit, held)
+        own = wide @ interpolation_matrix(gram, columns, config.ridge).T
+        found = fitted(out, columns, own, moments)
         if kind == "heads":
             keep_heads_(layer, units, found.weight, found.bias)
         else:
