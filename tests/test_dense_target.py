@@ -369,11 +369,12 @@ def test_a_large_vocabulary_is_asked_about_the_beginnings_of_fewer_texts(model, 
     assert torch.equal(torch.cat([batch["attention_mask"] for batch in found]), masks[::6])
 
 
-def test_examples_are_taken_from_all_over_the_data(model, batches, monkeypatch):
+@pytest.mark.parametrize("width", [1, 2, 8])
+def test_examples_are_taken_from_all_over_the_data(model, batches, monkeypatch, width):
     """Batches are often sorted by length."""
     dense = model("bert", "sequence_classification")
     monkeypatch.setattr("hf_compress.methods.structured_pruning.divergence._TOKENS", 100)
-    data = batches(dense.config, count=5)
+    data = batches(dense.config, count=40 // width, size=width)
     ids = torch.cat([batch["input_ids"] for batch in data])
     lengths = torch.cat([batch["attention_mask"] for batch in data]).sum(1)
     found = _some(dense, data, examples=40, mean_length=float(lengths.double().mean()))

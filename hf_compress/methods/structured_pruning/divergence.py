@@ -187,8 +187,9 @@ def _some(model: PreTrainedModel, data: Data, examples: float, mean_length: floa
     seen = 0
     for batch in data:
         inputs = base_inputs(model, batch)
-        rows = torch.arange(-seen % step, len(next(iter(inputs.values()))), step)
-        seen += len(next(iter(inputs.values())))
+        size = len(next(iter(inputs.values())))
+        rows = torch.tensor(range(-seen % step, size, step), dtype=torch.int64)
+        seen += size
         if len(rows):
             batches.append(_part_of(model, batch, inputs, rows, shortened))
     require_batches(len(batches))
