@@ -155,14 +155,20 @@ def count_cost(
     """
     if seq_len <= 0 or batch_size <= 0:
         raise ValueError(f"seq_len and batch_size must be positive, got {seq_len} and {batch_size}.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("Weights must be loaded to be counted, got a model on the meta device.")
     if data is not None:
         data = readable_data(model, data, 1)
     if isinstance(model, CountsItself):
         by_layer = [batch_size * macs for macs in _own_macs(model, seq_len, data)]
         return Cost(**count_size(model), macs=sum(by_layer), macs_by_layer=by_layer)
-    layers = layers_of(model, packed=True)
     if data is None:
-        by_layer = [float(layer_macs(layer, seq_len, batch_size)) for layer in layers]
-    else:
-        by_layer = [batch_size * macs for macs in _macs_on(model, layers, data)]
+        return cost_of_shapes(model, seq_len, batch_size)
+    by_layer = [batch_size * macs for macs in _macs_on(model, layers_of(model, packed=True), data)]
+    return Cost(**count_size(model), macs=sum(by_layer), macs_by_layer=by_layer)
+
+
+def cost_of_shapes(model: PreTrainedModel, seq_len: float, batch_size: int = 1) -> Cost:
+    """Count what `count_cost` counts without data, of a model that may be on the meta device."""
+    by_layer = [float(layer_macs(layer, seq_len, batch_size)) for layer in layers_of(model, packed=True)]
     return Cost(**count_size(model), macs=sum(by_layer), macs_by_layer=by_layer)

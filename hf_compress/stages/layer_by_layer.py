@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_compress.api import method_of, rebuild, steps_of
-from hf_compress.core.cost import count_cost
+from hf_compress.core.cost import cost_of_shapes
 from hf_compress.core.method import MethodConfig
 from hf_compress.core.saved_weights import SavedWeights
 from hf_compress.core.skeletons import empty_model
@@ -64,10 +64,10 @@ def compress_layers(
         batches, results = calibration_of(arguments, task, model, processor, data)
     # Weights that are one are two on the meta device, and would count twice.
     model.tie_weights()
-    before, start = count_cost(model, seq_len), time.perf_counter()
+    before, start = cost_of_shapes(model, seq_len), time.perf_counter()
 
     def beside(compressed: PreTrainedModel, staged: Path) -> None:
-        after = count_cost(compressed, seq_len)
+        after = cost_of_shapes(compressed, seq_len)
         results.update(
             step=steps_of(compressed)[-1],
             before=before.to_dict(),

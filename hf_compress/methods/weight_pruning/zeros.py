@@ -163,7 +163,8 @@ def warn_of_lost_zeros(model: PreTrainedModel) -> None:
     if cut or not recorded:
         return
     try:
-        groups = selected(model, config)
+        # Packed weights are none of them.
+        groups = [group for group in selected(model, config) if group.weights]
     except ValueError:
         return
     if any(prunable.weight.is_meta for group in groups for prunable in group.weights):
