@@ -18,11 +18,11 @@ from hf_compress.methods.structured_pruning.allocation import UNIT_KINDS
 from hf_compress.methods.structured_pruning.correction import output_projection, output_projections
 from hf_compress.methods.structured_pruning.dense_target import DenseSums, Normal, fitted
 from hf_compress.methods.structured_pruning.divergence import (
-    _Answers,
-    _Distances,
-    _some,
+    Answers,
+    Distances,
     divergence_priorities,
     falls,
+    some_examples,
 )
 from hf_compress.methods.structured_pruning.elimination import eliminated_last
 from hf_compress.methods.structured_pruning.measuring import measure_and_rank
@@ -147,7 +147,7 @@ def test_inputs_that_never_change_leave_the_own_output():
 
 
 def test_outputs_that_are_no_numbers_are_far_away():
-    distances = _Distances(2, torch.device("cpu"))
+    distances = Distances(2, torch.device("cpu"))
     dense = torch.log_softmax(torch.tensor([[1.0, 2.0, -torch.inf]]), -1)
     distances.add(0, dense, torch.full_like(dense, torch.nan), classifies=True)
     distances.add(1, dense, dense, classifies=True)
@@ -344,7 +344,7 @@ def test_labels_that_hold_at_once_are_rows_of_two_classes(model, batches):
     many = model("bert", "sequence_classification").eval()
     many.config.return_dict, many.config.problem_type = False, "multi_label_classification"
     (batch,) = batches(many.config, count=1)
-    answers = _Answers(many)
+    answers = Answers(many)
     rows = answers(batch)
     scores = many(**batch, return_dict=True).logits
     assert answers.classifies
@@ -352,37 +352,34 @@ def test_labels_that_hold_at_once_are_rows_of_two_classes(model, batches):
     torch.testing.assert_close(rows.exp(), wanted)
 
 
-def test_a_large_vocabulary_is_asked_about_the_beginnings_of_fewer_texts(model, batches, monkeypatch):
+def test_a_large_vocabulary_is_asked_about_the_beginnings_of_fewer_texts(model, batches):
     dense = model("llama", "causal_lm")
-    monkeypatch.setattr("hf_compress.methods.structured_pruning.divergence._NUMBERS", 32 * dense.config.vocab_size)
-    monkeypatch.setattr("hf_compress.methods.structured_pruning.divergence._SHORT", 8)
     padded = batches(dense.config, count=3)
     full = [{name: batch["input_ids"].clone() for name in ("input_ids", "labels")} for batch in padded]
-    found = _some(dense, full, examples=24, mean_length=24)
+    found = some_examples(dense, full, examples=24, mean_length=24, wanted=32, longest=8)
     # Every sixth text of 24, eight tokens each.
     wanted = torch.cat([batch["input_ids"] for batch in full])[::6, :8]
     assert torch.equal(torch.cat([batch["input_ids"] for batch in found]), wanted)
     assert torch.equal(torch.cat([batch["labels"] for batch in found]), wanted)
     # What a text begins with may be padding: those that have any stay whole.
-    found = _some(dense, padded, examples=24, mean_length=24)
+    found = some_examples(dense, padded, examples=24, mean_length=24, wanted=32, longest=8)
     masks = torch.cat([batch["attention_mask"] for batch in padded])
     assert torch.equal(torch.cat([batch["attention_mask"] for batch in found]), masks[::6])
 
 
 @pytest.mark.parametrize("width", [1, 2, 8])
-def test_examples_are_taken_from_all_over_the_data(model, batches, monkeypatch, width):
+def test_examples_are_taken_from_all_over_the_data(model, batches, width):
     """Batches are often sorted by length."""
     dense = model("bert", "sequence_classification")
-    monkeypatch.setattr("hf_compress.methods.structured_pruning.divergence._TOKENS", 100)
     data = batches(dense.config, count=40 // width, size=width)
     ids = torch.cat([batch["input_ids"] for batch in data])
     lengths = torch.cat([batch["attention_mask"] for batch in data]).sum(1)
-    found = _some(dense, data, examples=40, mean_length=float(lengths.double().mean()))
+    found = some_examples(dense, data, 40, float(lengths.double().mean()), wanted=100)
     step = round(int(lengths.sum()) / 100)
     assert step > 4
     assert torch.equal(torch.cat([batch["input_ids"] for batch in found]), ids[::step])
     places = torch.arange(ids.shape[1])[None]
-    (part,) = _some(dense, [{"input_ids": ids, "position_ids": places}], 40, 20.0)
+    (part,) = some_examples(dense, [{"input_ids": ids, "position_ids": places}], 40, 20.0, wanted=100)
     assert part["position_ids"] is places
 
 

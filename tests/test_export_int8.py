@@ -23,7 +23,8 @@ def two_products(tmp_path):
 
     def make(outlier):
         random = np.random.default_rng(0)
-        first, second = (random.normal(size=(WIDTH, WIDTH)).astype(np.float32) for _ in range(2))
+        # One large weight for each output: sums of two products of full size overflow in processors without VNNI.
+        first, second = ((random.normal(size=(WIDTH, WIDTH)) + 8 * np.eye(WIDTH)).astype(np.float32) for _ in range(2))
         scale = np.ones(WIDTH, dtype=np.float32)
         scale[3] = outlier
         # What a channel adds to the outputs does not depend on the outlier; only the range of the activations does.

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hf_compress.core.cost import count_size
 from hf_compress.core.exported import ExportedModel
 from hf_compress.core.saving import complete_or_absent, require_own_folder, write_json
 from hf_compress.export import compressed_tensors
+from hf_compress.export.first_token import first_token_alone
 from hf_compress.export.formats import FORMATS, Format
 from hf_compress.export.graph import OPSET, called_for_export, output_names, output_values
 from hf_compress.export.inputs import Inputs, checked_inputs, example_inputs, read_inputs, size_of
@@ -179,7 +181,9 @@ def _exported(model: PreTrainedModel, folder: Path, batches: Sequence[Inputs], t
     """Write the graph of single precision and compare it; returns the report."""
     start = time.perf_counter()
     names = list(outputs_of(model, batches[0]))
-    target.write(model, example_inputs(batches[0]), names, folder / target.file)
+    # Whoever asks for hidden states gets those of all tokens.
+    with first_token_alone(model) if names == ["logits"] else nullcontext(False) as alone:
+        target.write(model, example_inputs(batches[0]), names, folder / target.file)
     seconds = time.perf_counter() - start
     exported = target.open(folder / target.file, None)
     checks = [_compared(model, exported, batch) for batch in checked_inputs(batches)]
@@ -190,6 +194,7 @@ def _exported(model: PreTrainedModel, folder: Path, batches: Sequence[Inputs], t
         "size": count_size(model),
         "inputs": list(batches[0]),
         "outputs": names,
+        "first_token_alone": alone,
         "checks": checks,
         "largest_difference": max(check["difference"] for check in checks),
         "seconds": round(seconds, 1),

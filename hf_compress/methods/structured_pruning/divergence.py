@@ -22,6 +22,7 @@ from hf_compress.core.forward_state import carries_state, forward_state
 from hf_compress.core.modes import evaluating
 from hf_compress.core.moments import SecondMoments
 from hf_compress.core.processes import added_up
+from hf_compress.core.projections import Projection
 from hf_compress.core.replaying import outputs_recorded, replayed
 from hf_compress.core.surgery import unit_columns
 from hf_compress.methods.structured_pruning.allocation import UnitKind
@@ -40,7 +41,7 @@ _NUMBERS = 2**24
 _SHORT = 64
 
 
-class _Answers:
+class Answers:
     """What a model answers, as rows: log-probabilities [rows, C], or the numbers [rows, D] of what does not classify.
 
     Args:
@@ -73,7 +74,7 @@ class _Answers:
         return torch.log_softmax(rows, -1) if self.classifies else rows
 
 
-class _Distances:
+class Distances:
     """How far the outputs of some trials are from those of the dense model; sums over rows, as processes need them.
 
     Args:
@@ -135,10 +136,12 @@ def divergence_priorities(
     Raises:
         ValueError: If the model's outputs are not finite.
     """
-    answers, priorities = _Answers(model), {}
+    answers, priorities = Answers(model), {}
     examples = next(iter(moments.values())).num_rows / mean_length
     with evaluating(model):
-        batches = _some(model, data, examples, mean_length)
+        wanted = min(_TOKENS, _NUMBERS // (vocabulary_of(model) or 1))
+        longest = _SHORT if wanted < _TOKENS else None
+        batches = some_examples(model, data, examples, mean_length, wanted, longest)
         modules, dense, returned = [layer.module for layer in layers], [], []
         for batch in batches:
             with outputs_recorded(modules) as found:
@@ -154,14 +157,13 @@ def divergence_priorities(
             out = output_projection(layer, key[1])
             size = layer.unit_size if key[1] == "heads" else 1
             sizes = sorted({round(level * units) for level in _LEVELS} - {units})
-            distances, gram = _Distances(len(sizes), model.device), moments[key].gram
+            distances, gram = Distances(len(sizes), model.device), moments[key].gram
             intact = out.weight.detach().clone()
             try:
                 with added_up(distances):
                     for trial, kept in enumerate(sizes):
                         columns = unit_columns(sorted(ranking.order[:kept]), size).to(gram.device)
-                        out.weight.zero_()
-                        out.weight[:, columns] = (intact.to(gram) @ interpolation_matrix(gram, columns).T).to(intact)
+                        cut_output_(out, intact, gram, columns)
                         for rows, batch, outputs in zip(dense, batches, returned, strict=True):
                             # The layers before the one that is cut compute what they have computed already.
                             same = outputs[: key[0]]
@@ -174,14 +176,39 @@ def divergence_priorities(
     return priorities
 
 
-def _some(model: PreTrainedModel, data: Data, examples: float, mean_length: float) -> list[Mapping[str, Any]]:
-    """Examples from all over the data, which may be sorted, that together hold about as many tokens as are wanted."""
-    wanted = _TOKENS
+def cut_output_(out: Projection, intact: Tensor, gram: Tensor, columns: Tensor) -> None:
+    """Let an output projection read some columns of its input only, corrected for the others.
+
+    Args:
+        out: The projection; its weight is overwritten.
+        intact: [D, W], the weight of the intact model.
+        gram: [W, W] moments of its input.
+        columns: [k] int64, ascending.
+    """
+    out.weight.zero_()
+    out.weight[:, columns] = (intact.to(gram) @ interpolation_matrix(gram, columns).T).to(intact)
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Tokens that a language model chooses from; 0 for other models."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # of transformers
-    if head is not None:
-        wanted = min(wanted, _NUMBERS // head.weight.shape[0])
-    shortened = wanted < _TOKENS
-    each = min(mean_length, _SHORT) if shortened else mean_length
+    return 0 if head is None else head.weight.shape[0]
+
+
+def some_examples(
+    model: PreTrainedModel, data: Data, examples: float, mean_length: float, wanted: int, longest: int | None = None
+) -> list[Mapping[str, Any]]:
+    """Examples from all over the data, which may be sorted, that together hold about as many tokens as are wanted.
+
+    Args:
+        model: That reads them.
+        data: All batches.
+        examples: How many examples they hold.
+        mean_length: Tokens of an average one.
+        wanted: Tokens.
+        longest: Of texts without padding, only so many tokens from the beginning.
+    """
+    each = mean_length if longest is None else min(mean_length, longest)
     step = max(1, round(examples * each / wanted))
     batches: list[Mapping[str, Any]] = []
     seen = 0
@@ -191,23 +218,24 @@ def _some(model: PreTrainedModel, data: Data, examples: float, mean_length: floa
         rows = torch.tensor(range(-seen % step, size, step), dtype=torch.int64)
         seen += size
         if len(rows):
-            batches.append(_part_of(model, batch, inputs, rows, shortened))
+            batches.append(_part_of(model, batch, inputs, rows, longest))
     require_batches(len(batches))
     return batches
 
 
 def _part_of(
-    model: PreTrainedModel, batch: Mapping[str, Any], inputs: Mapping[str, Tensor], rows: Tensor, shortened: bool
+    model: PreTrainedModel, batch: Mapping[str, Any], inputs: Mapping[str, Tensor], rows: Tensor, longest: int | None
 ) -> dict[str, Any]:
     """Some examples of a batch; of texts without padding, which may be cut short, only the beginnings if wanted."""
     examples, ids = len(next(iter(inputs.values()))), inputs.get("input_ids")
-    length = ids.shape[1] if shortened and ids is not None and bool(seen_tokens(model, inputs).all()) else None
+    cut = longest is not None and ids is not None and bool(seen_tokens(model, inputs).all())
+    length = ids.shape[1] if cut and ids is not None else None
 
     def part(value: Any) -> Any:
         if not torch.is_tensor(value):
             return value
         found = value[rows] if value.ndim and len(value) == examples else value
-        return found[:, :_SHORT] if found.ndim > 1 and found.shape[1] == length else found
+        return found[:, :longest] if found.ndim > 1 and found.shape[1] == length else found
 
     return {name: part(value) for name, value in batch.items()}
 

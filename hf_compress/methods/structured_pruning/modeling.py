@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ from hf_compress.methods.structured_pruning.correction import (
     scaled_columns,
     warn_of_filled_zeros,
 )
+from hf_compress.methods.structured_pruning.cut_together import nearest_sizes
 from hf_compress.methods.structured_pruning.divergence import divergence_priorities
 from hf_compress.methods.structured_pruning.fisher import fisher_selection
 from hf_compress.methods.structured_pruning.fitting import fit_layer_
@@ -136,9 +138,7 @@ def _compress_by_activations(
         measured = measure()
     rankings = measured.rankings
     seq_len = config.seq_len or measured.mean_length
-    sublayers = ranked_sublayers(layers, config, seq_len, _priorities(model, layers, config, measured, data))
-    sizes, tolerance = allocate(sublayers, config.mac_ratio * full_cost(sublayers))
-    kept = dict(zip(rankings, sizes, strict=True))
+    kept, tolerance = _sizes(model, layers, config, measured, data, seq_len)
     if measured.walk is None:
         for key, ranking in rankings.items():
             cut_(layers[key[0]], key[1], ranking, kept[key], config, measured.moments[key])
@@ -151,17 +151,35 @@ def _compress_by_activations(
     return completed(config, layers, seq_len, None if config.allocation == "divergence" else tolerance**0.5)
 
 
-def _priorities(
+def _sizes(
     model: PreTrainedModel,
     layers: Sequence[TransformerLayer],
     config: StructuredPruningConfig,
     measured: Measured,
     data: Data,
-) -> dict[tuple[int, UnitKind], list[float]]:
-    """(layer index, kind) -> the priorities of its units."""
-    if config.allocation != "divergence":
-        return {key: ranking.priorities for key, ranking in measured.rankings.items()}
-    return divergence_priorities(model, layers, measured.rankings, measured.moments, data, measured.mean_length)
+    seq_len: float,
+) -> tuple[Mapping[tuple[int, UnitKind], int], float]:
+    """(layer index, kind) -> units that stay, and the highest priority of a unit that goes."""
+    rankings = measured.rankings
+    ready = model, layers, rankings, measured.moments, data, measured.mean_length
+    divergent = config.allocation == "divergence"
+    priorities = (
+        divergence_priorities(*ready) if divergent else {key: each.priorities for key, each in rankings.items()}
+    )
+
+    def allocated(factor: float) -> tuple[dict[tuple[int, UnitKind], int], float]:
+        settings = config if factor < math.inf else dataclasses.replace(config, prune_heads=False)
+        weighed = {
+            key: [value * factor for value in values] if key[1] == "heads" and factor < math.inf else values
+            for key, values in priorities.items()
+        }
+        sublayers = ranked_sublayers(layers, settings, seq_len, weighed)
+        sizes, tolerance = allocate(sublayers, config.mac_ratio * full_cost(sublayers))
+        return dict(zip(rankings, sizes, strict=True)), tolerance
+
+    if divergent and config.prune_heads and config.prune_neurons:
+        return nearest_sizes(*ready, lambda factor: allocated(factor)[0]), 0.0
+    return allocated(1.0)
 
 
 def cut_in_order(

@@ -88,7 +88,7 @@ def rebuild(model: PreTrainedModel, config: TokenPruningConfig) -> None:
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         thresholds = TokenThresholds(initial, config.temperature, weight.device, dtype, config.compat == "ltp")
         model.base_model.add_module(_THRESHOLDS, thresholds)
-    reads_first = _reads_first_token(model)
+    reads_first = reads_first_token(model)
     finish = FINISH[model.config.model_type]
     for layer in layers:
         rule = TokenRule(config, thresholds, layer, len(layers), reads_first, finish)
@@ -98,7 +98,8 @@ def rebuild(model: PreTrainedModel, config: TokenPruningConfig) -> None:
     use_cores_(model)
 
 
-def _reads_first_token(model: PreTrainedModel) -> bool:
+def reads_first_token(model: PreTrainedModel) -> bool:
+    """Whether a model's head reads the first token of the last layer and no other."""
     # A class of another package with such a name may pool in any way; ELECTRA's multiple choice can be configured.
     stock = type(model).__module__.startswith("transformers.models.")
     pools_first = getattr(model.config, "summary_type", "first") == "first"

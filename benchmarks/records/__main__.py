@@ -1,0 +1,220 @@
+"""One row of the records: train and compress by a recipe, export, choose on validation, read the test split once.
+
+    python -m benchmarks.records benchmarks/records/sst2.yaml --model MODEL --data_dir DATA/sst2 \
+        --work_dir runs/records/sst2 --seeds 0 1 2 --models dense taught narrow retaught \
+        --note "half the depth, half the width" --out benchmarks/results/records_sst2.json
+
+For each seed the recipe runs from nothing (what is done is skipped), and every model named is exported as
+`hf-compress export --int8` does it. Models of all forms take turns on the same length-sorted batches. Speed-ups are
+medians of the ratios of rounds, over the dense model in PyTorch and over the fastest form of the dense model in ONNX
+Runtime int8 (with our settings, and with one scale a matrix). In ONNX Runtime all models, the dense one too, compute
+their last layer for the first token alone if the head reads no other.
+
+Chosen is the fastest form that loses at most `--max_drop` points on validation in the mean over the seeds. It alone is
+then measured on the test split, beside the dense model. One line about every run is added to the table of tries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+import hf_compress as hc
+from benchmarks.header import arguments_of, commit, machine
+from hf_compress.core.saving import write_json
+from hf_compress.export.onnx_model import GRAPH
+from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
+from hf_compress.report.machine import OtherWork
+from hf_compress.report.quality import Measured, evaluated
+from hf_compress.stages.models import open_model
+from hf_compress.stages.processors import open_tokenizer
+from hf_compress.tasks.sources import DataArguments, load_task
+from hf_compress.tasks.task import Processor, Task
+
+
+TRIES = Path(__file__).with_name("tries.jsonl")
+PYTORCH, FLOAT, INT8, PLAIN_INT8 = "PyTorch", "ONNX Runtime", "ONNX Runtime int8", "ONNX Runtime int8, per tensor"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--work_dir", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--note", required=True, help="What this try changes, for the table of tries.")
+    parser.add_argument("--models", nargs="+", required=True, help="Stages of the recipe, the dense model first.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--max_drop", type=float, default=1.0, help="Points that may be lost on validation.")
+    parser.add_argument("--int8_bound", type=float, default=0.2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 8, 32], help="None: nothing is timed.")
+    parser.add_argument("--examples", type=int, default=128, help="Timed examples, evenly spread over the lengths.")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--test", action="store_true", help="Read the test split for what was chosen.")
+    parser.add_argument("--tries", default=str(TRIES))
+    return parser.parse_args()
+
+
+class Row:
+    """The task of a row, and the models of one seed.
+
+    Args:
+        args: Of the command.
+        seed: Of the recipe.
+    """
+
+    def __init__(self, args: argparse.Namespace, seed: int) -> None:
+        self.args, self.folder = args, Path(args.work_dir, f"seed{seed}")
+        run = [sys.executable, "-m", "hf_compress", "run", args.recipe, "--model_name_or_path", args.model]
+        places = ["--data_dir", args.data_dir, "--output_dir", str(self.folder), "--seed", str(seed)]
+        subprocess.run([*run, *places], check=True)
+        length = yaml.safe_load(Path(args.recipe).read_text())["max_length"]
+        self._length = length
+        self._task = load_task(DataArguments(data_dir=args.data_dir, max_length=length))
+        self.tokenizer: Processor = open_tokenizer(str(self.folder / args.models[0]))
+
+    def model(self, name: str) -> Any:
+        return open_model(str(self.folder / name), self._task).eval()
+
+    def task(self, name: str) -> Task:
+        return self._task.matched(self.model(name).config)
+
+    def rows(self, name: str, split: str) -> Dataset:
+        return self.task(name).encode(split, self.tokenizer, self._length)
+
+    def exported(self, name: str) -> Path:
+        """The folder of an exported model, written if it is not there."""
+        folder = self.folder / "exported" / name
+        if not (folder / GRAPH).exists():
+            rows = self.rows(name, "train")
+            batches = hc.calibration_batches(rows, self.tokenizer, min(64, len(rows)), seed=0)
+            hc.export_onnx(self.model(name), folder, batches, self.tokenizer, True, self.args.int8_bound)
+        return folder
+
+    def forms(self, name: str) -> dict[str, nn.Module]:
+        """A model in PyTorch and in ONNX Runtime; of the dense one also what a user's own quantization gives."""
+        folder = self.exported(name)
+        found: dict[str, nn.Module] = {
+            PYTORCH: self.model(name),
+            FLOAT: hc.OnnxModel.from_pretrained(folder),
+            INT8: hc.OnnxModel.from_pretrained(folder, int8=True),
+        }
+        if name == self.args.models[0]:
+            found[PLAIN_INT8] = hc.OnnxModel(per_tensor(folder), found[PYTORCH].config)
+        return found
+
+    def quality(self, name: str, form: nn.Module, split: str) -> dict[str, float]:
+        measured = Measured(form, self.rows(name, split), self.tokenizer, self.task(name), split)
+        return evaluated(measured).metrics()
+
+    def timed(self, size: int) -> dict[str, Any]:
+        """Latencies and speed-ups of all models and forms in one interleaved run."""
+        dense = self.args.models[0]
+        forms = {f"{name}, {form}": each for name in self.args.models for form, each in self.forms(name).items()}
+        batches = unpadded_batches(self.rows(dense, "validation"), self.tokenizer, size, self.args.examples)
+        others = OtherWork()
+        latencies = measure_latency(forms, batches, self.args.repeats, warmup=2)
+        load = others.until_now()
+        eights = [x for x in latencies if x.name in (f"{dense}, {INT8}", f"{dense}, {PLAIN_INT8}")]
+        small = min(eights, key=lambda x: x.p50)
+        over = {"PyTorch": speedups(latencies, f"{dense}, {PYTORCH}"), "int8": speedups(latencies, small.name)}
+        return {
+            "baseline": small.name, "other_work": load,
+            "p50": {x.name: x.p50 for x in latencies},
+            "speedups": {name: {base: asdict(found[name]) for base, found in over.items()} for name in forms},
+        }  # fmt: skip
+
+
+def per_tensor(folder: Path) -> Path:
+    """A graph with one scale for each matrix, as ONNX Runtime's quantization makes it without settings."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    file = folder / "per_tensor.onnx"
+    if not file.exists():
+        quantize_dynamic(str(folder / GRAPH), str(file), weight_type=QuantType.QInt8)
+    return file
+
+
+def main_metric(metrics: Mapping[str, float]) -> float:
+    return 100 * next(metrics[name] for name in ("accuracy", "spearman") if name in metrics)
+
+
+def chosen(content: dict[str, Any], args: argparse.Namespace) -> str:
+    """The fastest form, by the geometric mean over batch sizes and seeds, that loses little enough on validation.
+
+    Notes the losses (in points) and the speed-ups of all forms in `content`.
+    """
+    seeds = [content["seeds"][str(seed)] for seed in args.seeds]
+    dense = f"{args.models[0]}, {PYTORCH}"
+    drops, speeds = {}, {}
+    for name in seeds[0]["validation"]:
+        lost = [main_metric(seed["validation"][dense]) - main_metric(seed["validation"][name]) for seed in seeds]
+        drops[name] = round(statistics.mean(lost), 2)
+        for base in ("PyTorch", "int8"):
+            ratios = [run["speedups"][name][base]["median"] for seed in seeds for run in seed["timed"].values()]
+            if ratios:
+                speeds.setdefault(name, {})[base] = round(statistics.geometric_mean(ratios), 2)
+    content |= {"drops": drops, "speeds": speeds}
+    allowed = [name for name, drop in drops.items() if drop <= args.max_drop]
+    return max(allowed, key=lambda name: speeds[name]["PyTorch"] if speeds else -drops[name])
+
+
+def main() -> None:
+    args = parse()
+    transformers_logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
+    out = Path(args.out)
+    content = json.loads(out.read_text()) if out.exists() else {"seeds": {}}
+    header = {**arguments_of(args), "recipe": Path(args.recipe).name}
+    content |= {"arguments": header, "commit": commit(), "environment": machine()}
+    rows = {seed: Row(args, seed) for seed in args.seeds}
+    for seed, row in rows.items():
+        known = content["seeds"].setdefault(str(seed), {"validation": {}, "timed": {}})
+        for name in args.models:
+            for form, each in row.forms(name).items():
+                if f"{name}, {form}" not in known["validation"]:
+                    known["validation"][f"{name}, {form}"] = row.quality(name, each, "validation")
+        for size in args.batch_sizes:
+            if str(size) not in known["timed"]:
+                known["timed"][str(size)] = row.timed(size)
+                write_json(out, content)
+                for name, found in known["timed"][str(size)]["speedups"].items():
+                    both = "  ".join(f"{found[base]['median']:6.2f}x" for base in ("PyTorch", "int8"))
+                    print(f"seed {seed}, batch {size:2d}  {name:40s} {both}", flush=True)
+    content["chosen"] = chosen(content, args)
+    for name, drop in content["drops"].items():
+        print(f"{name:40s} {-drop:+.2f} points  {content['speeds'].get(name, '')}", flush=True)
+    if args.test:
+        for seed, row in rows.items():
+            wanted = [f"{args.models[0]}, {form}" for form in (PYTORCH, INT8, PLAIN_INT8)] + [content["chosen"]]
+            for full in wanted:
+                name, form = full.split(", ", 1)
+                found = content["seeds"][str(seed)].setdefault("test", {})
+                found.setdefault(full, row.quality(name, row.forms(name)[form], "test"))
+                print(f"seed {seed}, test  {full:40s} {main_metric(found[full]):.2f}", flush=True)
+    write_json(out, content)
+    line = {
+        "recipe": Path(args.recipe).name, "note": args.note, "commit": content["commit"], "seeds": args.seeds,
+        "drops": content["drops"], "speeds": content["speeds"], "chosen": content["chosen"],
+    }  # fmt: skip
+    with open(args.tries, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
