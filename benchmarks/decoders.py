@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
+from hf_compress.core.shared_passes import shared_passes
 from hf_compress.tasks.perplexity import perplexity
 
 
@@ -141,10 +142,12 @@ def main() -> None:
 
     results.cell("dense", lambda: measured(opened()))
     for seed in args.seeds:
-        for ratio in args.ratios:
-            for fields in args.prune:
-                config = hc.StructuredPruningConfig(mac_ratio=ratio, seed=seed, **fields)
-                results.cell(f"seed{seed}/prune {ratio}/{label_of(fields)}", compressed(seed, config))
+        for fields in args.prune:
+            # Budgets by divergence share what they measure.
+            with shared_passes():
+                for ratio in args.ratios:
+                    config = hc.StructuredPruningConfig(mac_ratio=ratio, seed=seed, **fields)
+                    results.cell(f"seed{seed}/prune {ratio}/{label_of(fields)}", compressed(seed, config))
         for fields in args.quantize:
             results.cell(
                 f"seed{seed}/quantize/{label_of(fields)}", compressed(seed, hc.WeightQuantizationConfig(**fields))

@@ -65,6 +65,19 @@ def test_a_second_cut_leaves_the_pass_out_and_comes_out_the_same(opened, setting
     assert not equal(*shared)
 
 
+@pytest.mark.parametrize("target", ["self", "dense"])
+def test_a_second_budget_by_divergence_asks_about_single_cuts_no_more(opened, target):
+    model, batches = opened
+    alone, together = [], []
+    settings = {"allocation": "divergence", "target": target}
+    separate = [cut(model, batches, alone, mac_ratio=ratio, **settings) for ratio in (0.7, 0.5)]
+    with shared_passes():
+        shared = [cut(model, batches, together, mac_ratio=ratio, **settings) for ratio in (0.7, 0.5)]
+    assert together[0] == alone[0]
+    assert together[1] < alone[1] / 2
+    assert all(equal(one, other) for one, other in zip(shared, separate, strict=True))
+
+
 def test_what_was_measured_of_something_else_is_not_taken(opened):
     model, batches = opened
     other = copy.deepcopy(model)

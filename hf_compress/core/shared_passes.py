@@ -18,16 +18,16 @@ from hf_compress.core.digests import weights_digest
 
 Measured = TypeVar("Measured")
 
-# What was measured last, and of what; None outside of `shared_passes`.
-_LAST: ContextVar[dict[tuple[Any, ...], Any] | None] = ContextVar("_LAST", default=None)
+# Kind of measurement -> of what it was made last, and what it gave; None outside of `shared_passes`.
+_LAST: ContextVar[dict[str, tuple[tuple[Any, ...], Any]] | None] = ContextVar("_LAST", default=None)
 
 
 @contextmanager
 def shared_passes() -> Iterator[None]:
     """Within the block, a pass that would measure what the one before it has measured is left out.
 
-    One result is kept, in memory: as large as the statistics of all layers. A model comes out the same with and
-    without the block, bit for bit.
+    One result of each kind is kept, in memory: as large as the statistics of all layers. A model comes out the same
+    with and without the block, bit for bit.
     """
     token = _LAST.set({})
     try:
@@ -37,12 +37,13 @@ def shared_passes() -> Iterator[None]:
 
 
 def measured_once(
-    what: tuple[Any, ...], model: PreTrainedModel, data: Data, measure: Callable[[], Measured]
+    kind: str, settings: tuple[Any, ...], model: PreTrainedModel, data: Data, measure: Callable[[], Measured]
 ) -> Measured:
     """What a pass measures, or has measured of the same weights, config and examples; it must not be changed.
 
     Args:
-        what: Which measurement it is, and all settings that it depends on.
+        kind: Which measurement it is.
+        settings: All settings that it depends on.
         model: The model, not yet changed.
         data: Its examples.
         measure: Does the pass.
@@ -50,12 +51,12 @@ def measured_once(
     last = _LAST.get()
     if last is None or iter(data) is data:
         return measure()
-    key = (*what, type(model), model.config.to_json_string(), weights_digest(model), _digest(data))
-    if key not in last:
-        # Two of them at a time would need twice the memory.
-        last.clear()
-        last[key] = measure()
-    found: Measured = last[key]
+    key = (*settings, type(model), model.config.to_json_string(), weights_digest(model), _digest(data))
+    if kind not in last or last[kind][0] != key:
+        # Two of a kind at a time would need twice the memory.
+        last.pop(kind, None)
+        last[kind] = key, measure()
+    found: Measured = last[kind][1]
     return found
 
 

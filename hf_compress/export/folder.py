@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ from hf_compress.core.cost import count_size
 from hf_compress.core.exported import ExportedModel
 from hf_compress.core.saving import complete_or_absent, require_own_folder, write_json
 from hf_compress.export import compressed_tensors
-from hf_compress.export.first_token import first_token_alone
 from hf_compress.export.formats import FORMATS, Format
 from hf_compress.export.graph import OPSET, called_for_export, output_names, output_values
 from hf_compress.export.inputs import Inputs, checked_inputs, example_inputs, read_inputs, size_of
 from hf_compress.export.int8 import Array, write_int8
+from hf_compress.export.lean_layers import first_token_suffices, lean_layers
 from hf_compress.export.onnx_model import GRAPH, INT8_GRAPH, REPORT
 from hf_compress.tasks.pooling import own_sentence_files
 
@@ -182,7 +181,8 @@ def _exported(model: PreTrainedModel, folder: Path, batches: Sequence[Inputs], t
     start = time.perf_counter()
     names = list(outputs_of(model, batches[0]))
     # Whoever asks for hidden states gets those of all tokens.
-    with first_token_alone(model) if names == ["logits"] else nullcontext(False) as alone:
+    alone = names == ["logits"] and first_token_suffices(model)
+    with lean_layers(model, narrow=alone, merge="onnx" in target.packages):
         target.write(model, example_inputs(batches[0]), names, folder / target.file)
     seconds = time.perf_counter() - start
     exported = target.open(folder / target.file, None)

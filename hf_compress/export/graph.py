@@ -17,6 +17,7 @@ from hf_compress.core.batches import main_input
 from hf_compress.core.errors import first_line
 from hf_compress.core.modes import evaluating
 from hf_compress.export.inputs import Inputs
+from hf_compress.export.lean_layers import MERGED
 
 
 # The oldest set of operators that PyTorch's exporter writes, so that older runtimes read the file, too.
@@ -94,7 +95,9 @@ def write_graph(model: PreTrainedModel, inputs: Inputs, names: Sequence[str], fi
     Raises:
         ValueError: If PyTorch cannot record the model, or one file cannot hold it.
     """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    # Merged products stand in the file instead of those that they were made of.
+    tensors = [tensor for name, tensor in model.state_dict().items() if MERGED not in name]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if size >= _LARGEST_FILE:
         raise ValueError(
             f"{type(model).__name__} must have less than 2 GiB of weights to be exported into one ONNX file, got "

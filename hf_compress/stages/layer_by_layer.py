@@ -62,7 +62,7 @@ def compress_layers(
     if task is not None:
         task = fit_labels(task, model, name)
         batches, results = calibration_of(arguments, task, model, processor, data)
-    # Weights that are one are two on the meta device, and would count twice.
+    # On the meta device tied weights are separate tensors, and would count twice.
     model.tie_weights()
     before, start = cost_of_shapes(model, seq_len), time.perf_counter()
 

@@ -31,7 +31,7 @@ from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.task import Batch
 
 
-# Tokens of the printed cost, where the examples are not looked at first.
+# Tokens of the printed cost, where the examples are not looked at first and `max_length` says nothing.
 _SEQ_LEN = 128
 
 
@@ -71,7 +71,7 @@ def prune_structure(arguments: PruneStructure) -> dict[str, Any]:
     if arguments.memory.layer_by_layer:
         return compress_layers(
             arguments, model_args, config, data, arguments.output.output_dir, arguments.device.device,
-            config.seq_len or _SEQ_LEN,
+            config.seq_len or data.max_length or _SEQ_LEN,
         )  # fmt: skip
     task = task_for(model_args.model_name_or_path, data)
     tokenizer, model = open_pair(model_args, task)

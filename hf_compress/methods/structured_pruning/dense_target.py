@@ -1,4 +1,4 @@
-"""Fits a cut sublayer to what the dense model adds up to behind it, instead of to its own output.
+"""Fits a cut sublayer to the residual stream of the dense model behind it, instead of to its own output.
 
 The errors of the layers before a sublayer arrive in its input and in the residual that its output is added to. The
 target of its output projection is residual plus output in the dense model, minus the residual as it is now.
@@ -121,10 +121,10 @@ class Moments:
 
     Attributes:
         inputs: Moments of its inputs, by which units are chosen.
-        fit: Those of inputs and targets, of the sequences that weights are fitted to; a last column of the inputs is
-            that of the intercept. Tokens are divided by the root mean square of what the dense model adds up to: the
-            normalisation that reads it does so, too, and the few tokens with hidden states of a thousand times the
-            usual size, which many decoders have, would otherwise be all that is fitted to.
+        fit: Moments of inputs and targets over the sequences that weights are fitted to; the last column of the inputs
+            is that of the intercept. Each token is divided by the root mean square of the dense model's residual
+            stream: the next normalisation does the same, and a few tokens with hidden states of a thousand times the
+            usual size, which many decoders have, would otherwise decide the fit.
         held: The same of every fifth sequence, which is held back.
     """
 

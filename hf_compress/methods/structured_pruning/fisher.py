@@ -225,7 +225,7 @@ def fisher_selection(
         ValueError: If the budget cannot be met, or the data has no labels or gives a gradient that is not finite.
     """
     unit_grads, neuron_grads = measured_once(
-        ("mask gradients",), model, data, lambda: collect_gradients(model, layers, data)
+        "mask gradients", (), model, data, lambda: collect_gradients(model, layers, data)
     )
 
     def search(ratio: float) -> Masks:

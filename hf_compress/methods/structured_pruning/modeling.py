@@ -132,8 +132,8 @@ def _compress_by_activations(
     measure = partial(measure_and_rank, model, layers, config, data)
     if not config.walks:
         # A walk is part of what was measured, and goes on through this model.
-        what = ("activations", config.selection, config.center, config.seed, config.correction, config.ridge)
-        measured = measured_once(what, model, data, measure)
+        settings = config.selection, config.center, config.seed, config.correction, config.ridge
+        measured = measured_once("activations", settings, model, data, measure)
     else:
         measured = measure()
     rankings = measured.rankings
@@ -163,9 +163,11 @@ def _sizes(
     rankings = measured.rankings
     ready = model, layers, rankings, measured.moments, data, measured.mean_length
     divergent = config.allocation == "divergence"
-    priorities = (
-        divergence_priorities(*ready) if divergent else {key: each.priorities for key, each in rankings.items()}
-    )
+    if divergent:
+        settings = config.selection, config.center, config.seed
+        priorities = measured_once("divergence", settings, model, data, partial(divergence_priorities, *ready))
+    else:
+        priorities = {key: each.priorities for key, each in rankings.items()}
 
     def allocated(factor: float) -> tuple[dict[tuple[int, UnitKind], int], float]:
         settings = config if factor < math.inf else dataclasses.replace(config, prune_heads=False)

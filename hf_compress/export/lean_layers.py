@@ -1,0 +1,161 @@
+"""Records the layers of an encoder with fewer and larger operators than PyTorch runs.
+
+A runtime spends much of a small model's time between operators. So queries, keys and values come from one product, the
+scale of the scores is part of its weights, and the last layer of a classifier computes the token that the head reads,
+and no other.
+
+Letters: B batch, S padded length, H heads, d head size, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.core.architectures import TransformerLayer, layers_of
+from hf_compress.core.forward_state import carries_state
+from hf_compress.core.projections import Role
+from hf_compress.methods.token_pruning.layers import FINISH
+from hf_compress.methods.token_pruning.modeling import reads_first_token
+
+
+# Child of a layer while it is recorded.
+MERGED = "merged_projections"
+# Attention functions of transformers whose masks are [B, 1, S or 1, S], the same for every query of an encoder.
+_PLAIN_ATTENTION = ("sdpa", "eager")
+
+
+def _finish_mpnet(layer: Any, context: Tensor, residual: Tensor) -> Tensor:
+    attention = layer.attention
+    attended = attention.LayerNorm(attention.attn.o(context) + residual)
+    rows: Tensor = layer.output(layer.intermediate(attended), attended)
+    return rows
+
+
+# What follows attention, by model type.
+_FINISH: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {**FINISH, "mpnet": _finish_mpnet}
+
+
+def first_token_suffices(model: PreTrainedModel) -> bool:
+    """Whether the head of a model that `lean_layers` changes reads the first token of the last layer and no other."""
+    return bool(_changed(model)) and reads_first_token(model) and bool(_layers(model)[-1].num_units)
+
+
+def _layers(model: PreTrainedModel) -> list[TransformerLayer]:
+    # Their projections are called, whatever they are.
+    return layers_of(model, adapted=True)
+
+
+def _changed(model: PreTrainedModel) -> list[TransformerLayer]:
+    """The layers of a model that can be recorded in another way."""
+    if model.config.model_type not in _FINISH or getattr(model.config, "is_decoder", False):
+        return []
+    # Linear attention and dropped tokens have graphs of their own.
+    if carries_state(model) or model.config._attn_implementation not in _PLAIN_ATTENTION:
+        return []
+    return [layer for layer in _layers(model) if layer.num_units]
+
+
+@contextmanager
+def lean_layers(model: PreTrainedModel, narrow: bool, merge: bool = True) -> Iterator[None]:
+    """Inside the `with` statement, the layers of an encoder compute the same in fewer operators.
+
+    Models of other architectures, and layers without heads, stay as they are.
+
+    Args:
+        model: In evaluation mode; the same as before afterwards.
+        narrow: The last layer gives the first token alone: keys and values are those of all tokens; query, output
+            projection and feed-forward part are those of the first, which saves about nine tenths of its arithmetic.
+            Only for models with `first_token_suffices`.
+        merge: One product for queries, keys and values.
+    """
+    layers = _changed(model)
+    last = _layers(model)[-1].index if layers else None
+    with ExitStack() as stack, torch.no_grad():
+        for layer in layers:
+            alone = narrow and layer.index == last
+            if merge or alone:
+                stack.enter_context(_recorded_as(layer, _FINISH[model.config.model_type], alone, merge))
+        yield
+
+
+@contextmanager
+def _recorded_as(
+    layer: TransformerLayer, finish: Callable[[Any, Tensor, Tensor], Tensor], alone: bool, merge: bool
+) -> Iterator[None]:
+    module: Any = layer.module
+    query, key, value = (
+        attrgetter(layer.architecture.paths[role])(module) for role in (Role.QUERY, Role.KEY, Role.VALUE)
+    )
+    # The first token's query is a product of its own.
+    together = [key, value] if alone else [query, key, value]
+    scale = layer.head_size**-0.5
+    merged = _merged(together, [1.0] * 2 if alone else [scale, 1.0, 1.0]) if merge else None
+    heads = layer.num_units
+
+    def by_heads(states: Tensor) -> Tensor:
+        found: Tensor = states.unflatten(-1, (heads, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]  # of torch
+        return found
+
+    def all_products(states: Tensor) -> tuple[Tensor, ...]:
+        """Queries (unless there is one alone), keys and values, each [B, H, S, d]."""
+        if merged is None:
+            found = [by_heads(part(states)) for part in together]
+            return tuple(found) if alone else (found[0] * scale, *found[1:])
+        parts: Tensor = merged(states).unflatten(-1, (len(together), heads, -1)).permute(2, 0, 3, 1, 4)
+        return parts.unbind(0)
+
+    def forward(
+        hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None,
+        *rest: Any, **more: Any,
+    ) -> Any:  # fmt: skip
+        asking = hidden_states[:, :1] if alone else hidden_states
+        *queries, keys, values = all_products(hidden_states)
+        scores = (by_heads(query(asking) * scale) if alone else queries[0]) @ keys.transpose(-1, -2)
+        if position_bias is not None:
+            scores = scores + (position_bias[:, :, :1] if alone else position_bias)
+        if attention_mask is not None:
+            scores = scores + _additive(attention_mask[:, :, :1], scores.dtype)
+        context = (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
+        out = finish(module, context, asking)
+        return (out,) if finish is _finish_mpnet else out
+
+    before = vars(module).get("forward")
+    if merged is not None:
+        module.add_module(MERGED, merged)
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+        if merged is not None:
+            delattr(module, MERGED)
+
+
+def _merged(parts: Sequence[Any], scales: Sequence[float]) -> nn.Linear | None:
+    """One layer that gives the outputs of several, each times a factor, side by side; None if they are not plain."""
+    if any(type(part) is not nn.Linear for part in parts) or len({part.bias is None for part in parts}) > 1:
+        return None
+    weights, biases = ([getattr(part, name) for part in parts] for name in ("weight", "bias"))
+    first = weights[0]
+    found = nn.Linear(first.shape[1], sum(map(len, weights)), biases[0] is not None, first.device, first.dtype)
+    found.weight.copy_(torch.cat([weight * scale for weight, scale in zip(weights, scales, strict=True)]))
+    if biases[0] is not None:
+        found.bias.copy_(torch.cat([bias * scale for bias, scale in zip(biases, scales, strict=True)]))
+    return found.eval()
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask that is added to scores; transformers' own may be True where attention goes."""
+    if mask.dtype != torch.bool:
+        return mask
+    # The lowest number, not infinity: an example without tokens has a softmax, too.
+    return torch.where(mask, 0.0, torch.finfo(dtype).min)
