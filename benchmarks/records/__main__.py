@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -174,6 +175,35 @@ def chosen(content: dict[str, Any], args: argparse.Namespace) -> str:
     return max(allowed, key=lambda name: speeds[name]["PyTorch"] if speeds else -drops[name])
 
 
+def with_error(values: list[float]) -> str:
+    """A mean and its standard error."""
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return f"{statistics.mean(values):.2f}" + ("" if spread is None else f" +- {spread:.2f}")
+
+
+def table(content: dict[str, Any], args: argparse.Namespace) -> str:
+    """Markdown: quality on validation and test, speed-ups over both baselines at each batch size."""
+    seeds = [content["seeds"][str(seed)] for seed in args.seeds]
+    lines = [
+        f"| | validation | test | {' | '.join(f'batch {size}' for size in args.batch_sizes)} |",
+        "|---" * (3 + len(args.batch_sizes)) + "|",
+    ]
+    for name in content["drops"]:
+        qualities = [
+            with_error([main_metric(seed[split][name]) for seed in seeds]) if name in seeds[0].get(split, {}) else ""
+            for split in ("validation", "test")
+        ]
+        speeds = []
+        for size in map(str, args.batch_sizes):
+            ratios = [
+                statistics.median(seed["timed"][size]["speedups"][name][base]["median"] for seed in seeds)
+                for base in ("PyTorch", "int8")
+            ]
+            speeds.append(" / ".join(f"{ratio:.2f}" for ratio in ratios))
+        lines.append("| " + " | ".join([name, *qualities, *speeds]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     args = parse()
     transformers_logging.set_verbosity_error()
@@ -197,8 +227,6 @@ def main() -> None:
                     both = "  ".join(f"{found[base]['median']:6.2f}x" for base in ("PyTorch", "int8"))
                     print(f"seed {seed}, batch {size:2d}  {name:40s} {both}", flush=True)
     content["chosen"] = chosen(content, args)
-    for name, drop in content["drops"].items():
-        print(f"{name:40s} {-drop:+.2f} points  {content['speeds'].get(name, '')}", flush=True)
     if args.test:
         for seed, row in rows.items():
             wanted = [f"{args.models[0]}, {form}" for form in (PYTORCH, INT8, PLAIN_INT8)] + [content["chosen"]]
@@ -206,8 +234,8 @@ def main() -> None:
                 name, form = full.split(", ", 1)
                 found = content["seeds"][str(seed)].setdefault("test", {})
                 found.setdefault(full, row.quality(name, row.forms(name)[form], "test"))
-                print(f"seed {seed}, test  {full:40s} {main_metric(found[full]):.2f}", flush=True)
     write_json(out, content)
+    print(table(content, args) + f"\n\nChosen: {content['chosen']}")
     line = {
         "recipe": Path(args.recipe).name, "note": args.note, "commit": content["commit"], "seeds": args.seeds,
         "drops": content["drops"], "speeds": content["speeds"], "chosen": content["chosen"],
