@@ -107,6 +107,7 @@ def test_only_what_changed_runs_again(place, capsys):
     assert "[3/3] linear      linformer: done before with the same inputs" in printed
     second = states()
     assert {name for name in first if second[name] != first[name]} == {"teacher", "pruned-0.5"}
+    assert states("out/.before") == {name: first[name] for name in ("teacher", "pruned-0.5")}
 
     # Another member of the family, and a result that somebody damaged.
     Path("out/linear/model.safetensors").write_bytes(b"")

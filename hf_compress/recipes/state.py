@@ -15,6 +15,8 @@ from hf_compress.recipes.inputs import differences, file_digest, files_in, key_o
 
 FILE = "stage.json"
 LINEAGE_FILE = "lineage.json"
+# Beside the jobs: what each gave last from other inputs. A training of hours is not thrown away for a new release.
+BEFORE = ".before"
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class State:
 
     Args:
         kind: `done`: made of the same inputs, and whole; `begun`: the same inputs, to be continued; `changed`: there
-            is a result of other inputs, which is replaced; `new`: there is nothing; `foreign`: there are files that no
-            recipe wrote.
+            is a result of other inputs, which is put aside; `new`: there is nothing; `foreign`: there are files that
+            no recipe wrote.
         why: What changed, or what lies there.
         seconds: How long it took the last time; None where that is unknown.
         results: What the stage returned; only of `done`.
@@ -79,11 +81,17 @@ def _damaged(folder: Path, files: Mapping[str, str]) -> str | None:
 
 
 def begin(folder: Path, inputs: Mapping[str, Any], state: State) -> None:
-    """Prepare the folder of a job: what belongs to other inputs is removed, what belongs to these stays.
+    """Prepare the folder of a job: what belongs to these inputs stays.
 
+    A finished result of other inputs is moved to `.before`, in place of an older one there; an unfinished one goes.
     Whatever moment the process is killed at, files of other inputs are never taken for files of these.
     """
-    if state.kind == "changed":
+    if state.kind == "changed" and json.loads((folder / FILE).read_text(encoding="utf-8"))["done"]:
+        aside = folder.parent / BEFORE / folder.name
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        folder.rename(aside)
+    elif state.kind == "changed":
         # The note goes last: as long as it is there, what else is left is known to be of other inputs.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == FILE):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
