@@ -5,8 +5,9 @@
         --ratios 0.9 0.8 0.7 0.5 --prune '{}' '{"target": "dense"}' --quantize '{"bits": 4}' --both '[{}, {"bits": 4}]'
 
 Texts are joined as published: the rows of ptb by a space, all others by a blank line. Calibration reads windows from
-random places of its text. Every finished cell is written to the result file at once and skipped when the command is
-given again.
+random places of its text. Budgets by divergence of several ratios share what they measure, which `compress_seconds` of
+the first one holds. Every finished cell is written to the result file at once and skipped when the command is given
+again.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import hf_compress as hc
 from hf_compress.core.architectures import layers_of
 from hf_compress.methods.structured_pruning.correction import output_projections
 from hf_compress.methods.structured_pruning.cut_together import FACTORS, nearest_sizes
+from hf_compress.methods.structured_pruning.divergence import Answers
 from hf_compress.methods.structured_pruning.measuring import measure_and_rank
 from tests.test_dense_target import divergence
 
@@ -61,3 +62,17 @@ def test_a_budget_that_heads_alone_exceed_is_no_candidate(model, batches):
     config = hc.StructuredPruningConfig(mac_ratio=ratio, allocation="divergence", min_heads=0, min_neurons=0)
     hc.compress(dense, config, data=batches(dense.config))
     assert sum(hc.steps_of(dense)[-1]["heads_per_layer"]) < units
+
+
+def test_a_budget_that_nothing_meets_is_refused_first(model, batches):
+    dense = model("bert", "sequence_classification")
+    config = hc.StructuredPruningConfig(mac_ratio=0.02, allocation="divergence")
+    with pytest.raises(ValueError, match="mac_ratio must be at least"):
+        hc.compress(dense, config, data=batches(dense.config))
+
+
+def test_every_so_many_tokens_of_a_large_vocabulary_are_asked(model, batches):
+    dense = model("llama", "causal_lm")
+    (batch,) = batches(dense.config, count=1)
+    rows = Answers(dense)(batch)
+    assert torch.equal(Answers(dense, 3)(batch), rows[::3])

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
@@ -52,13 +53,15 @@ def test_outputs_stay_and_one_token_is_left(model, batches, architecture, attent
     assert list(dense.state_dict()) == names
 
 
-def test_a_pruned_model_with_a_layer_without_heads(model, batches):
-    pruned = model("bert", HEAD)
+@pytest.mark.parametrize("architecture", ["bert", "mpnet"])
+def test_a_pruned_model_with_a_layer_without_heads(model, batches, architecture):
+    pruned = model(architecture, HEAD)
     data = batches(pruned.config, count=4)
     hc.compress(pruned, hc.StructuredPruningConfig(mac_ratio=0.5), data=data)
     empty = copy.deepcopy(pruned)
     keep_heads_(layers_of(empty)[0], [], layers_of(empty)[0].attention_out.weight[:, :0])
     assert not layers_of(empty)[0].num_units
+    assert any(layer.num_units < pruned.config.num_attention_heads for layer in layers_of(pruned))
     for small in (pruned, empty):
         wanted = logits_of(small, data[0])[0]
         with lean_layers(small, narrow=first_token_suffices(small)):
@@ -73,6 +76,15 @@ def test_layers_with_graphs_of_their_own_stay(model, batches, method):
         assert all("forward" not in vars(layer.module) for layer in layers_of(changed))
 
 
+def test_a_class_of_somebody_else_stays(model):
+    own = model("bert", HEAD)
+    attention = layers_of(own)[0].attention
+    attention.__class__ = type("OwnAttention", (type(attention),), {"__module__": "somewhere.modeling"})
+    assert not first_token_suffices(own)
+    with lean_layers(own, narrow=False):
+        assert all("forward" not in vars(layer.module) for layer in layers_of(own))
+
+
 @pytest.mark.parametrize("head", ["base", "token_classification"])
 def test_heads_that_read_all_tokens_get_them(head):
     assert not first_token_suffices(HEADS[head].from_config(ARCHITECTURES["bert"]()).eval())
@@ -83,7 +95,9 @@ def test_packed_projections_are_not_merged(model, batches):
     data = batches(packed.config, count=4)
     hc.compress(packed, hc.WeightQuantizationConfig(bits=4), data=data)
     wanted = logits_of(packed, data[0])[0]
+    drawn = torch.get_rng_state()
     with lean_layers(packed, narrow=True):
+        assert torch.equal(torch.get_rng_state(), drawn)
         assert_equal_to_rounding(logits_of(packed, data[0])[0], wanted)
 
 
@@ -107,7 +121,12 @@ def test_the_exported_graph_is_lean(model, batches, tmp_path):
     assert single
     layers = dense.config.num_hidden_layers
     assert weights.count((width, 3 * width)) == layers - 1
-    # A model that returns its hidden states returns those of all tokens.
+    # A model that returns its hidden states returns those of all tokens, one that returns attentions has them.
+    dense.set_attn_implementation("eager")
+    dense.config.output_attentions = True
+    report = hc.export_onnx(dense, tmp_path / "attentions", batches(dense.config, count=2))
+    assert report["outputs"] == ["logits", *(f"attentions.{index}" for index in range(layers))]
+    dense.config.output_attentions = False
     dense.config.output_hidden_states = True
     alone, weights, single = exported("whole")
     assert (alone, single) == (False, 0)

@@ -1,8 +1,8 @@
 """One row of the records: train and compress by a recipe, export, choose on validation, read the test split once.
 
-    python -m benchmarks.records benchmarks/records/sst2.yaml --model MODEL --data_dir DATA/sst2 \
-        --work_dir runs/records/sst2 --seeds 0 1 2 --models dense taught narrow retaught \
-        --note "half the depth, half the width" --out benchmarks/results/records_sst2.json
+    python -m benchmarks.records benchmarks/records/sst2.yaml --model MODEL --data_dir DATA/sst2_sentences \
+        --work_dir runs/records/sst2 --seeds 0 1 2 --models dense narrow-0.3 narrow-0.2 taught-0.3 taught-0.2 \
+        --note "width alone, whole sublayers may go" --out benchmarks/results/records_sst2.json --test
 
 For each seed the recipe runs from nothing (what is done is skipped), and every model named is exported as
 `hf-compress export --int8` does it. Models of all forms take turns on the same length-sorted batches. Speed-ups are
@@ -17,6 +17,7 @@ then measured on the test split, beside the dense model. One line about every ru
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -67,6 +68,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=128, help="Timed examples, evenly spread over the lengths.")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--test", action="store_true", help="Read the test split for what was chosen.")
+    parser.add_argument(
+        "--as_trained", action="store_true", help="Take the models there are, whatever code made them."
+    )
     parser.add_argument("--tries", default=str(TRIES))
     return parser.parse_args()
 
@@ -83,7 +87,8 @@ class Row:
         self.args, self.folder = args, Path(args.work_dir, f"seed{seed}")
         run = [sys.executable, "-m", "hf_compress", "run", args.recipe, "--model_name_or_path", args.model]
         places = ["--data_dir", args.data_dir, "--output_dir", str(self.folder), "--seed", str(seed)]
-        subprocess.run([*run, *places], check=True)
+        if not args.as_trained:
+            subprocess.run([*run, *places], check=True)
         length = yaml.safe_load(Path(args.recipe).read_text())["max_length"]
         self._length = length
         self._task = load_task(DataArguments(data_dir=args.data_dir, max_length=length))
@@ -98,9 +103,15 @@ class Row:
     def rows(self, name: str, split: str) -> Dataset:
         return self.task(name).encode(split, self.tokenizer, self._length)
 
+    def made_of(self) -> dict[str, str]:
+        """What measurements of this seed belong to: the files of each model, and the code."""
+        notes = {name: (self.folder / name / "stage.json").read_bytes() for name in self.args.models}
+        return {"code": commit(), **{name: hashlib.sha256(note).hexdigest()[:16] for name, note in notes.items()}}
+
     def exported(self, name: str) -> Path:
         """The folder of an exported model, written if it is not there."""
-        folder = self.folder / "exported" / name
+        made = self.made_of()
+        folder = self.folder / "exported" / f"{name}-{made['code']}-{made[name]}"
         if not (folder / GRAPH).exists():
             rows = self.rows(name, "train")
             batches = hc.calibration_batches(rows, self.tokenizer, min(64, len(rows)), seed=0)
@@ -185,12 +196,12 @@ def table(content: dict[str, Any], args: argparse.Namespace) -> str:
     """Markdown: quality on validation and test, speed-ups over both baselines at each batch size."""
     seeds = [content["seeds"][str(seed)] for seed in args.seeds]
     lines = [
-        f"| | validation | test | {' | '.join(f'batch {size}' for size in args.batch_sizes)} |",
+        "| | " + " | ".join(["validation", "test", *(f"batch {size}" for size in args.batch_sizes)]) + " |",
         "|---" * (3 + len(args.batch_sizes)) + "|",
     ]
     for name in content["drops"]:
         qualities = [
-            with_error([main_metric(seed[split][name]) for seed in seeds]) if name in seeds[0].get(split, {}) else ""
+            with_error([main_metric(seed[split][name]) for seed in seeds]) if name in seeds[0][split] else ""
             for split in ("validation", "test")
         ]
         speeds = []
@@ -214,11 +225,15 @@ def main() -> None:
     content |= {"arguments": header, "commit": commit(), "environment": machine()}
     rows = {seed: Row(args, seed) for seed in args.seeds}
     for seed, row in rows.items():
-        known = content["seeds"].setdefault(str(seed), {"validation": {}, "timed": {}})
+        made = row.made_of()
+        if content["seeds"].get(str(seed), {}).get("made_of") != made:
+            content["seeds"][str(seed)] = {"made_of": made, "validation": {}, "timed": {}, "test": {}}
+        known = content["seeds"][str(seed)]
         for name in args.models:
             for form, each in row.forms(name).items():
                 if f"{name}, {form}" not in known["validation"]:
                     known["validation"][f"{name}, {form}"] = row.quality(name, each, "validation")
+                    write_json(out, content)
         for size in args.batch_sizes:
             if str(size) not in known["timed"]:
                 known["timed"][str(size)] = row.timed(size)
@@ -232,8 +247,9 @@ def main() -> None:
             wanted = [f"{args.models[0]}, {form}" for form in (PYTORCH, INT8, PLAIN_INT8)] + [content["chosen"]]
             for full in wanted:
                 name, form = full.split(", ", 1)
-                found = content["seeds"][str(seed)].setdefault("test", {})
-                found.setdefault(full, row.quality(name, row.forms(name)[form], "test"))
+                found = content["seeds"][str(seed)]["test"]
+                if full not in found:
+                    found[full] = row.quality(name, row.forms(name)[form], "test")
     write_json(out, content)
     print(table(content, args) + f"\n\nChosen: {content['chosen']}")
     line = {

@@ -80,15 +80,22 @@ def _damaged(folder: Path, files: Mapping[str, str]) -> str | None:
     return next((name for name, digest in files.items() if now.get(name) != digest), None)
 
 
+def _whole(folder: Path) -> bool:
+    """Whether a folder holds a finished result."""
+    note = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    return bool(note["done"]) and _damaged(folder, note["files"]) is None
+
+
 def begin(folder: Path, inputs: Mapping[str, Any], state: State) -> None:
     """Prepare the folder of a job: what belongs to these inputs stays.
 
-    A finished result of other inputs is moved to `.before`, in place of an older one there; an unfinished one goes.
+    A whole result of other inputs is moved to `.before`, in place of an older one there; anything else of them goes.
     Whatever moment the process is killed at, files of other inputs are never taken for files of these.
     """
-    if state.kind == "changed" and json.loads((folder / FILE).read_text(encoding="utf-8"))["done"]:
+    if state.kind == "changed" and _whole(folder) and not folder.is_symlink():
         aside = folder.parent / BEFORE / folder.name
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.exists():
+            shutil.rmtree(aside)
         aside.parent.mkdir(exist_ok=True)
         folder.rename(aside)
     elif state.kind == "changed":

@@ -21,7 +21,8 @@ class StructuredPruningConfig(MethodConfig):
             or with `fisher` one least-squares scale for each kept unit, as its authors do.
         allocation: How much each layer loses. `tolerance`: one relative residual for all layers; `uniform`: the same
             fraction everywhere; `divergence`: what moves the outputs least for what it saves, measured
-            without labels by cutting each sublayer alone (seven passes over 2,048 tokens each).
+            without labels by cutting each sublayer alone (seven passes over 2,048 tokens each); how much falls to
+            heads is then decided with all sublayers cut together.
         target: What each cut sublayer is fitted to. `self`: its own output; `dense`: what residual and output sum to
             in the dense model, minus the residual as it is now. `dense` visits the layers in order, whatever `order`
             says, and with `interpolative` removes the units whose loss hurts the output least.

@@ -63,23 +63,27 @@ def nearest_sizes(
 
     Returns:
         What the best factor gives, the first one where several are equal.
+
+    Raises:
+        ValueError: If the budget cannot be met.
     """
-    candidates: dict[float, Sizes] = {}
-    for factor in FACTORS:
+    candidates: dict[float, Sizes] = {FACTORS[0]: sizes_with(FACTORS[0])}
+    for factor in FACTORS[1:]:
+        # Where all heads stay, the rest may not fit.
         with suppress(ValueError):
             sizes = sizes_with(factor)
             if sizes not in candidates.values():
                 candidates[factor] = sizes
     if len(candidates) == 1:
         return next(iter(candidates.values()))
-    answers, examples = Answers(model), next(iter(moments.values())).num_rows / mean_length
-    step = max(1, math.ceil(_TOKENS * vocabulary_of(model) / _NUMBERS))
+    examples = next(iter(moments.values())).num_rows / mean_length
+    answers = Answers(model, max(1, math.ceil(_TOKENS * vocabulary_of(model) / _NUMBERS)))
     distances = Distances(len(candidates), model.device)
     outs = {key: output_projection(layers[key[0]], key[1]) for key in rankings}
     intact = {key: out.weight.detach().clone() for key, out in outs.items()}
     with evaluating(model), added_up(distances):
         batches = some_examples(model, data, examples, mean_length, _TOKENS)
-        dense = [answers(batch)[::step] for batch in batches]
+        dense = [answers(batch) for batch in batches]
         distances.count(dense, answers.classifies)
         for trial, sizes in enumerate(candidates.values()):
             try:
@@ -90,7 +94,7 @@ def nearest_sizes(
                         columns = unit_columns(sorted(ranking.order[: sizes[key]]), size).to(gram.device)
                         cut_output_(outs[key], intact[key], gram, columns)
                 for rows, batch in zip(dense, batches, strict=True):
-                    distances.add(trial, rows, answers(batch)[::step], answers.classifies)
+                    distances.add(trial, rows, answers(batch), answers.classifies)
             finally:
                 for key, out in outs.items():
                     out.weight.copy_(intact[key])

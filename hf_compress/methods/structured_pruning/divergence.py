@@ -46,10 +46,12 @@ class Answers:
 
     Args:
         model: Runs in the mode that it is in.
+        step: Of the live tokens only every so many has a row: those of a large vocabulary take memory.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, step: int = 1) -> None:
         self._model = model
+        self._step = step
         self.classifies = False
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
@@ -70,7 +72,8 @@ class Answers:
         mask = layer_mask(self._model, inputs)
         if mask is not None and values.ndim == 3 and values.shape[:2] == mask.shape:
             values = values[mask]
-        rows = values.reshape(-1, values.shape[-1]).float()
+        # A copy, so that the other rows go.
+        rows = values.reshape(-1, values.shape[-1])[:: self._step].clone().float()
         return torch.log_softmax(rows, -1) if self.classifies else rows
 
 

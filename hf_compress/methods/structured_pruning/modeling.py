@@ -164,7 +164,9 @@ def _sizes(
     ready = model, layers, rankings, measured.moments, data, measured.mean_length
     divergent = config.allocation == "divergence"
     if divergent:
-        settings = config.selection, config.center, config.seed
+        # Before all those passes.
+        _check_budget(layers, config, seq_len)
+        settings = config.selection, config.center, config.seed, config.walks
         priorities = measured_once("divergence", settings, model, data, partial(divergence_priorities, *ready))
     else:
         priorities = {key: each.priorities for key, each in rankings.items()}
