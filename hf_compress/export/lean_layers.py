@@ -154,7 +154,7 @@ def _merged(parts: Sequence[Any], scales: Sequence[float]) -> nn.Linear | None:
     weights, biases = ([getattr(part, name) for part in parts] for name in ("weight", "bias"))
     first, bias = weights[0], biases[0] is not None
     # Made without drawing weights: an export leaves the random state alone.
-    found = nn.utils.skip_init(
+    found: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]  # of torch
         nn.Linear, first.shape[1], sum(map(len, weights)), bias=bias, device=first.device, dtype=first.dtype
     )
     found.weight.copy_(torch.cat([weight * scale for weight, scale in zip(weights, scales, strict=True)]))
