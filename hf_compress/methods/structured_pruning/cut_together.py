@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 # What the priorities of heads are multiplied by; infinity: all heads stay.
 FACTORS = (1.0, 4.0, math.inf)
+# Divergences that differ by less than this share count as equal, and then more heads stay: models that are cut at once
+# do not show how the loss of heads grows where sublayers are fitted one after the other.
+_MARGIN = 0.1
 # Live tokens that are read, in whole examples: attention over long distances shows there only.
 _TOKENS = 2048
 # Numbers in the outputs that are compared; of a large vocabulary, not every token's.
@@ -62,7 +65,7 @@ def nearest_sizes(
         sizes_with: What a factor of `FACTORS` gives; raises `ValueError` if it cannot meet the budget.
 
     Returns:
-        What the best factor gives, the first one where several are equal.
+        What the best factor gives; the largest one of those whose divergence is within a tenth of the smallest.
 
     Raises:
         ValueError: If the budget cannot be met.
@@ -99,6 +102,6 @@ def nearest_sizes(
                 for key, out in outs.items():
                     out.weight.copy_(intact[key])
     found = dict(zip(candidates, distances.means(), strict=True))
-    best = min(found, key=lambda factor: found[factor])
+    best = max(factor for factor, apart in found.items() if apart <= (1 + _MARGIN) * min(found.values()))
     logger.info("Divergence with heads weighed by a factor: %s; %s is taken.", found, best)
     return candidates[best]
