@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", default="validation")
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out")
