@@ -102,6 +102,8 @@ def nearest_sizes(
                 for key, out in outs.items():
                     out.weight.copy_(intact[key])
     found = dict(zip(candidates, distances.means(), strict=True))
-    best = max(factor for factor, apart in found.items() if apart <= (1 + _MARGIN) * min(found.values()))
+    # Of a model that hardly moved, rounding can make it a little less than nothing.
+    nearest = min(found.values())
+    best = max(factor for factor, apart in found.items() if apart <= nearest + _MARGIN * abs(nearest))
     logger.info("Divergence with heads weighed by a factor: %s; %s is taken.", found, best)
     return candidates[best]
