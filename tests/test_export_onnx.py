@@ -157,6 +157,11 @@ def test_a_folder_whose_files_are_half_moved_has_no_graph(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
+def test_idle_threads_of_the_runtime_leave_the_cores(exported):
+    options = hc.OnnxModel.from_pretrained(exported[1]).session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
 def test_a_graph_that_computes_something_else_is_not_written(model, tokenizer, tmp_path):
     """A model whose outputs depend on how often it was called: the graph holds the number of one call."""
     counting = model("distilbert", "sequence_classification")
