@@ -37,7 +37,7 @@ def open_session(file: str | os.PathLike[str], threads: int | None = None) -> An
         raise ValueError(f"ONNX Runtime must be installed to run an exported model: {INSTALL}.") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    # Its idle threads would wait for work in a loop and take the cores of whatever else computes: on two cores PyTorch,
+    # Its idle threads would wait for work in a loop and take the cores of what else computes: on two cores PyTorch,
     # timed in turns with it, was seven times slower.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Warnings are about the runtime's own rewriting of graphs.
