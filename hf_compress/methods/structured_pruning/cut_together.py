@@ -1,8 +1,7 @@
 """Chooses between budgets by cutting all sublayers of a model at once.
 
-A sublayer that is cut alone is carried by all others, and attention more so than feed-forward parts: where every layer
-loses a little of it, much more is lost than the sum. So the budget that single cuts suggest is compared with budgets
-that trust them less about heads.
+The other sublayers make up for one that is cut alone. Where many lose heads together, the loss exceeds the sum of the
+single losses. So the budget that single cuts suggest is compared with budgets that keep more heads.
 """
 
 from __future__ import annotations
