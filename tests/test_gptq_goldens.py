@@ -53,10 +53,38 @@ def options_of(case):
     return RoundingOptions(**{names.get(field, field): case[field] for field in fields})
 
 
+def distance_from_middle(row, found, expected, arrays, options):
+    """How far from the middle between two codes the first weight of a row was that got another code, in codes.
+
+    A loop over columns in double precision, which takes the recorded codes as given.
+    """
+    hessian = arrays["H"].double().numpy()
+    dead = hessian.diagonal() == 0
+    hessian = hessian + np.diag(dead.astype(float))
+    order = np.argsort(-hessian.diagonal(), kind="stable") if options.act_order else np.arange(len(hessian))
+    hessian = hessian[order][:, order] + options.percdamp * hessian.diagonal().mean() * np.eye(len(hessian))
+    factor = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    weights = np.where(dead, 0, arrays["W"][row].double().numpy())[order]
+    spread = {key: expected[key][row, expected["gidx"]].double().numpy()[order] for key in ("scale", "zero")}
+    values = expected["Q"][row].double().numpy()[order]
+    other = (found.codes != expected["codes"])[row].numpy()[order]
+    for column in range(len(weights)):
+        if other[column]:
+            code = weights[column] / spread["scale"][column] + spread["zero"][column]
+            return abs(code - np.floor(code) - 0.5)
+        error = (weights[column] - values[column]) / factor[column, column]
+        weights[column:] -= error * factor[column, column:]
+    return np.inf
+
+
 @needs_golden
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_matrices_of_the_released_code(matrix):
-    """Codes, zeros and groups exactly; scales of groups to rounding, because sums are added in another order."""
+    """Codes, zeros and groups exactly but for rows with a tie; scales of groups to rounding.
+
+    Sums are added in another order, and on each processor in its own. A weight in the middle between two codes then
+    goes to either, and takes what follows in its row along.
+    """
     cases = [c for c in json.loads((GOLDEN / "matrices" / "cases.json").read_text()) if c["file"] == f"{matrix}.npz"]
     if not cases:
         pytest.skip("not stored")
@@ -64,15 +92,20 @@ def test_matrices_of_the_released_code(matrix):
     for case in cases:
         expected = {name: arrays[f"{case['case']}/{name}"] for name in ("Q", "codes", "scale", "zero", "gidx", "loss")}
         found = gptq(arrays["W"], arrays["H"], options_of(case), columns=case["blocksize"])
-        assert torch.equal(found.codes, expected["codes"]), case["case"]
-        assert torch.equal(found.grid.zero, expected["zero"]), case["case"]
+        same = (found.codes == expected["codes"]).all(1)
+        for row in (~same).nonzero()[:, 0].tolist():
+            where = distance_from_middle(row, found, expected, arrays, options_of(case))
+            assert where < 1e-5, (case["case"], row, where)
+        assert int((~same).sum()) <= 1, case["case"]
         assert torch.equal(found.groups, expected["gidx"]), case["case"]
-        assert float(found.loss) == pytest.approx(float(expected["loss"]), rel=4e-6)
+        assert torch.equal(found.grid.zero[same], expected["zero"][same]), case["case"]
+        if same.all():
+            assert float(found.loss) == pytest.approx(float(expected["loss"]), rel=4e-6)
         if case["groupsize"] == -1 or case["static_groups"]:
             assert torch.equal(found.grid.scale, expected["scale"])
-            assert torch.equal(value_of(found), expected["Q"])
-        torch.testing.assert_close(found.grid.scale, expected["scale"], rtol=1e-6, atol=0)
-        torch.testing.assert_close(value_of(found), expected["Q"], rtol=1e-6, atol=0)
+            assert torch.equal(value_of(found)[same], expected["Q"][same])
+        torch.testing.assert_close(found.grid.scale[same], expected["scale"][same], rtol=1e-6, atol=0)
+        torch.testing.assert_close(value_of(found)[same], expected["Q"][same], rtol=1e-6, atol=0)
 
 
 @needs_golden
