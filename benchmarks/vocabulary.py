@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import hf_compress as hc
 from hf_compress.core.saving import write_json
-from hf_compress.tasks.pooling import Pooling
+from hf_compress.core.pooling import Pooling
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -194,7 +194,7 @@ def test_a_sentence_encoder_stays_one(place, pairs):
     prune = "prune-structure --model_name_or_path encoder --output_dir cut --mac_ratio 0.5 --calibration_samples 32"
     assert main(f"{prune} {pairs} --device cpu".split()) == 0
     recover = "distill --model_name_or_path cut --teacher_name_or_path encoder --output_dir recovered"
-    losses = "--alpha_task 0 --alpha_output 0 --alpha_layer 1"
+    losses = "--alpha_task 0 --alpha_similarity 1 --alpha_layer 1"
     assert main(f"{recover} {losses} {pairs} {QUICK} --num_train_epochs 5".split()) == 0
     files = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json")
     for folder in ("cut", "recovered"):
@@ -235,7 +235,7 @@ def test_no_other_task_writes_these_files(place, model, tokenizer):
         ("finetune --model_name_or_path encoder --output_dir out {data} --task_kind sentence-embedding",
          "sentence-embedding has no loss of its own"),
         ("distill --model_name_or_path encoder --teacher_name_or_path encoder --output_dir out {data} "
-         "--task_kind sentence-embedding --alpha_layer 1", "alpha_task and alpha_output must be 0"),
+         "--task_kind sentence-embedding --alpha_layer 1", "alpha_task must be 0"),
         ("evaluate --models encoder {data} --task_kind sentences", "task_kind must be one of sequence-classification"),
         ("evaluate --models encoder {data} --task_kind sentence-embedding --split train", "no pairs to measure on"),
         ("evaluate --models writer {data} --window_stride 64", "window_stride must be in 0..max_length - 1"),

@@ -21,6 +21,7 @@ from hf_compress.api import check_finite, steps_of
 from hf_compress.core.batches import layer_mask
 from hf_compress.core.cost import count_size
 from hf_compress.core.exported import ExportedModel
+from hf_compress.core.pooling import own_sentence_files
 from hf_compress.core.saving import complete_or_absent, require_own_folder, write_json
 from hf_compress.export import compressed_tensors
 from hf_compress.export.formats import FORMATS, Format
@@ -29,7 +30,6 @@ from hf_compress.export.inputs import Inputs, checked_inputs, example_inputs, re
 from hf_compress.export.int8 import Array, write_int8
 from hf_compress.export.lean_layers import first_token_suffices, lean_layers
 from hf_compress.export.onnx_model import GRAPH, INT8_GRAPH, REPORT
-from hf_compress.tasks.pooling import own_sentence_files
 
 
 # Outputs of PyTorch and of another runtime may differ by so much, times the largest output if that exceeds 1.

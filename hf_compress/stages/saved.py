@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_compress.core.pooling import own_sentence_files
 from hf_compress.core.processes import is_first_process
 from hf_compress.core.saving import complete_or_absent, write_json
 from hf_compress.folder_card import write_card
-from hf_compress.tasks.pooling import own_sentence_files
 from hf_compress.tasks.task import Processor, Task
 
 

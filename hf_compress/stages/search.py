@@ -109,7 +109,9 @@ class Search(StageArguments):
             raise ValueError("search must have optuna, which is not installed: pip install 'hf_compress[search]'.")
         read_dials(self.searched.space, self.distillation)
         if not self.distillation.uses_teacher:
-            raise ValueError("alpha_output or alpha_layer must be above 0: the teacher would teach nothing.")
+            raise ValueError(
+                "alpha_output, alpha_layer or alpha_similarity must be above 0: the teacher would teach nothing."
+            )
 
 
 def search(arguments: Search) -> dict[str, Any]:

@@ -35,7 +35,15 @@ from hf_compress.training.trainer import CompressionTrainer
 logger = logging.getLogger(__name__)
 
 # Arguments that say how much a student listens to whom.
-_LOSSES = ("alpha_task", "alpha_output", "alpha_layer", "temperature", "proximal_weight", "student_ce_weight")
+_LOSSES = (
+    "alpha_task",
+    "alpha_output",
+    "alpha_layer",
+    "alpha_similarity",
+    "temperature",
+    "proximal_weight",
+    "student_ce_weight",
+)
 
 
 def _splits(task: Task, processor: Processor, data: DataArguments) -> dict[str, Dataset]:
@@ -103,8 +111,8 @@ def _with_own_loss(task: Task) -> Task:
     if task.has_own_loss:
         return task
     raise ValueError(
-        f"{task.kind} has no loss of its own: let a teacher teach it (distill --alpha_task 0 --alpha_output 0 "
-        "--alpha_layer 1), or say what else is to be learned (task_kind)."
+        f"{task.kind} has no loss of its own: let a teacher teach it (distill --alpha_task 0), or say what else is to "
+        "be learned (task_kind)."
     )
 
 
@@ -125,10 +133,10 @@ def trainer_arguments(
             "fsdp must not be set for a command, whose first process alone saves the model: shard in a script with "
             "one of our trainers (save_model gathers the shards), or leave it out (torchrun alone trains with DDP)."
         )
-    if not task.has_own_loss and any(getattr(args, name, 1.0) for name in ("alpha_task", "alpha_output")):
+    if not task.has_own_loss and getattr(args, "alpha_task", True):
         raise ValueError(
-            f"alpha_task and alpha_output must be 0 for {task.kind}, which has neither labels to learn nor logits: "
-            "set alpha_layer, which distils hidden states."
+            f"alpha_task must be 0 for {task.kind}, which has no labels to learn: a teacher teaches vectors "
+            "(alpha_output), how alike sentences are (alpha_similarity) and hidden states (alpha_layer)."
         )
     callbacks = []
     if not task.judged_in_training:

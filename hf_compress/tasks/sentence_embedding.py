@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModel, DataCollatorWithPadding, PretrainedConfig, PreTrainedTokenizerBase
 
 from hf_compress.core.batches import live_tokens
+from hf_compress.core.pooling import Pooling, has_pooling, pooling_of, sentence_files
 from hf_compress.core.table_files import Table
 from hf_compress.tasks.answers import Answers
 from hf_compress.tasks.arguments import DataArguments
@@ -25,7 +26,6 @@ from hf_compress.tasks.column_choice import finds_label, finds_texts, label_colu
 from hf_compress.tasks.inputs import tokenizer_for
 from hf_compress.tasks.label_values import read_labels, without_unlabelled_test
 from hf_compress.tasks.metrics import Array, regression_metrics
-from hf_compress.tasks.pooling import Pooling, has_pooling, pooling_of, sentence_files
 from hf_compress.tasks.retrieval import RetrievalAnswers, ranks_of
 from hf_compress.tasks.task import EVALUATED, Batch, Collator, Processor, Task, drawn
 

@@ -21,13 +21,17 @@ from hf_compress.training.joined_arguments import join_arguments
 class DistillationArguments(TrainingArguments):
     """Arguments of `DistillationTrainer`.
 
-    The loss is `alpha_task * task + alpha_output * T^2 * KL(teacher || student) + alpha_layer * layer`.
+    The loss is `alpha_task * task + alpha_output * T^2 * KL(teacher || student) + alpha_layer * layer`. Sentence
+    encoders have neither labels nor logits: with `alpha_task` 0, their loss is
+    `alpha_output * vector + alpha_similarity * similarity + alpha_layer * layer`.
 
     Args:
         alpha_task: Weight of the student's own loss on the labels.
         alpha_output: Weight of the divergence of the student's outputs from the teacher's (of their mean squared
-            difference in regression).
+            difference in regression; of one minus the cosine between sentence vectors).
         alpha_layer: Weight of the distance between the student's and the teacher's hidden states.
+        alpha_similarity: For sentence encoders, weight of the mean squared difference between the student's cosines of
+            all pairs of sentences in a micro-batch and the teacher's, whose vectors may have another width.
         temperature: T, which softens both output distributions; must be above 0.
         layer_reduction: Whether the distances of the matched layers are averaged (`mean`) or added (`sum`).
         layer_normalize: Compare hidden states after a LayerNorm without parameters.
@@ -58,6 +62,7 @@ class DistillationArguments(TrainingArguments):
     alpha_task: float = 1.0
     alpha_output: float = 1.0
     alpha_layer: float = 0.0
+    alpha_similarity: float = 0.0
     temperature: float = 2.0
     layer_reduction: Literal["mean", "sum"] = "mean"
     layer_normalize: bool = False
@@ -76,11 +81,14 @@ class DistillationArguments(TrainingArguments):
 
     def check(self) -> None:
         """Raise `ValueError` when values are out of range or contradict each other."""
-        for name in ("alpha_task", "alpha_output", "alpha_layer"):
+        for name in ("alpha_task", "alpha_output", "alpha_layer", "alpha_similarity"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be zero or positive, got {getattr(self, name)}.")
-        if not self.task_weight + self.alpha_output + self.alpha_layer:
-            raise ValueError("alpha_task, alpha_output and alpha_layer must not all be 0: nothing would be learned.")
+        if not self.task_weight and not self.uses_teacher:
+            raise ValueError(
+                "alpha_task, alpha_output, alpha_layer and alpha_similarity must not all be 0: nothing would be "
+                "learned."
+            )
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be positive, got {self.temperature}.")
         if self.max_distill_steps is not None and self.max_distill_steps < 0:
@@ -115,7 +123,7 @@ class DistillationArguments(TrainingArguments):
     @property
     def uses_teacher(self) -> bool:
         """Whether any term needs the teacher."""
-        return self.alpha_output > 0 or self.alpha_layer > 0
+        return self.alpha_output > 0 or self.alpha_layer > 0 or self.alpha_similarity > 0
 
 
 @dataclass

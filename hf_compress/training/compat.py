@@ -29,6 +29,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
     "prokt": {
         "alpha_layer": 0.0,
+        "alpha_similarity": 0.0,
         "temperature": 1.0,
         "student_ce_weight": 0.0,
         "proximal_direction": "student_teacher",

@@ -22,7 +22,7 @@ from hf_compress.training.session_opening import open_session
 from hf_compress.training.signals import Batch, StudentSignals, WantedSignals
 from hf_compress.training.teacher_fit import columns_of_both
 from hf_compress.training.teacher_session import TeacherSession
-from hf_compress.training.teacher_terms import output_distance, states_distance
+from hf_compress.training.teacher_terms import output_distance, similarity_terms, states_distance
 from hf_compress.training.teachers import FixedTeacher, Teacher
 from hf_compress.training.trainer import CompressionTrainer
 
@@ -32,9 +32,9 @@ class DistillationTrainer(CompressionTrainer):
 
     Args:
         model: The student, e.g. a compressed model.
-        teacher_model: The teacher; not needed when `alpha_output` and `alpha_layer` are 0. It may take other
-            inputs: arguments that its forward does not name are dropped, and columns `teacher_<name>` go to it
-            alone (see `TeacherStudentCollator`). A folder or hub name is opened with the student's kind of head.
+        teacher_model: The teacher; not needed when `alpha_output`, `alpha_layer` and `alpha_similarity` are 0. It may
+            take other inputs: arguments that its forward does not name are dropped, and columns `teacher_<name>` go to
+            it alone (see `TeacherStudentCollator`). A folder or hub name is opened with the student's kind of head.
         args: `DistillationArguments`. Plain `TrainingArguments` get the defaults of the missing fields: the task loss
             plus the output divergence at temperature 2.
         kwargs: As for `transformers.Trainer`.
@@ -44,8 +44,7 @@ class DistillationTrainer(CompressionTrainer):
             or layers, or because they share weights.
 
     Example:
-        >>> trainer = DistillationTrainer(model=student, teacher_model=teacher, args=DistillationArguments("out"),
-        ...                               train_dataset=rows)                                  # doctest: +SKIP
+        >>> DistillationTrainer(student, teacher, DistillationArguments("out"), train_dataset=rows)  # doctest: +SKIP
     """
 
     args: DistillationArguments
@@ -171,6 +170,7 @@ class DistillationTrainer(CompressionTrainer):
             if args.alpha_output:
                 distance = output_distance(session, targets, outputs, inputs, args.temperature)
                 terms["output"] = args.alpha_output * distance * self.next_tokens.weight(read)
+        terms |= similarity_terms(session, targets, outputs, inputs, args.alpha_similarity)
         if session.layer_term is not None:
             terms["layer"] = args.alpha_layer * states_distance(session, session.layer_term, targets, outputs, inputs)
             # Evaluation gathers every output field; these were asked for by this loss alone.
@@ -182,4 +182,6 @@ def _stored(wanted: WantedSignals, accelerator: Accelerator) -> dict[str, Any]:
     """What a cache holds for each example; half precision gives other answers."""
     precision = {"precision": accelerator.mixed_precision} if accelerator.native_amp else {}
     outputs = "head inputs" if wanted.head_inputs else wanted.logits
+    if wanted.vectors is not None:
+        outputs = f"sentence vectors, {wanted.vectors.value}"
     return {"states": list(wanted.states), "logits": outputs, **precision}

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.core.errors import BROKEN_FILE, one_line
 from hf_compress.core.loaded import require_complete
+from hf_compress.training.sentence_vectors import has_no_head
 
 
 # Endings of class names whose head has another name among the Auto classes.
@@ -48,7 +49,9 @@ class GivenTeacher:
 
     def open(self, student: PreTrainedModel) -> PreTrainedModel:
         if self._given is None:
-            raise ValueError("teacher_model must be given when alpha_output or alpha_layer is above 0, got None.")
+            raise ValueError(
+                "teacher_model must be given when alpha_output, alpha_layer or alpha_similarity is above 0, got None."
+            )
         if isinstance(self._given, str | os.PathLike):
             self._given = open_teacher(self._given, student)
         if self._changes and self._beginning is None:
@@ -74,6 +77,8 @@ def auto_class_of(model: PreTrainedModel) -> Any:
         >>> auto_class_of(BertForTokenClassification(BertConfig(vocab_size=9, **sizes))).__name__
         'AutoModelForTokenClassification'
     """
+    if has_no_head(model):
+        return transformers.AutoModel
     for kind in type(model).__mro__:
         for ending, head in _HEADS.items():
             if kind.__name__.endswith(ending):

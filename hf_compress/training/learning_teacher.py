@@ -74,5 +74,5 @@ class LearningTeacher(Learner):
                 loss = self.own_loss(outputs, arguments, window.update) * weight
                 self.trained.accelerator.backward(loss / divisor)
             losses.append(loss.detach())
-            window.answers.append(self.wanted.of(outputs))
+            window.answers.append(self.wanted.of(outputs, arguments))
         return losses

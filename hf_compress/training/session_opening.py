@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from hf_compress.api import apply_implied
+from hf_compress.core.pooling import Pooling
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.compat import arithmetic_of
 from hf_compress.training.engines import refuse_learner_in_shards, wrapping_of
@@ -15,6 +16,7 @@ from hf_compress.training.given_teacher import TeacherSource, move_
 from hf_compress.training.language_head import language_head
 from hf_compress.training.layer_term import LayerTerm
 from hf_compress.training.output_terms import predicts_next_token
+from hf_compress.training.sentence_vectors import sentence_pooling
 from hf_compress.training.signals import WantedSignals
 from hf_compress.training.teacher_fit import require_one_stack_of_layers, require_own_weights, teacher_label_order
 from hf_compress.training.teacher_session import TeacherSession
@@ -52,7 +54,9 @@ def open_session(
     teacher = source.open(student)
     require_own_weights(student, teacher)
     apply_implied(teacher)
-    label_order = teacher_label_order(student.config, teacher.config) if args.alpha_output else None
+    vectors = _compared_vectors(student, teacher, args)
+    compares_labels = args.alpha_output > 0 and vectors is None
+    label_order = teacher_label_order(student.config, teacher.config) if compares_labels else None
     layer_term = _layer_term(student, teacher, args) if args.alpha_layer else None
     if layer_term is not None:
         # The maps are no part of the student, so they are wrapped too: processes must average their gradients.
@@ -61,14 +65,50 @@ def open_session(
     move_(teacher, args.device)
     wanted = WantedSignals(
         layer_term.teacher_states if layer_term else (),
-        logits=args.alpha_output > 0,
+        logits=args.alpha_output > 0 or vectors is not None,
         # Only for a student whose answers are language, too; the labels of others may be in another order.
         head_inputs=args.alpha_output > 0 and predicts_next_token(student) and language_head(teacher) is not None,
+        vectors=None if vectors is None else vectors[1],
     )
     made = make_teacher(teacher, wanted, label_order)
     if isinstance(made, Learner):
         refuse_learner_in_shards(accelerator)
-    return TeacherSession(made, student, layer_term, args.max_distill_steps, accelerator.autocast)
+    return TeacherSession(
+        made,
+        student,
+        layer_term,
+        args.max_distill_steps,
+        accelerator.autocast,
+        None if vectors is None else vectors[0],
+    )
+
+
+def _compared_vectors(
+    student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments
+) -> tuple[Pooling, Pooling] | None:
+    """How student and teacher pool, where sentence vectors are compared.
+
+    Raises:
+        ValueError: If only one of them is a sentence encoder, or a task's student is told to compare sentences.
+    """
+    if not args.alpha_output and not args.alpha_similarity:
+        return None
+    ours = sentence_pooling(student)
+    if ours is None:
+        if args.alpha_similarity:
+            raise ValueError(
+                f"alpha_similarity must be 0 for {type(student).__name__}: it compares the vectors of sentences, "
+                "which an encoder without a head gives (AutoModel)."
+            )
+        return None
+    theirs = sentence_pooling(teacher)
+    if theirs is None:
+        raise ValueError(
+            f"The teacher of a sentence encoder must be one, too (AutoModel), got {type(teacher).__name__}: its "
+            "vectors are the targets. Or set alpha_output=0 and alpha_similarity=0, and distil hidden states "
+            "(alpha_layer)."
+        )
+    return ours, theirs
 
 
 def _layer_term(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments) -> LayerTerm:

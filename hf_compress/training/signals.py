@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from hf_compress.core.pooling import Pooling
 from hf_compress.training.language_head import LanguageHead
+from hf_compress.training.sentence_vectors import sentence_vectors
 from hf_compress.training.token_losses import LogitsOf
 
 
@@ -27,7 +29,8 @@ class Signals:
     """The outputs and hidden states of a model for one batch.
 
     Args:
-        logits: One tensor, or two for question answering; empty when they were not requested, or `head` makes them.
+        logits: One tensor, or two for question answering; the [B, D] vectors of a sentence encoder. Empty when they
+            were not requested, or `head` makes them.
         hidden: The requested hidden states, [B, S, D] each.
         head_inputs: [B, S, D] what a language model's head reads; None where logits are given.
         head: Makes logits of them; not copied.
@@ -79,27 +82,38 @@ class WantedSignals:
         logits: Whether the outputs are compared.
         head_inputs: Whether a teacher may give what its head reads instead of logits, which are a hundred times as
             large. One whose head changes before its answers are used may not.
+        vectors: How a model without a head makes the vectors that are compared in place of logits.
     """
 
     states: tuple[int, ...] = ()
     logits: bool = True
     head_inputs: bool = False
+    vectors: Pooling | None = None
 
     @property
     def arguments(self) -> dict[str, bool]:
         """The arguments that make a model's forward return them."""
         return {"output_hidden_states": bool(self.states), "return_dict": True}
 
-    def of(self, outputs: ModelOutput) -> Signals:
+    def of(self, outputs: ModelOutput, inputs: Mapping[str, Any]) -> Signals:
         """Take the wanted signals from a model's outputs, detached.
 
         The copies also turn inference tensors, which cannot be saved for a backward pass, into ordinary ones.
 
+        Args:
+            outputs: Of a model.
+            inputs: What it has read.
+
         Raises:
             ValueError: If the model has no logits and they are wanted.
         """
-        logits = tuple(t.detach().clone() for t in logits_of(outputs)) if self.logits else ()
+        logits = tuple(t.detach().clone() for t in self._compared(outputs, inputs)) if self.logits else ()
         return Signals(logits, tuple(outputs["hidden_states"][index].detach().clone() for index in self.states))
+
+    def _compared(self, outputs: ModelOutput, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        if self.vectors is None:
+            return logits_of(outputs)
+        return (sentence_vectors(outputs, self.vectors, inputs),)
 
 
 def logits_of(outputs: ModelOutput) -> tuple[Tensor, ...]:
@@ -136,6 +150,6 @@ class StudentSignals:
         self.model.eval()
         try:
             with torch.no_grad():
-                return self.wanted.of(self.model(**inputs, **self.wanted.arguments))
+                return self.wanted.of(self.model(**inputs, **self.wanted.arguments), inputs)
         finally:
             self.model.train(training)

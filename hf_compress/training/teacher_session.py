@@ -10,6 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerState
 
+from hf_compress.core.pooling import Pooling
 from hf_compress.training.checkpoints import TEACHER_FOLDER
 from hf_compress.training.layer_term import LayerTerm
 from hf_compress.training.signals import Batch, Signals, SignalsOf
@@ -27,6 +28,7 @@ class TeacherSession:
         layer_term: Compares hidden states; None when they are not compared.
         last_update: The number of updates after which the teacher no longer guides; None: it always does.
         precision: Gives the context in which the teacher answers: the half precision in which the student computes.
+        pooling: How a student without a head makes the sentence vectors that are compared in place of logits.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class TeacherSession:
         layer_term: LayerTerm | None = None,
         last_update: int | None = None,
         precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+        pooling: Pooling | None = None,
     ) -> None:
         self.teacher = teacher
         self.student = student
         self.layer_term = layer_term
         self.last_update = last_update
+        self.pooling = pooling
         self._precision = precision
         self._window: Window | None = None
         self._accumulation = self._updates_per_epoch = 1

@@ -7,9 +7,11 @@ from transformers.utils.generic import ModelOutput
 
 from hf_compress.core.batches import layer_mask
 from hf_compress.core.forward_state import state_in
+from hf_compress.core.pooling import Pooling
 from hf_compress.training.collator import split_inputs
 from hf_compress.training.layer_term import LayerTerm
 from hf_compress.training.output_terms import output_term
+from hf_compress.training.sentence_vectors import sentence_vectors, similarity_distance, vector_distance
 from hf_compress.training.signals import Batch, Signals, logits_of
 from hf_compress.training.teacher_session import TeacherSession
 
@@ -29,7 +31,34 @@ def output_distance(
     Raises:
         ValueError: If the answers differ in shape.
     """
+    if session.pooling is not None:
+        return vector_distance(*_both_vectors(session.pooling, targets, outputs, batch))
     return output_term(targets.logits, logits_of(outputs), session.student, split_inputs(batch)[0], temperature)
+
+
+def similarity_terms(
+    session: TeacherSession, targets: Signals, outputs: ModelOutput, batch: Batch, weight: float
+) -> dict[str, Tensor]:
+    """Compute how differently teacher and student find the sentences of a batch alike.
+
+    Args:
+        session: Of a sentence encoder.
+        targets: The teacher's signals, with vectors.
+        outputs: The student's outputs.
+        batch: As the collator made it.
+        weight: Of the term.
+
+    Returns:
+        `{"similarity": term}`; empty where it has no weight.
+    """
+    if session.pooling is None or not weight:
+        return {}
+    return {"similarity": weight * similarity_distance(*_both_vectors(session.pooling, targets, outputs, batch))}
+
+
+def _both_vectors(pooling: Pooling, targets: Signals, outputs: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
+    (theirs,) = targets.logits
+    return theirs, sentence_vectors(outputs, pooling, split_inputs(batch)[0])
 
 
 def states_distance(

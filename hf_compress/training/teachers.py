@@ -104,7 +104,7 @@ class Learner(Teacher):
         arguments = accepted_arguments(self.model, batch)
         arguments.pop("labels", None)
         self.model.train(dropout)
-        return self.wanted.of(self.trained(**arguments, **self.wanted.arguments))
+        return self.wanted.of(self.trained(**arguments, **self.wanted.arguments), arguments)
 
     def own_loss(self, outputs: ModelOutput, arguments: Batch, update: int) -> Tensor:
         """Take the teacher's own loss on the labels from its outputs.
@@ -205,5 +205,5 @@ class FixedTeacher(Teacher):
         head, read = described_head(self.model) if self.wanted.head_inputs else None, list[Tensor]()
         with torch.inference_mode(), nullcontext() if head is None else reading_head(head, read.append):
             outputs = self.model(**arguments, **state, **self.wanted.arguments)
-        signals = self.wanted.of(outputs)
+        signals = self.wanted.of(outputs, arguments)
         return signals if head is None else self._from_head(read[0].clone(), signals.hidden)
