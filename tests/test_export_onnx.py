@@ -162,6 +162,22 @@ def test_idle_threads_of_the_runtime_leave_the_cores(exported):
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
+def test_sums_and_normalisations_stay_apart(exported, monkeypatch):
+    """The runtime's joint operator takes several times as long as the two."""
+    import onnxruntime
+
+    given = {}
+
+    def session(*args, **more):
+        given.update(more)
+        raise RuntimeError("not opened")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with pytest.raises(ValueError, match="not opened"):
+        hc.OnnxModel.from_pretrained(exported[1])
+    assert given["disabled_optimizers"] == ["SkipLayerNormFusion"]
+
+
 def test_a_graph_that_computes_something_else_is_not_written(model, tokenizer, tmp_path):
     """A model whose outputs depend on how often it was called: the graph holds the number of one call."""
     counting = model("distilbert", "sequence_classification")

@@ -1,22 +1,25 @@
 """Records the layers of an encoder with fewer and larger operators than PyTorch runs.
 
 A runtime spends much of a small model's time between operators. So queries, keys and values come from one product, the
-scale of the scores is part of its weights, and the last layer of a classifier computes the token that the head reads,
-and no other.
+scale of the scores is part of its weights, the mask is added as it comes, GELU is written as a runtime knows it, and
+the last layer of a classifier computes the token that the head reads, and no other.
 
 Letters: B batch, S padded length, H heads, d head size, D hidden.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import GELUActivation
 
 from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.forward_state import carries_state
@@ -39,6 +42,8 @@ def _finish_mpnet(layer: Any, context: Tensor, residual: Tensor) -> Tensor:
     return rows
 
 
+# Models that make their masks themselves, of fewer axes.
+_OWN_MASKS = ("mpnet",)
 # What follows attention, by model type.
 _FINISH: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {**FINISH, "mpnet": _finish_mpnet}
 
@@ -83,11 +88,58 @@ def lean_layers(model: PreTrainedModel, narrow: bool, merge: bool = True) -> Ite
     layers = _changed(model)
     last = _layers(model)[-1].index if layers else None
     with ExitStack() as stack, torch.no_grad():
+        if layers and model.config.model_type not in _OWN_MASKS:
+            stack.enter_context(_additive_masks(model.base_model))
         for layer in layers:
+            stack.enter_context(_plain_gelus(layer.module))
             alone = narrow and layer.index == last
             if merge or alone:
                 stack.enter_context(_recorded_as(layer, _FINISH[model.config.model_type], alone, merge))
         yield
+
+
+@contextmanager
+def _forward_of(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside the `with` statement, a module computes something else."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def _additive_masks(base: Any) -> AbstractContextManager[None]:
+    """A model makes nothing of its mask [B, S] but zeros and lowest numbers to add: [B, 1, 1, S].
+
+    Its own way, which knows of causal and packed texts, is twenty operators long.
+    """
+    original = base.forward
+
+    @wraps(original)
+    def forward(*args: Any, **more: Any) -> Any:
+        mask = more.get("attention_mask")
+        if torch.is_tensor(mask) and mask.ndim == 2:
+            more["attention_mask"] = (1 - mask[:, None, None].to(base.dtype)) * torch.finfo(base.dtype).min
+        return original(*args, **more)
+
+    return _forward_of(base, forward)
+
+
+@contextmanager
+def _plain_gelus(layer: nn.Module) -> Iterator[None]:
+    """GELU in the order of operations that ONNX Runtime replaces by a single one; what exporters write it does not."""
+    with ExitStack() as stack:
+        for module in layer.modules():
+            if type(module) is GELUActivation or (type(module) is nn.GELU and module.approximate == "none"):
+                stack.enter_context(_forward_of(module, _gelu))
+        yield
+
+
+def _gelu(states: Tensor) -> Tensor:
+    return states * (1 + torch.erf(states / math.sqrt(2))) * 0.5
 
 
 @contextmanager
@@ -133,16 +185,12 @@ def _recorded_as(
         out = finish(module, context, asking)
         return (out,) if finish is _finish_mpnet else out
 
-    before = vars(module).get("forward")
     if merged is not None:
         module.add_module(MERGED, merged)
-    module.forward = forward
     try:
-        yield
+        with _forward_of(module, forward):
+            yield
     finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
         if merged is not None:
             delattr(module, MERGED)
 
