@@ -22,8 +22,8 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
 
 import hf_compress as hc
-from hf_compress.core.saving import write_json
 from hf_compress.core.pooling import Pooling
+from hf_compress.core.saving import write_json
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work_dir", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--note", required=True, help="What this try changes, for the table of tries.")
-    parser.add_argument("--models", nargs="+", required=True, help="Stages of the recipe, the dense model first.")
+    parser.add_argument("--models", nargs="+", required=True, help="Stages, dense first; base is the one of --model.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--max_drop", type=float, default=1.0, help="Points that may be lost on validation.")
     parser.add_argument("--int8_bound", type=float, default=0.2)
@@ -90,13 +90,18 @@ class Row:
         places = ["--data_dir", args.data_dir, "--output_dir", str(self.folder), "--seed", str(seed)]
         if not args.as_trained:
             subprocess.run([*run, *places], check=True)
-        length = yaml.safe_load(Path(args.recipe).read_text())["max_length"]
-        self._length = length
-        self._task = load_task(DataArguments(data_dir=args.data_dir, max_length=length))
-        self.tokenizer: Processor = open_tokenizer(str(self.folder / args.models[0]))
+        given = yaml.safe_load(Path(args.recipe).read_text())
+        self._length = length = given["max_length"]
+        self._task = load_task(
+            DataArguments(data_dir=args.data_dir, max_length=length, task_kind=given.get("task_kind"))
+        )
+        self.tokenizer: Processor = open_tokenizer(self._place(args.models[0]))
+
+    def _place(self, name: str) -> str:
+        return self.args.model if name == "base" else str(self.folder / name)
 
     def model(self, name: str) -> Any:
-        return open_model(str(self.folder / name), self._task).eval()
+        return open_model(self._place(name), self._task).eval()
 
     def task(self, name: str) -> Task:
         return self._task.matched(self.model(name).config)
@@ -106,7 +111,8 @@ class Row:
 
     def made_of(self) -> dict[str, str]:
         """What measurements of this seed belong to: the files of each model, and the code."""
-        notes = {name: (self.folder / name / "stage.json").read_bytes() for name in self.args.models}
+        files = {name: "config.json" if name == "base" else "stage.json" for name in self.args.models}
+        notes = {name: Path(self._place(name), file).read_bytes() for name, file in files.items()}
         return {"code": commit(), **{name: hashlib.sha256(note).hexdigest()[:16] for name, note in notes.items()}}
 
     def exported(self, name: str) -> Path:
@@ -164,7 +170,7 @@ def per_tensor(folder: Path) -> Path:
 
 
 def main_metric(metrics: Mapping[str, float]) -> float:
-    return 100 * next(metrics[name] for name in ("accuracy", "spearman") if name in metrics)
+    return 100 * next(metrics[name] for name in ("accuracy", "recall_at_1", "spearman") if name in metrics)
 
 
 def chosen(content: dict[str, Any], args: argparse.Namespace) -> str:
