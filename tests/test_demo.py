@@ -42,7 +42,7 @@ def test_a_plan_is_printed_and_nothing_is_written(place, capsys):
     assert run("--mac_ratio", "0.7", "--dry_run") == 0
     assert tree() == files
     printed = capsys.readouterr().out
-    stages = ("dense", "pruned", "recovered", "exported", "report")
+    stages = ("dense", "pruned", "recovered", "dense_onnx", "exported", "report")
     assert [line.split()[1] for line in printed.splitlines()[:-1]] == list(stages)
     assert printed.rstrip().endswith("in out")
 
@@ -53,13 +53,15 @@ def test_the_whole_demo_and_again(place, capsys, caplog):
     caplog.handler.setLevel(logging.INFO)
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    assert run() == 0
+    # This model hardly learns, so its outputs have next to no spread.
+    assert run("--int8_bound", "100") == 0
     printed = capsys.readouterr().out
     assert "reloaded with plain from_pretrained in a fresh process: bit-equal weights" in printed
     found = json.loads(Path("out/report/report.json").read_text())
-    assert [model["name"] for model in found["models"]] == ["dense", "pruned", "recovered", "exported int8"]
+    names = ["dense", "dense_onnx int8", "pruned", "recovered", "exported int8"]
+    assert [model["name"] for model in found["models"]] == names
     assert Path("out/report/report.html").is_file()
-    assert run("--mac_ratio", "0.7", "--dry_run") == 0
+    assert run("--int8_bound", "100", "--mac_ratio", "0.7", "--dry_run") == 0
     printed = capsys.readouterr().out
     assert "finetune: done before with the same inputs" in printed
     assert "structured_pruning: again (mac_ratio changed)" in printed
