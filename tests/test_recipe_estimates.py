@@ -30,3 +30,11 @@ def test_an_export_records_measures_and_times():
     # Ten more rounds of two models, two batch sizes and 64 examples.
     read = 10 * 2 * 2 * 64
     assert more == pytest.approx(2.0 * read * 10e6 * 64 / (0.35 * multiply_accumulates_per_second("cpu")), rel=1e-6)
+
+
+def test_a_busy_moment_does_not_count(monkeypatch):
+    """Products take 10, 40 and 60 ms: the machine can do one in 10."""
+    clock = iter([0.0, 0.01, 0.01, 0.05, 0.05, 0.11])
+    monkeypatch.setattr("hf_compress.recipes.estimates.time.perf_counter", lambda: next(clock))
+    found = multiply_accumulates_per_second.__wrapped__("cpu")
+    assert found == pytest.approx(512**3 / 0.01)
