@@ -58,6 +58,8 @@ def test_padding_inside_of_a_text_and_no_mask(model, batches, architecture):
     dense = model(architecture, HEAD)
     (batch,) = batches(dense.config, count=1)
     batch["attention_mask"][1, 1] = 0
+    # Any number but zero is a token.
+    batch["attention_mask"][1, 2] = 2
     for given in (batch, {name: values for name, values in batch.items() if name != "attention_mask"}):
         wanted = logits_of(dense, given)[0]
         with lean_layers(dense, narrow=True):

@@ -7,7 +7,7 @@
 For each seed the recipe runs from nothing (what is done is skipped), and every model named is exported as
 `hf-compress export --int8` does it. Models of all forms take turns on the same length-sorted batches. Speed-ups are
 medians of the ratios of rounds, over the dense model in PyTorch and over the fastest form of the dense model in ONNX
-Runtime int8 (with our settings, and with one scale a matrix). In ONNX Runtime all models, the dense one too, compute
+Runtime int8 (with our settings, and with one scale a matrix; of several threads, with one, too). In ONNX Runtime all models, the dense one too, compute
 their last layer for the first token alone if the head reads no other.
 
 Chosen is the fastest form that loses at most `--max_drop` points on validation in the mean over the seeds; of forms
@@ -37,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
 from benchmarks.header import arguments_of, commit, machine
+from hf_compress.core.digests import weights_digest
 from hf_compress.core.saving import write_json
 from hf_compress.export.onnx_model import GRAPH
 from hf_compress.report.latency import measure_latency, speedups, unpadded_batches
@@ -50,6 +51,8 @@ from hf_compress.tasks.task import Processor, Task
 
 TRIES = Path(__file__).with_name("tries.jsonl")
 PYTORCH, FLOAT, INT8, PLAIN_INT8 = "PyTorch", "ONNX Runtime", "ONNX Runtime int8", "ONNX Runtime int8, per tensor"
+# Waking threads takes small models longer than they save.
+ALONE = "ONNX Runtime int8, one thread"
 
 
 def parse() -> argparse.Namespace:
@@ -111,8 +114,12 @@ class Row:
 
     def made_of(self) -> dict[str, str]:
         """What measurements of this seed belong to: the files of each model, and the code."""
-        files = {name: "config.json" if name == "base" else "stage.json" for name in self.args.models}
-        notes = {name: Path(self._place(name), file).read_bytes() for name, file in files.items()}
+        notes = {
+            name: weights_digest(self.model(name)).encode()
+            if name == "base"
+            else (self.folder / name / "stage.json").read_bytes()
+            for name in self.args.models
+        }
         return {"code": commit(), **{name: hashlib.sha256(note).hexdigest()[:16] for name, note in notes.items()}}
 
     def exported(self, name: str) -> Path:
@@ -133,6 +140,8 @@ class Row:
             FLOAT: hc.OnnxModel.from_pretrained(folder),
             INT8: hc.OnnxModel.from_pretrained(folder, int8=True),
         }
+        if self.args.threads > 1:
+            found[ALONE] = hc.OnnxModel.from_pretrained(folder, int8=True, threads=1)
         if name == self.args.models[0]:
             found[PLAIN_INT8] = hc.OnnxModel(per_tensor(folder), found[PYTORCH].config)
         return found
@@ -149,7 +158,7 @@ class Row:
         others = OtherWork()
         latencies = measure_latency(forms, batches, self.args.repeats, warmup=2)
         load = others.until_now()
-        eights = [x for x in latencies if x.name in (f"{dense}, {INT8}", f"{dense}, {PLAIN_INT8}")]
+        eights = [x for x in latencies if x.name.startswith(f"{dense}, {INT8}")]
         small = min(eights, key=lambda x: x.p50)
         over = {"PyTorch": speedups(latencies, f"{dense}, {PYTORCH}"), "int8": speedups(latencies, small.name)}
         return {

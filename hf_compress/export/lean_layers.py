@@ -10,6 +10,7 @@ Letters: B batch, S padded length, H heads, d head size, D hidden.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
@@ -42,8 +43,8 @@ def _finish_mpnet(layer: Any, context: Tensor, residual: Tensor) -> Tensor:
     return rows
 
 
-# Models that make their masks themselves, of fewer axes.
-_OWN_MASKS = ("mpnet",)
+# Makes masks in transformers, and leaves one of four axes as it is. MPNet of older releases has a way of its own.
+_MASKS = "create_bidirectional_mask"
 # What follows attention, by model type.
 _FINISH: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {**FINISH, "mpnet": _finish_mpnet}
 
@@ -83,15 +84,16 @@ def lean_layers(model: PreTrainedModel, narrow: bool, merge: bool = True) -> Ite
         narrow: The last layer gives the first token alone: keys and values are those of all tokens; query, output
             projection and feed-forward part are those of the first, which saves about five sixths of its arithmetic.
             Only for models with `first_token_suffices`.
-        merge: One product for queries, keys and values.
+        merge: One product for queries, keys and values, and GELU as a compiled runtime knows it.
     """
     layers = _changed(model)
     last = _layers(model)[-1].index if layers else None
     with ExitStack() as stack, torch.no_grad():
-        if layers and model.config.model_type not in _OWN_MASKS:
+        if layers and hasattr(sys.modules[type(model.base_model).__module__], _MASKS):
             stack.enter_context(_additive_masks(model.base_model))
         for layer in layers:
-            stack.enter_context(_plain_gelus(layer.module))
+            if merge:
+                stack.enter_context(_plain_gelus(layer.module))
             alone = narrow and layer.index == last
             if merge or alone:
                 stack.enter_context(_recorded_as(layer, _FINISH[model.config.model_type], alone, merge))
@@ -122,7 +124,7 @@ def _additive_masks(base: Any) -> AbstractContextManager[None]:
     def forward(*args: Any, **more: Any) -> Any:
         mask = more.get("attention_mask")
         if torch.is_tensor(mask) and mask.ndim == 2:
-            more["attention_mask"] = (1 - mask[:, None, None].to(base.dtype)) * torch.finfo(base.dtype).min
+            more["attention_mask"] = (mask[:, None, None] == 0).to(base.dtype) * torch.finfo(base.dtype).min
         return original(*args, **more)
 
     return _forward_of(base, forward)
