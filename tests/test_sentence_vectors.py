@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, BertModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import hf_compress as hc
 from hf_compress.training.sentence_vectors import has_no_head
@@ -80,6 +81,39 @@ def test_losses_are_those_of_loops(tmp_path, pooling):
     assert float(found["similarity"].detach()) == pytest.approx(3 * squared_differences(ours, theirs), rel=1e-5)
 
 
+def test_evaluations_have_the_losses_and_labels_are_nothing_to_them(tmp_path):
+    """Rows with scores, as STS-B has them, teach as rows without."""
+    models = encoder(0), encoder(1)
+    options = {"alpha_output": 2.0, "alpha_similarity": 3.0}
+    trainer = trainer_of(tmp_path, *models, **options)
+
+    def with_labels(rows):
+        return {**pad(rows), "labels": torch.zeros(len(rows))}
+
+    labelled = trainer_of(tmp_path, *models, **options)
+    labelled.data_collator = with_labels
+    ours, theirs = (vectors(model) for model in models)
+    for each in (trainer, labelled):
+        found = each.evaluate()
+        assert found["eval_loss/output"] == pytest.approx(2 * (1 - (ours * theirs).sum(-1)).mean(), rel=1e-5)
+        assert found["eval_loss"] == pytest.approx(found["eval_loss/output"] + found["eval_loss/similarity"], rel=1e-5)
+    labelled.train()
+
+
+def test_models_that_give_logits_are_no_encoders(tmp_path):
+    class Own(BertModel):
+        def forward(self, input_ids, attention_mask=None, **more):
+            states = super().forward(input_ids, attention_mask).last_hidden_state
+            return SequenceClassifierOutput(logits=states[:, 0, :2])
+
+    torch.manual_seed(0)
+    student, teacher = (Own(BertConfig(hidden_size=16, **SIZES)).eval() for _ in range(2))
+    trainer = trainer_of(tmp_path, student, teacher)
+    found, _ = trainer.loss_terms(student, pad(ROWS))
+    assert found.keys() == {"output"}
+    assert trainer.session.pooling is None
+
+
 def test_a_student_learns_the_vectors_of_its_teacher(tmp_path):
     student, teacher = encoder(0), encoder(1)
     before = (vectors(student) * vectors(teacher)).sum(-1).mean()
@@ -118,12 +152,14 @@ def test_stored_vectors_teach_the_same(tmp_path):
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must have 16 numbers.*Set alpha_output=0 and alpha_similarity above 0"):
-        trainer_of(tmp_path, encoder(0), encoder(1, width=24)).train()
+        trainer_of(tmp_path, encoder(0), encoder(1, width=24))
     classifier = BertForSequenceClassification(BertConfig(hidden_size=16, **SIZES))
     with pytest.raises(ValueError, match="alpha_similarity must be 0 for BertForSequenceClassification"):
         trainer_of(tmp_path, classifier, encoder(1), alpha_similarity=1.0)
     with pytest.raises(ValueError, match="teacher of a sentence encoder must be one, too"):
         trainer_of(tmp_path, encoder(0), classifier)
+    with pytest.raises(ValueError, match="per_device_train_batch_size must be at least 2 with alpha_similarity"):
+        hc.DistillationArguments(str(tmp_path), alpha_similarity=1.0, per_device_train_batch_size=1)
     with pytest.raises(ValueError, match="alpha_similarity must be zero or positive"):
         hc.DistillationArguments(str(tmp_path), alpha_similarity=-1.0)
 
@@ -134,6 +170,16 @@ def test_an_encoder_that_pools_in_an_unknown_way_is_refused(tmp_path):
     (tmp_path / "teacher" / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match=r"vectors of .*teacher' cannot be targets: its vectors go through Dense"):
         trainer_of(tmp_path / "out", encoder(0), str(tmp_path / "teacher"))
+
+
+def test_folders_that_pool_differently_are_told(tmp_path, caplog):
+    encoder(1).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "1_Pooling").mkdir()
+    modules = [{"idx": 0, "name": "0", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (tmp_path / "teacher" / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "teacher" / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "cls"}))
+    trainer_of(tmp_path / "out", encoder(0), str(tmp_path / "teacher"))
+    assert "sentence vectors by mean, its teacher by cls" in caplog.text
 
 
 def test_pruned_encoders_have_no_head_either():

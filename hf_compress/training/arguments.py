@@ -89,6 +89,11 @@ class DistillationArguments(TrainingArguments):
                 "alpha_task, alpha_output, alpha_layer and alpha_similarity must not all be 0: nothing would be "
                 "learned."
             )
+        if self.alpha_similarity and self.per_device_train_batch_size < 2:
+            raise ValueError(
+                "per_device_train_batch_size must be at least 2 with alpha_similarity, which compares the sentences "
+                f"of a micro-batch, got {self.per_device_train_batch_size}."
+            )
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be positive, got {self.temperature}.")
         if self.max_distill_steps is not None and self.max_distill_steps < 0:

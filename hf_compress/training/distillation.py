@@ -10,17 +10,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.core.batches import forward_names
-from hf_compress.core.forward_state import FORWARD_STATE
 from hf_compress.training.arguments import DistillationArguments, arguments_like
 from hf_compress.training.cache import TeacherCache
 from hf_compress.training.checkpoint_parts import CheckpointPart
-from hf_compress.training.collator import split_inputs
 from hf_compress.training.compat import arithmetic_of
 from hf_compress.training.given_teacher import GivenTeacher, TeacherSource
 from hf_compress.training.session_opening import open_session
 from hf_compress.training.signals import Batch, StudentSignals, WantedSignals
-from hf_compress.training.teacher_fit import columns_of_both
+from hf_compress.training.teacher_fit import columns_of_both, student_inputs
 from hf_compress.training.teacher_session import TeacherSession
 from hf_compress.training.teacher_terms import output_distance, similarity_terms, states_distance
 from hf_compress.training.teachers import FixedTeacher, Teacher
@@ -63,6 +60,8 @@ class DistillationTrainer(CompressionTrainer):
         # The source opens the teacher; the session fits it to the student and holds it during a training.
         self.source = self.teacher_source(teacher_model)
         self.session = self._open_session()
+        # Where nothing is learned from labels, evaluations need none.
+        self.can_return_loss = self.can_return_loss or not self.args.task_weight
 
     def teacher_source(self, given: PreTrainedModel | str | os.PathLike[str] | None) -> TeacherSource:
         """Make the object that opens the teacher, once for each student."""
@@ -149,9 +148,7 @@ class DistillationTrainer(CompressionTrainer):
         return session if session is not None and session.guides(self.state.global_step) else None
 
     def _student_inputs(self, batch: Batch) -> dict[str, Any]:
-        # An adapter's forward hides the arguments of the model it wraps behind **kwargs.
-        named = {*forward_names(self._core()), "labels", FORWARD_STATE, *(self.label_names or [])}
-        return {name: value for name, value in split_inputs(batch)[0].items() if name in named}
+        return student_inputs(batch, self._core(), self.label_names or [])
 
     def loss_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
         args, session, read = self.args, self._guiding_session(), self._student_inputs(inputs)

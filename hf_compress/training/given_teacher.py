@@ -77,7 +77,7 @@ def auto_class_of(model: PreTrainedModel) -> Any:
         >>> auto_class_of(BertForTokenClassification(BertConfig(vocab_size=9, **sizes))).__name__
         'AutoModelForTokenClassification'
     """
-    if has_no_head(model):
+    if has_no_head(model) and type(model.config) in transformers.MODEL_MAPPING:
         return transformers.AutoModel
     for kind in type(model).__mro__:
         for ending, head in _HEADS.items():

@@ -11,25 +11,22 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput
 
 from hf_compress.core.batches import live_tokens, main_input
+from hf_compress.core.errors import first_line
 from hf_compress.core.pooling import Pooling, pooling_of
 
 
-def _base_classes() -> frozenset[str]:
-    several = (names if isinstance(names, tuple | list) else (names,) for names in MODEL_MAPPING_NAMES.values())
-    return frozenset(name for names in several for name in names)
-
-
-# Classes that `AutoModel` opens.
-_BASE_CLASSES = _base_classes()
+# Whose classes give what their names say. A user's own class may be a base model by descent, and give logits.
+_KNOWN_MODULES = ("transformers.models.", "transformers_modules.", "hf_compress.")
 
 
 def has_no_head(model: PreTrainedModel) -> bool:
-    """Whether a model gives hidden states and no logits, as those that `AutoModel` opens do."""
-    return any(kind.__name__ in _BASE_CLASSES for kind in type(model).__mro__)
+    """Whether a model gives hidden states and no logits, as most of those that `AutoModel` opens do."""
+    kind = type(model)
+    headed = "For" in kind.__name__ or "LMHead" in kind.__name__
+    return model.base_model is model and not headed and kind.forward.__module__.startswith(_KNOWN_MODULES)
 
 
 def sentence_pooling(model: PreTrainedModel) -> Pooling | None:
@@ -42,9 +39,9 @@ def sentence_pooling(model: PreTrainedModel) -> Pooling | None:
         return None
     try:
         return pooling_of(model.config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        raise ValueError(f"The sentence vectors of {name!r} cannot be targets: {error}") from error
+        raise ValueError(f"The sentence vectors of {name!r} cannot be targets: {first_line(error)}") from error
 
 
 def sentence_vectors(outputs: ModelOutput, pooling: Pooling, inputs: Mapping[str, Any]) -> Tensor:
@@ -54,8 +51,16 @@ def sentence_vectors(outputs: ModelOutput, pooling: Pooling, inputs: Mapping[str
         outputs: Of a model without a head.
         pooling: How it pools.
         inputs: What it has read.
+
+    Raises:
+        ValueError: If the model gives no states of its tokens.
     """
-    states = outputs["last_hidden_state"]
+    states = outputs.get("last_hidden_state")
+    if states is None or states.ndim != 3:
+        raise ValueError(
+            f"A sentence encoder must return last_hidden_state, got {type(outputs).__name__} with "
+            f"{', '.join(outputs.keys())}."
+        )
     return F.normalize(pooling.pooled(states.float(), live_tokens(inputs).to(states.device)), dim=-1)
 
 
@@ -67,19 +72,11 @@ def vector_distance(teacher: Tensor, student: Tensor) -> Tensor:
     Args:
         teacher, student: [B, D] of length 1.
 
-    Raises:
-        ValueError: If they differ in width.
-
     Example:
         >>> one, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
         >>> float(vector_distance(one, one)), float(vector_distance(one, other))
         (0.0, 1.0)
     """
-    if teacher.shape != student.shape:
-        raise ValueError(
-            f"The teacher's sentence vectors must have {student.shape[-1]} numbers, as the student's, got "
-            f"{teacher.shape[-1]}. Set alpha_output=0 and alpha_similarity above 0, which compares cosines only."
-        )
     return 1 - (teacher * student).sum(-1).mean()
 
 

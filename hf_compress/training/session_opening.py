@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from accelerate import Accelerator
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.api import apply_implied
+from hf_compress.core.architectures import base_of
 from hf_compress.core.pooling import Pooling
 from hf_compress.training.arguments import DistillationArguments
 from hf_compress.training.compat import arithmetic_of
@@ -22,6 +24,8 @@ from hf_compress.training.teacher_fit import require_one_stack_of_layers, requir
 from hf_compress.training.teacher_session import TeacherSession
 from hf_compress.training.teachers import Learner, Teacher
 
+
+logger = logging.getLogger(__name__)
 
 # (opened model, wanted signals, for each of the student's labels its index among the teacher's) -> teacher
 MakeTeacher = Callable[[PreTrainedModel, WantedSignals, "list[int] | None"], Teacher]
@@ -101,13 +105,24 @@ def _compared_vectors(
                 "which an encoder without a head gives (AutoModel)."
             )
         return None
-    theirs = sentence_pooling(teacher)
+    theirs = sentence_pooling(base_of(teacher))
     if theirs is None:
         raise ValueError(
             f"The teacher of a sentence encoder must be one, too (AutoModel), got {type(teacher).__name__}: its "
             "vectors are the targets. Or set alpha_output=0 and alpha_similarity=0, and distil hidden states "
             "(alpha_layer)."
         )
+    widths = _width(student.config), _width(teacher.config)
+    if args.alpha_output and widths[0] != widths[1]:
+        raise ValueError(
+            f"The teacher's sentence vectors must have {widths[0]} numbers, as the student's, got {widths[1]}. Set "
+            "alpha_output=0 and alpha_similarity above 0, which compares cosines only."
+        )
+    if ours is not theirs:
+        logger.warning(
+            "The student makes sentence vectors by %s, its teacher by %s, as their folders say (mean where they say "
+            "nothing).", ours.value, theirs.value,
+        )  # fmt: skip
     return ours, theirs
 
 
@@ -127,10 +142,14 @@ def _layer_term(student: PreTrainedModel, teacher: PreTrainedModel, args: Distil
     pairs = arithmetic_of(args.compat).matched_states(ours.num_hidden_layers, theirs.num_hidden_layers, args.layer_map)
     return LayerTerm(
         pairs,
-        # A layer that reads in both directions gives wider states than its own size.
-        (getattr(ours, "states_width", ours.hidden_size), getattr(theirs, "states_width", theirs.hidden_size)),
+        (_width(ours), _width(theirs)),
         args.seed,
         args.layer_normalize,
         args.layer_reduction,
         args.mask_padding,
     )
+
+
+def _width(config: PretrainedConfig) -> int:
+    """Of the states that a layer gives; one that reads in both directions gives wider states than its own size."""
+    return int(getattr(config, "states_width", config.hidden_size))

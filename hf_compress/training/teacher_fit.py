@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.core.batches import forward_names
+from hf_compress.core.forward_state import FORWARD_STATE
 from hf_compress.core.labels import places_by_name, says_nothing
 from hf_compress.core.positions import most_tokens
 from hf_compress.training.collator import TEACHER_PREFIX, split_inputs
 from hf_compress.training.output_terms import predicts_next_token
+from hf_compress.training.sentence_vectors import has_no_head
 from hf_compress.training.signals import Batch
 from hf_compress.training.windows import MicroBatch
 
@@ -93,6 +95,20 @@ def read_by_both(batch: Batch, student: PreTrainedModel, teacher: PreTrainedMode
     _check_inputs(student, teacher, theirs or ours, separate=bool(theirs))
     labels = {"labels": ours["labels"]} if "labels" in ours else {}
     return MicroBatch(ours, _with_decoder_inputs(teacher, {**theirs, **labels} if theirs else ours))
+
+
+def student_inputs(batch: Batch, student: PreTrainedModel, label_names: Sequence[str]) -> dict[str, Any]:
+    """The entries of a collator's batch that the student and its loss read; without a head, none of them are labels.
+
+    Args:
+        batch: As the collator made it.
+        student: Without wrappers: an adapter's forward hides the arguments of the model it wraps behind **kwargs.
+        label_names: Of the trainer.
+    """
+    named = {*forward_names(student), FORWARD_STATE, *label_names}
+    if not has_no_head(student):
+        named.add("labels")
+    return {name: value for name, value in split_inputs(batch)[0].items() if name in named}
 
 
 def columns_of_both(student: list[str], rows: Any, teacher: PreTrainedModel | None) -> list[str]:

@@ -174,15 +174,18 @@ class FixedTeacher(Teacher):
         arguments = accepted_arguments(self.model, batch)
         arguments.pop("labels", None)
         dropout = self.dropout and training
-        given = self._computed(arguments, dropout) if self.cache is None else self._cached(self.cache, arguments)
+        # What pools reads the mask, whether the model does or not.
+        read = {**batch, **arguments}
+        given = self._computed(arguments, read, dropout) if self.cache is None else self._cached(arguments, read)
         if self.label_order is None:
             return given
         return Signals(tuple(logits[..., self.label_order] for logits in given.logits), given.hidden)
 
-    def _cached(self, cache: TeacherCache, arguments: dict[str, Any]) -> Signals:
-        keys = example_keys(arguments)
+    def _cached(self, arguments: dict[str, Any], read: Batch) -> Signals:
+        cache, keys = self.cache, example_keys(arguments)
+        assert cache is not None
         if (stored := cache.read(keys, arguments)) is None:
-            computed = self._computed(arguments, dropout=False)
+            computed = self._computed(arguments, read, dropout=False)
             heads = () if computed.head_inputs is None else (computed.head_inputs,)
             cache.write(keys, arguments, computed.logits or heads, computed.hidden)
             # A text that was stored before keeps its first outputs, so that a run that was killed after this batch and
@@ -195,15 +198,15 @@ class FixedTeacher(Teacher):
     def _from_head(self, head_inputs: Tensor, hidden: tuple[Tensor, ...]) -> Signals:
         return Signals((), hidden, head_inputs, described_head(self.model))
 
-    def _computed(self, arguments: dict[str, Any], dropout: bool) -> Signals:
+    def _computed(self, arguments: dict[str, Any], read: Batch, dropout: bool) -> Signals:
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
         if self.model.device != device:
             move_(self.model, device)
         self.model.train(dropout)
         # A classifier that drops tokens skips the rows that its head does not read; here they are compared.
         state = forward_state(self.model, whole=True) if self.wanted.states else {}
-        head, read = described_head(self.model) if self.wanted.head_inputs else None, list[Tensor]()
-        with torch.inference_mode(), nullcontext() if head is None else reading_head(head, read.append):
+        head, seen = described_head(self.model) if self.wanted.head_inputs else None, list[Tensor]()
+        with torch.inference_mode(), nullcontext() if head is None else reading_head(head, seen.append):
             outputs = self.model(**arguments, **state, **self.wanted.arguments)
-        signals = self.wanted.of(outputs, arguments)
-        return signals if head is None else self._from_head(read[0].clone(), signals.hidden)
+        signals = self.wanted.of(outputs, read)
+        return signals if head is None else self._from_head(seen[0].clone(), signals.hidden)
