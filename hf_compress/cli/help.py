@@ -10,12 +10,12 @@ from hf_compress.stages.table import Stage, all_stages
 
 
 DEMO_COMMAND = "demo"
-_DEMO_SUMMARY = "fine-tune, prune to half the arithmetic, recover, export in eight bits, report: offline, on real text"
+_DEMO_SUMMARY = "fine-tune, prune to 0.3 of the arithmetic, recover, export in eight bits, report: offline, on real text"
 _DEMO_HELP = """usage: hf-compress demo [--dry_run] [--NAME VALUE ...]
 
-Runs a recipe of this package: a dense classifier of news articles, half of its arithmetic removed,
+Runs a recipe of this package: a dense classifier of news articles, three tenths of its arithmetic kept,
 recovered with the dense model as its teacher, exported to ONNX Runtime in eight bits, and a page that
-compares them. Its encoder and its text come out of two packages that `make demo` installs. What is done
+compares them, with the dense model in eight bits, too. Its encoder and its text come out of two packages that `make demo` installs. What is done
 already is skipped.
 
   --dry_run             Check the recipe and print what would be done; only the text is unpacked.
@@ -23,7 +23,7 @@ already is skipped.
   --model_name_or_path  Hub name or folder of another encoder.
   --data_dir, --task_name, --train_file, ...
                         Data of your own, as for the other commands.
-  --mac_ratio           Fraction of the multiply-accumulates that pruning keeps. Default: 0.5.
+  --mac_ratio           Fraction of the multiply-accumulates that pruning keeps. Default: 0.3.
   --NAME VALUE          Replace another value that the recipe has for all stages (seed, max_length, ...).
 
 The recipe is hf_compress/recipes/demo.yaml; copy it to change the stages, and start the copy with
