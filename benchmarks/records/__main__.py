@@ -7,8 +7,8 @@
 For each seed the recipe runs from nothing (what is done is skipped), and every model named is exported as
 `hf-compress export --int8` does it. Models of all forms take turns on the same length-sorted batches. Speed-ups are
 medians of the ratios of rounds, over the dense model in PyTorch and over the fastest form of the dense model in ONNX
-Runtime int8 (with our settings, and with one scale a matrix; of several threads, with one, too). In ONNX Runtime all models, the dense one too, compute
-their last layer for the first token alone if the head reads no other.
+Runtime int8 (with our settings, and with one scale a matrix; of several threads, with one, too). In ONNX Runtime all
+models, the dense one too, compute their last layer for the first token alone if the head reads no other.
 
 Chosen is the fastest form that loses at most `--max_drop` points on validation in the mean over the seeds; of forms
 within a tenth of its speed, the most accurate. It alone is then measured on the test split, beside the dense model.
