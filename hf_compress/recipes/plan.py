@@ -22,7 +22,7 @@ from hf_compress.recipes.inputs import inputs_of, key_of
 from hf_compress.recipes.jobs import Job, Result, jobs_of
 from hf_compress.recipes.origins import Models, Origin, after, is_new_bilstm, new_bilstm
 from hf_compress.recipes.reading import Recipe
-from hf_compress.recipes.state import State, state_of
+from hf_compress.recipes.state import BEFORE, State, state_of
 from hf_compress.recipes.target import NAME as TARGET
 from hf_compress.recipes.target import check_metric
 from hf_compress.stages.arguments import StageArguments
@@ -89,6 +89,8 @@ class Plan:
         """The plan in words, one line for each job."""
         lines = [f"{self.title(place)}  {doing(planned)}" for place, planned in enumerate(self.jobs, start=1)]
         written = sum(planned.bytes for planned in self.jobs if planned.to_do)
+        if any(planned.state.kind == "changed" for planned in self.jobs):
+            lines.append(f"what is made again is first moved to {self.recipe.output_dir}/{BEFORE} if it was finished")
         total = f"in all about {duration(self.seconds_left)} (a rough estimate) and {written / 1e9:.2f} GB"
         return [*lines, f"{total}, in {self.recipe.output_dir}"]
 
