@@ -103,7 +103,8 @@ def test_a_teacher_that_drops_tokens_shows_all_of_its_last_layer(tmp_path):
     batch = pad(ROWS[:4])
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
-        expected = WantedSignals((2,), logits=False).of(dense(1).eval()(**inputs, output_hidden_states=True)).hidden[0]
+        outputs = dense(1).eval()(**inputs, output_hidden_states=True)
+        expected = WantedSignals((2,), logits=False).of(outputs, inputs).hidden[0]
     live = batch["attention_mask"].bool()
     torch.testing.assert_close(trainer.session.teacher.forward(inputs).hidden[-1][live], expected[live])
 

@@ -10,9 +10,7 @@ from hf_compress.stages.table import Stage, all_stages
 
 
 DEMO_COMMAND = "demo"
-_DEMO_SUMMARY = (
-    "fine-tune, prune to 0.3 of the arithmetic, recover, export to int8, report: offline, on real text"
-)
+_DEMO_SUMMARY = "fine-tune, prune to 0.3 of the arithmetic, recover, export to int8, report: offline, on real text"
 _DEMO_HELP = """usage: hf-compress demo [--dry_run] [--NAME VALUE ...]
 
 Runs a recipe of this package: a dense classifier of news articles, three tenths of its arithmetic kept,

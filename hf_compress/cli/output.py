@@ -251,7 +251,7 @@ def recovery_hint(models: Sequence[Mapping[str, Any]], metric: str, num_examples
         return ""
     return (
         f"Pruning lost no more than chance on these {num_examples} texts (one text is {1 / num_examples:.4f}): there "
-        "was nothing to recover. A deeper cut shows what recovery does: try --mac_ratio 0.3."
+        "was nothing to recover. A deeper cut shows what recovery does: try --mac_ratio 0.2."
     )
 
 

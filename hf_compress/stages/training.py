@@ -178,6 +178,9 @@ def run_training(
         # The card goes to others, whom folders of this machine do not concern.
         named = Path(teacher).name if Path(teacher).is_dir() else teacher
         losses = {name: getattr(args, name) for name in _LOSSES if hasattr(args, name)}
+        if not losses.get("alpha_similarity"):
+            # Of sentence encoders alone.
+            losses.pop("alpha_similarity", None)
         results["training"] = {"trainer": type(trainer).__name__, "settings": {"teacher": named, **losses}}
     if trainer.is_world_process_zero():
         save_stage(str(args.output_dir), model, processor, results, task)

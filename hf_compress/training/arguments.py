@@ -85,10 +85,7 @@ class DistillationArguments(TrainingArguments):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be zero or positive, got {getattr(self, name)}.")
         if not self.task_weight and not self.uses_teacher:
-            raise ValueError(
-                "alpha_task, alpha_output, alpha_layer and alpha_similarity must not all be 0: nothing would be "
-                "learned."
-            )
+            raise ValueError("alpha_task, alpha_output and alpha_layer must not all be 0: nothing would be learned.")
         if self.alpha_similarity and self.per_device_train_batch_size < 2:
             raise ValueError(
                 "per_device_train_batch_size must be at least 2 with alpha_similarity, which compares the sentences "

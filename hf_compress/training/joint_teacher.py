@@ -53,9 +53,7 @@ class JointTeacherTrainer(LearningTeacherTrainer):
     ) -> None:
         super().__init__(model, teacher_model, args, **kwargs)
         if not self.args.uses_teacher:
-            logger.warning(
-                "alpha_output, alpha_layer and alpha_similarity are 0: no teacher learns and none is saved."
-            )
+            logger.warning("alpha_output and alpha_layer are 0: no teacher learns and none is saved.")
 
     def make_teacher(self, model: PreTrainedModel, wanted: WantedSignals, label_order: list[int] | None) -> Teacher:
         args = self.args

@@ -73,6 +73,7 @@ def vector_distance(teacher: Tensor, student: Tensor) -> Tensor:
         teacher, student: [B, D] of length 1.
 
     Example:
+        >>> import torch
         >>> one, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
         >>> float(vector_distance(one, one)), float(vector_distance(one, other))
         (0.0, 1.0)
@@ -90,6 +91,7 @@ def similarity_distance(teacher: Tensor, student: Tensor) -> Tensor:
         Tung and Mori 2019 (arXiv 1907.09682), of vectors of length 1 and without the pairs of a sentence with itself.
 
     Example:
+        >>> import torch
         >>> one, other = torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
         >>> round(float(similarity_distance(one, other)), 4)
         0.36
