@@ -101,7 +101,7 @@ def test_only_what_changed_runs_again(place, capsys):
     plan = run(recipe, capsys, "--dry_run").out
     assert "teacher     finetune: again (data_dir: data/train.tsv changed), data (65 training rows" in plan
     assert "pruned-0.5  structured_pruning: again (data_dir: data/train.tsv, stage 'teacher' changed)" in plan
-    assert "/.before if it was finished" in plan
+    assert "finished results that are made again are first moved to out/.before" in plan
     assert states() == first
     printed = run(recipe, capsys).out
     assert "again (data_dir: data/train.tsv changed)" in printed

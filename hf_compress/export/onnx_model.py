@@ -40,7 +40,7 @@ def open_session(file: str | os.PathLike[str], threads: int | None = None) -> An
     # Its idle threads would wait for work in a loop and take the cores of what else computes: on two cores PyTorch,
     # timed in turns with it, was seven times slower.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # What it makes of a sum and a normalisation takes four times as long as the two (800 tokens x 384, AVX2: 1.5 ms).
+    # What it makes of a sum and a normalisation takes six times as long as the two (800 tokens x 384, AVX2: 1.5 ms).
     slower = ["SkipLayerNormFusion"]
     # Warnings are about the runtime's own rewriting of graphs.
     options.log_severity_level = 3

@@ -90,7 +90,7 @@ class Plan:
         lines = [f"{self.title(place)}  {doing(planned)}" for place, planned in enumerate(self.jobs, start=1)]
         written = sum(planned.bytes for planned in self.jobs if planned.to_do)
         if any(planned.state.kind == "changed" for planned in self.jobs):
-            lines.append(f"what is made again is first moved to {self.recipe.output_dir}/{BEFORE} if it was finished")
+            lines.append(f"finished results that are made again are first moved to {self.recipe.output_dir}/{BEFORE}")
         total = f"in all about {duration(self.seconds_left)} (a rough estimate) and {written / 1e9:.2f} GB"
         return [*lines, f"{total}, in {self.recipe.output_dir}"]
 

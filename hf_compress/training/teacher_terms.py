@@ -39,7 +39,7 @@ def output_distance(
 def similarity_terms(
     session: TeacherSession, targets: Signals, outputs: ModelOutput, batch: Batch, weight: float
 ) -> dict[str, Tensor]:
-    """Compute how differently teacher and student find the sentences of a batch alike.
+    """Compute the distance between the cosines that teacher and student give to the pairs of sentences of a batch.
 
     Args:
         session: Of a sentence encoder.
