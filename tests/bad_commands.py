@@ -178,7 +178,8 @@ CONTRADICTIONS = {
         "--load_best_model_at_end --eval_strategy epoch --save_strategy no",
         "--load_best_model_at_end --eval_strategy no",
         "--load_best_model_at_end --eval_strategy epoch --save_strategy epoch --metric_for_best_model nothing",
-        "--max_steps 0 --num_train_epochs -1", "--alpha_output 1", "--heads_per_layer 1 1", "stray", "--",
+        "--max_steps 0 --num_train_epochs -1", "--alpha_output 1", "--dropout 1",
+        "--heads_per_layer 1 1", "stray", "--",
     ),
     "distill": (
         "--alpha_task 0 --alpha_output 0", "--alpha_task 0 --max_distill_steps 1", "--compat cald --layer_normalize",
@@ -221,6 +222,7 @@ CONTRADICTIONS = {
         "--static_groups true", "--algorithm rtn --correction dense", "--algorithm rtn --act_order true",
         "--algorithm rtn --true_sequential true", "--algorithm awq", "--op_names nothing", "--excluded_op_names layer",
         "--freeze_embeddings", "--max_eval_samples 4", "--output_dir model", "--learning_rate 0.1", "--op_names (",
+        "--dropout 0",
         "--heads_per_layer 1 1", "--layer_by_layer --max_positions 64",
         "--layer_by_layer --model_name_or_path nowhere",
     ),

@@ -35,6 +35,8 @@ MISTAKES = {
     f"{FINETUNE} dnse --output_dir out": "there is no folder 'dnse' here. Did you mean 'dense'? As a name on the",
     "distill --model_name_or_path dense --teacher_name_or_path encoder --output_dir out": "fine-tune it first",
     f"{PRUNE} --freeze_embeddings true --output_dir out": "freeze_embeddings",
+    f"{PRUNE} --dropout 0 --output_dir out": "dropout must be left out",
+    f"{FINETUNE} dense --dropout 1 --output_dir out": "dropout must be in [0, 1), got 1.0",
     f"{PRUNE} --max_eval_samples 9 --output_dir out": "max_eval_samples",
     "report --models dense --output_dir dense": "is the folder of the model dense",
 }

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.api import apply_implied, check_finite, steps_of
+from hf_compress.core.dropout import set_dropout_
 from hf_compress.core.errors import first_line
 from hf_compress.core.loaded import require_complete
 from hf_compress.core.positions import extend_positions_, most_tokens, position_offset
@@ -39,12 +40,15 @@ class ModelArguments:
         max_positions: Tokens an input may have, when the model was pretrained for fewer: its position embeddings are
             continued periodically and learn in the training.
         freeze_embeddings: Do not train word and position embeddings; halves a small model's step on a CPU.
+        dropout: Probability of every dropout in training, in [0, 1). Left out: the model's own. With 0, training on
+            long texts takes a third of the time on a CPU.
     """
 
     model_name_or_path: str
     tokenizer_name: str | None = None
     max_positions: int | None = None
     freeze_embeddings: bool = False
+    dropout: float | None = None
 
     def describing(self) -> str:
         """Hub name or folder of the model that decides what the data are read for."""
@@ -61,6 +65,13 @@ class ModelArguments:
     def open(self, task: Task | None = None, fresh_head: bool = False) -> tuple[Processor, PreTrainedModel]:
         """Tokenizer (or image processor) and model that the stage starts from; as `open_pair`."""
         return open_pair(self, task, fresh_head)
+
+    def prepare_(self, model: PreTrainedModel) -> None:
+        """Set a model up for training as asked for; `ValueError` if `dropout` is no probability."""
+        if self.freeze_embeddings:
+            freeze_embeddings_(model)
+        if self.dropout is not None:
+            set_dropout_(model, self.dropout)
 
 
 def open_config(name: str) -> PretrainedConfig:

@@ -24,7 +24,7 @@ from hf_compress.report.quality import Measured, evaluated
 from hf_compress.stages.arguments import DeviceArguments, StageArguments, TeacherArguments
 from hf_compress.stages.distill import Distill, distill
 from hf_compress.stages.measured import measured
-from hf_compress.stages.models import ModelArguments, freeze_embeddings_, open_model
+from hf_compress.stages.models import ModelArguments, open_model
 from hf_compress.stages.processors import has_tokenizer, open_tokenizer
 from hf_compress.stages.search_space import Dial, read_dials
 from hf_compress.stages.students import ShallowStudentArguments
@@ -201,8 +201,7 @@ def _trainer(arguments: Search, args: DistillationArguments) -> tuple[Distillati
     def begin(trial: Any) -> PreTrainedModel:
         own = first if trial is None else starts[_drawn_model(trial, wanted)]
         model = own.open(task)[1]
-        if own.freeze_embeddings:
-            freeze_embeddings_(model)
+        own.prepare_(model)
         return model
 
     common = trainer_arguments(task, student, processor, args, rows)

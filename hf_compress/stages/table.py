@@ -119,13 +119,14 @@ def _training(name: str, command: str, summary: str, path: str, **more: Any) -> 
     return _stage(name, command, summary, path, **{"defaults": _TRAINING, "defaults_when": _TRAINING_WHEN, **more})
 
 
+_OF_TRAINING = ("freeze_embeddings", "dropout", "max_positions")
 _IN_ORDER = (
     _training("finetune", "finetune", "train a model on a task", "finetune.Finetune.finetune"),
     _stage(
         "structured_pruning", "prune-structure", "remove attention heads and neurons without retraining",
         "prune_structure.PruneStructure.prune_structure",
         unused={
-            **dict.fromkeys(("freeze_embeddings", "max_positions"), "prune-structure trains nothing"),
+            **dict.fromkeys(_OF_TRAINING, "prune-structure trains nothing"),
             "max_eval_samples": "prune-structure measures nothing",
         },
     ),
@@ -142,13 +143,13 @@ _IN_ORDER = (
         "vocabulary_pruning", "prune-vocabulary",
         "drop the tokens that a corpus never uses from a model and its tokenizer",
         "prune_vocabulary.PruneVocabulary.prune_model_vocabulary",
-        unused=dict.fromkeys(("freeze_embeddings", "max_positions"), "prune-vocabulary trains nothing"),
+        unused=dict.fromkeys(_OF_TRAINING, "prune-vocabulary trains nothing"),
     ),
     _stage(
         "weight_quantization", "quantize", "round weights to 2 to 8 bits (GPTQ) and store them as packed integers",
         "quantize.Quantize.quantize",
         unused={
-            **dict.fromkeys(("freeze_embeddings", "max_positions"), "quantize trains nothing"),
+            **dict.fromkeys(_OF_TRAINING, "quantize trains nothing"),
             "max_eval_samples": "quantize measures nothing",
         },
     ),
@@ -174,7 +175,7 @@ _IN_ORDER = (
         unused={
             "max_length": f"{_READS_LABELS}; max_tokens says how long inputs may be",
             **dict.fromkeys(("max_train_samples", "max_eval_samples"), _READS_LABELS),
-            "freeze_embeddings": "linearize trains nothing",
+            **dict.fromkeys(("freeze_embeddings", "dropout"), "linearize trains nothing"),
         },
     ),
     _training(
@@ -218,7 +219,8 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in _IN_ORDER}
 def _generic(name: str, method: str) -> Stage:
     return _stage(
         name, name.replace("_", "-"), f"apply the method {name} at once, without training",
-        "compress.Compress.compress_model", method=method, unused={"freeze_embeddings": "nothing is trained"},
+        "compress.Compress.compress_model", method=method,
+        unused=dict.fromkeys(("freeze_embeddings", "dropout"), "nothing is trained"),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from hf_compress.core.engines import launched_with
 from hf_compress.core.launcher import lost_process_named
 from hf_compress.core.positions import most_tokens
 from hf_compress.report.quality import TaskEvaluation, training_metrics
-from hf_compress.stages.models import ModelArguments, fit_labels, freeze_embeddings_, head_config, task_for
+from hf_compress.stages.models import ModelArguments, fit_labels, head_config, task_for
 from hf_compress.stages.processors import check_vocabulary, has_tokenizer, open_tokenizer
 from hf_compress.stages.saved import save_stage
 from hf_compress.tasks.arguments import DataArguments
@@ -90,8 +90,7 @@ def prepare(
         logger.warning("The task has neither a validation nor a test split: nothing is measured.")
     else:
         logger.info("Models are measured on the %s split.", task.evaluation_split)
-    if model_args.freeze_embeddings:
-        freeze_embeddings_(model)
+    model_args.prepare_(model)
     rows = _splits(task, processor, data)
     longest = max(max(row_lengths(split)) for split in rows.values())
     require_positions(longest, most_tokens(model), data.longest)
