@@ -114,12 +114,11 @@ class Row:
 
     def made_of(self) -> dict[str, str]:
         """What measurements of this seed belong to: the files of each model, and the code."""
-        notes = {
-            name: weights_digest(self.model(name)).encode()
-            if name == "base"
-            else (self.folder / name / "stage.json").read_bytes()
-            for name in self.args.models
-        }
+        notes = {}
+        for name in self.args.models:
+            record = Path(self._place(name), "stage.json")
+            # A model that no recipe made is known by its weights.
+            notes[name] = record.read_bytes() if record.exists() else weights_digest(self.model(name)).encode()
         return {"code": commit(), **{name: hashlib.sha256(note).hexdigest()[:16] for name, note in notes.items()}}
 
     def exported(self, name: str) -> Path:
