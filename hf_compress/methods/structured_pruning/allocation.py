@@ -6,6 +6,7 @@ priorities in the whole model are kept until nothing more fits.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,6 +75,31 @@ def check_budget(sublayers: Sequence[Sublayer], budget: float) -> None:
     least = sum(s.floor * s.macs for s in sublayers)
     if least > budget:
         raise budget_too_small(least, full_cost(sublayers), budget)
+
+
+def shared_cost(values: Sequence[float], macs: float, fixed: float) -> list[float]:
+    """What each unit of a sublayer is worth for its cost, where the first unit also brings the cost of the sublayer.
+
+    The units that together are worth most for their cost, that of the sublayer included, share it; they stay or go
+    together.
+
+    Args:
+        values: [units] in rank order, non-increasing: what each is worth.
+        macs: Multiply-accumulates of one unit.
+        fixed: What the sublayer costs beside its units, in multiply-accumulates.
+
+    Returns:
+        [units], non-increasing.
+
+    Example:
+        >>> shared_cost([8.0, 6.0, 1.0], 1.0, 0.0), shared_cost([8.0, 6.0, 1.0], 1.0, 5.0)
+        ([8.0, 6.0, 1.0], [2.0, 2.0, 1.0])
+    """
+    ratios = [value / macs for value in values]
+    averages = [total / (kept * macs + fixed) for kept, total in enumerate(itertools.accumulate(values), 1)]
+    best = max(averages, default=0.0)
+    together = averages.index(best) + 1 if averages and fixed else 0
+    return [best] * together + ratios[together:]
 
 
 def allocate(sublayers: Sequence[Sublayer], budget: float) -> tuple[list[int], float]:

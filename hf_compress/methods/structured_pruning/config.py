@@ -34,6 +34,10 @@ class StructuredPruningConfig(MethodConfig):
         min_heads: How many heads every layer keeps at least. A layer without heads adds its bias only; so does one
             without neurons.
         min_neurons: How many neurons every layer keeps at least.
+        sublayer_cost: With `divergence`, what a sublayer that keeps anything costs beside its units, as a fraction of
+            an average sublayer of the model as it is given. It does not count in `mac_ratio`, but small sublayers
+            then go as a whole (with `min_heads=0, min_neurons=0`): at batch 1 their operators take time however
+            narrow they are.
         round_to: Keep a multiple of this many neurons in each layer (up to its full width).
         seq_len: Tokens in a sequence, for the MAC count. Left out: the mean unpadded length of the calibration data.
         ridge: Regularisation of the correction, as a fraction of the mean diagonal of the Gram matrix; 0 refuses
@@ -68,6 +72,7 @@ class StructuredPruningConfig(MethodConfig):
     prune_neurons: bool = True
     min_heads: int = 1
     min_neurons: int = 8
+    sublayer_cost: float = 0.0
     round_to: int = 1
     seq_len: float | None = None
     ridge: float = 0.0
@@ -91,6 +96,13 @@ class StructuredPruningConfig(MethodConfig):
             raise ValueError(f"seq_len must be positive, got {self.seq_len}.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in 0..2**63 - 1, got {self.seed}.")
+        if self.sublayer_cost < 0:
+            raise ValueError(f"sublayer_cost must not be negative, got {self.sublayer_cost}.")
+        if self.sublayer_cost and self.allocation != "divergence":
+            raise ValueError(
+                f"sublayer_cost must be 0 with allocation={self.allocation!r}, got {self.sublayer_cost}: only "
+                "'divergence' weighs what a sublayer is worth against its cost."
+            )
         if self.ridge < 0:
             raise ValueError(f"ridge must not be negative, got {self.ridge}.")
         if not (self.prune_heads or self.prune_neurons) and self.mac_ratio < 1:

@@ -27,6 +27,7 @@ from hf_compress.methods.structured_pruning.allocation import (
     allocate,
     check_budget,
     full_cost,
+    shared_cost,
 )
 from hf_compress.methods.structured_pruning.config import StructuredPruningConfig
 from hf_compress.methods.structured_pruning.correction import (
@@ -244,6 +245,8 @@ def ranked_sublayers(
     priorities: Mapping[tuple[int, UnitKind], Sequence[float]],
 ) -> list[Sublayer]:
     result = []
+    full = sum(x.num_units * x.macs_per_unit(seq_len) + x.num_neurons * x.macs_per_neuron(seq_len) for x in layers)
+    fixed = config.sublayer_cost * full / (len(layers) * len(UNIT_KINDS))
     for layer in layers:
         for kind in UNIT_KINDS:
             values = priorities[layer.index, kind]
@@ -253,7 +256,7 @@ def ranked_sublayers(
             macs = layer.macs_per_unit(seq_len) if heads else layer.macs_per_neuron(seq_len)
             if config.allocation == "divergence":
                 # What a unit is worth for its cost; decompositions compare shares, whatever a unit costs.
-                values = [value / macs for value in values]
+                values = shared_cost(values, macs, fixed)
             least = config.min_heads if heads else config.min_neurons
             if not (config.prune_heads if heads else config.prune_neurons):
                 least = len(values)
