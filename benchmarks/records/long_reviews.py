@@ -1,4 +1,4 @@
-"""Some of IMDB's reviews, few enough for two cores: 8,000 for training, 2,000 to choose by, 5,000 to test.
+"""Some of IMDB's reviews, few enough for two cores: 8,000 for training, 1,000 to choose by, 2,500 to test.
 
     python -m benchmarks.records.long_reviews --data DATA --out reviews
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from datasets import Dataset
 
 
-TRAINING, VALIDATION, TEST = 8000, 2000, 5000
+TRAINING, VALIDATION, TEST = 8000, 1000, 2500
 
 
 def main() -> None:
