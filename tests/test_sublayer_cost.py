@@ -63,6 +63,7 @@ def test_small_sublayers_go_as_a_whole_within_the_same_budget(model, batches, se
     ({"sublayer_cost": -1.0}, "sublayer_cost must not be negative, got -1.0"),
     ({"sublayer_cost": float("nan")}, "sublayer_cost must be finite, got nan"),
     ({"sublayer_cost": 1.0, "allocation": "uniform"}, "sublayer_cost must be 0 with allocation='uniform', got 1.0"),
+    ({"sublayer_cost": 1.0, "min_neurons": 8}, "sublayer_cost must go with min_heads=0 or min_neurons=0, got 1.0"),
 ])  # fmt: skip
 def test_refusals(settings, message):
     with pytest.raises(ValueError, match=message):

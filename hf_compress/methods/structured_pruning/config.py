@@ -103,6 +103,11 @@ class StructuredPruningConfig(MethodConfig):
                 f"sublayer_cost must be 0 with allocation={self.allocation!r}, got {self.sublayer_cost}: only "
                 "'divergence' weighs what a sublayer is worth against its cost."
             )
+        if self.sublayer_cost and self.min_heads and self.min_neurons:
+            raise ValueError(
+                f"sublayer_cost must go with min_heads=0 or min_neurons=0, got {self.sublayer_cost} with minima of "
+                f"{self.min_heads} and {self.min_neurons}: no sublayer can go as a whole."
+            )
         if self.ridge < 0:
             raise ValueError(f"ridge must not be negative, got {self.ridge}.")
         if not (self.prune_heads or self.prune_neurons) and self.mac_ratio < 1:
