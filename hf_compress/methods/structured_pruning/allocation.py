@@ -78,7 +78,7 @@ def check_budget(sublayers: Sequence[Sublayer], budget: float) -> None:
 
 
 def shared_cost(values: Sequence[float], macs: float, fixed: float) -> list[float]:
-    """What each unit of a sublayer is worth for its cost, where the first unit also brings the cost of the sublayer.
+    """Divide what each unit of a sublayer is worth by its cost; the first unit also brings a fixed cost.
 
     The units that together are worth most for their cost, that of the sublayer included, share it; they stay or go
     together.
