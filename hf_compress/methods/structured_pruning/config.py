@@ -34,8 +34,8 @@ class StructuredPruningConfig(MethodConfig):
         min_heads: How many heads every layer keeps at least. A layer without heads adds its bias only; so does one
             without neurons.
         min_neurons: How many neurons every layer keeps at least.
-        sublayer_cost: Fixed cost of each sublayer that is left, as a fraction of the arithmetic of an average one; only
-            with `divergence`, and with `min_heads=0` or `min_neurons=0`. It makes small sublayers go as a whole,
+        sublayer_cost: Fixed cost of each sublayer that is left, as a fraction of the arithmetic of an average one;
+            only with `divergence`, and with `min_heads=0` or `min_neurons=0`. It makes small sublayers go as a whole,
             because at batch 1 they take time however narrow they are. It does not count in `mac_ratio`.
         round_to: Keep a multiple of this many neurons in each layer (up to its full width).
         seq_len: Tokens in a sequence, for the MAC count. Left out: the mean unpadded length of the calibration data.
