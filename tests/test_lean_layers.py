@@ -7,7 +7,7 @@ import torch
 
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
-from hf_compress.core.surgery import keep_heads_
+from hf_compress.core.surgery import keep_heads_, keep_neurons_
 from hf_compress.export.lean_layers import first_token_suffices, lean_layers
 from tests.conftest import ARCHITECTURES, HEADS
 from tests.contract.conftest import METHOD_CONFIGS, logits_of
@@ -83,6 +83,44 @@ def test_a_pruned_model_with_a_layer_without_heads(model, batches, architecture)
         wanted = logits_of(small, data[0])[0]
         with lean_layers(small, narrow=first_token_suffices(small)):
             assert_equal_to_rounding(logits_of(small, data[0])[0], wanted)
+
+
+def _without_first_layer(model):
+    """Nothing is left of the first layer but biases and norms, and no neuron in the last one."""
+    first, *_, last = layers_of(model)
+    keep_heads_(first, [])
+    for layer in (first, last):
+        keep_neurons_(layer, torch.tensor([], dtype=torch.int64))
+    for layer in (first, last):
+        torch.nn.init.normal_(layer.ffn_out.module.bias)
+    return model
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("architecture", KNOWN)
+def test_sublayers_with_nothing_left_add_their_bias(model, batches, architecture, merge):
+    small = _without_first_layer(model(architecture, HEAD))
+    batch = batches(small.config, count=1)[0]
+    wanted = logits_of(small, batch)[0]
+    with lean_layers(small, narrow=first_token_suffices(small), merge=merge):
+        assert_equal_to_rounding(logits_of(small, batch)[0], wanted)
+    assert_equal_to_rounding(logits_of(small, batch)[0], wanted)
+
+
+def test_sublayers_with_nothing_left_have_no_products_in_the_graph(model, batches, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+
+    def operators(name, given):
+        hc.export_onnx(given, tmp_path / name, batches(given.config, count=2))
+        nodes = onnx.load(tmp_path / name / "model.onnx").graph.node
+        return [sum(node.op_type == operator for node in nodes) for operator in ("MatMul", "Erf", "Softmax")]
+
+    dense = model("bert", HEAD)
+    products, gelus, attentions = operators("dense", dense)
+    # The merged product, scores, context, output, and both of the feed-forward part; these in the last layer, too.
+    assert operators("small", _without_first_layer(dense)) == [products - 8, gelus - 2, attentions - 1]
 
 
 @pytest.mark.parametrize("method", ["linformer", "token_pruning"])

@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import TrainingArguments
 
 from hf_compress.recipes.estimates import multiply_accumulates_per_second, seconds_of
 from hf_compress.recipes.examples import Examples
@@ -29,12 +31,27 @@ def test_an_export_records_measures_and_times():
     more = estimate(latency_repeats=17) - estimate(latency_repeats=7)
     # Ten more rounds of two models, two batch sizes and 64 examples.
     read = 10 * 2 * 2 * 64
-    assert more == pytest.approx(2.0 * read * 10e6 * 64 / (0.35 * multiply_accumulates_per_second("cpu")), rel=1e-6)
+    assert more == pytest.approx(2.0 * read * 10e6 * 64 / (0.35 * multiply_accumulates_per_second("cpu", torch.float32)), rel=1e-6)
 
 
 def test_a_busy_moment_does_not_count(monkeypatch):
     """Products take 10, 40 and 60 ms: the machine can do one in 10."""
     clock = iter([0.0, 0.01, 0.01, 0.05, 0.05, 0.11])
     monkeypatch.setattr("hf_compress.recipes.estimates.time.perf_counter", lambda: next(clock))
-    found = multiply_accumulates_per_second.__wrapped__("cpu")
+    found = multiply_accumulates_per_second.__wrapped__("cpu", torch.float32)
     assert found == pytest.approx(512**3 / 0.01)
+
+
+def test_a_training_in_half_precision_takes_the_speed_of_its_products(monkeypatch, tmp_path):
+    speeds = {torch.float32: 1e9, torch.bfloat16: 4e9}
+    monkeypatch.setattr(
+        "hf_compress.recipes.estimates.multiply_accumulates_per_second", lambda device, dtype: speeds[dtype]
+    )
+
+    def seconds(bf16):
+        training = TrainingArguments(str(tmp_path), bf16=bf16, use_cpu=True)
+        arguments = SimpleNamespace(training_arguments=training, option=lambda name: None)
+        return seconds_of(arguments, ORIGIN, EXAMPLES, None, 0)
+
+    # Five seconds of each are not arithmetic.
+    assert seconds(False) - 5 == pytest.approx(4 * (seconds(True) - 5))

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from operator import attrgetter
 from typing import Any
 
@@ -91,6 +91,8 @@ def lean_layers(model: PreTrainedModel, narrow: bool, merge: bool = True) -> Ite
     with ExitStack() as stack, torch.no_grad():
         if layers and hasattr(sys.modules[type(model.base_model).__module__], _MASKS):
             stack.enter_context(_additive_masks(model.base_model))
+        for layer in _layers(model) if layers else []:
+            stack.enter_context(_biases_alone(layer.module))
         for layer in layers:
             if merge:
                 stack.enter_context(_plain_gelus(layer.module))
@@ -128,6 +130,21 @@ def _additive_masks(base: Any) -> AbstractContextManager[None]:
         return original(*args, **more)
 
     return _forward_of(base, forward)
+
+
+@contextmanager
+def _biases_alone(layer: nn.Module) -> Iterator[None]:
+    """Output projections that have lost all inputs give their bias; what made those inputs is left out of the graph."""
+    with ExitStack() as stack:
+        for module in layer.modules():
+            if type(module) is nn.Linear and not module.in_features:
+                stack.enter_context(_forward_of(module, partial(_bias_of, module)))
+        yield
+
+
+def _bias_of(module: nn.Linear, states: Tensor) -> Tensor:
+    # [D], which is added to every token.
+    return states.new_zeros(module.out_features) if module.bias is None else module.bias
 
 
 @contextmanager

@@ -28,9 +28,9 @@ _REACHED = 0.35
 
 
 @functools.cache
-def multiply_accumulates_per_second(device: str) -> float:
+def multiply_accumulates_per_second(device: str, dtype: torch.dtype) -> float:
     """Measure products of matrices for a tenth of a second: the fastest, for others may be using the machine."""
-    left = torch.ones(512, 512, device=device)
+    left = torch.ones(512, 512, device=device, dtype=dtype)
     seconds: list[float] = []
     while sum(seconds) < 0.1:
         start = time.perf_counter()
@@ -70,8 +70,17 @@ def seconds_of(
         work = 3.0 * learned * origin.working + trainings * examples.measured * origin.working
         if teacher is not None:
             work += learned * teacher.working * (3 if isinstance(training, LearningTeacherArguments) else 1)
-    device = str(training.device) if training is not None else str(chosen_device(arguments.option("device") or "auto"))
-    return overhead + work * examples.tokens / (_REACHED * multiply_accumulates_per_second(device))
+    speed = multiply_accumulates_per_second(*_products(arguments))
+    return overhead + work * examples.tokens / (_REACHED * speed)
+
+
+def _products(arguments: StageArguments) -> tuple[str, torch.dtype]:
+    """Where a stage computes its products, and in which numbers."""
+    training = arguments.training_arguments
+    if training is None:
+        return str(chosen_device(arguments.option("device") or "auto")), torch.float32
+    half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    return str(training.device), half
 
 
 def _timed(arguments: StageArguments, examples: Examples) -> int:
