@@ -31,7 +31,8 @@ def test_an_export_records_measures_and_times():
     more = estimate(latency_repeats=17) - estimate(latency_repeats=7)
     # Ten more rounds of two models, two batch sizes and 64 examples.
     read = 10 * 2 * 2 * 64
-    assert more == pytest.approx(2.0 * read * 10e6 * 64 / (0.35 * multiply_accumulates_per_second("cpu", torch.float32)), rel=1e-6)
+    speed = 0.35 * multiply_accumulates_per_second("cpu", torch.float32)
+    assert more == pytest.approx(2.0 * read * 10e6 * 64 / speed, rel=1e-6)
 
 
 def test_a_busy_moment_does_not_count(monkeypatch):

@@ -134,7 +134,7 @@ def _additive_masks(base: Any) -> AbstractContextManager[None]:
 
 @contextmanager
 def _biases_alone(layer: nn.Module) -> Iterator[None]:
-    """Output projections that have lost all inputs give their bias; what made those inputs is left out of the graph."""
+    """Output projections without inputs give their bias, and what made those inputs is left out of the graph."""
     with ExitStack() as stack:
         for module in layer.modules():
             if type(module) is nn.Linear and not module.in_features:
