@@ -28,6 +28,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from transformers.utils import logging as transformers_logging
 
 import hf_compress as hc
+from hf_compress.core.shared_passes import shared_passes
 
 
 LONGEST = 256
@@ -140,10 +141,12 @@ def main() -> None:
     results.cell("dense", lambda: measures(AutoModel.from_pretrained(args.model, dtype=torch.float32)))
     for seed in args.seeds:
         batches = calibration(args.data, tokenizer, args.samples, seed)
-        for ratio in args.ratios:
-            for fields in args.prune:
-                config = hc.StructuredPruningConfig(mac_ratio=ratio, seed=seed, **fields)
-                results.cell(f"seed{seed}/prune {ratio}/{label_of(fields)}", compressed(config, batches))
+        for fields in args.prune:
+            # Budgets by divergence share what they measure.
+            with shared_passes():
+                for ratio in args.ratios:
+                    config = hc.StructuredPruningConfig(mac_ratio=ratio, seed=seed, **fields)
+                    results.cell(f"seed{seed}/prune {ratio}/{label_of(fields)}", compressed(config, batches))
         for fields in args.quantize:
             config = hc.WeightQuantizationConfig(**fields)
             results.cell(f"seed{seed}/quantize/{label_of(fields)}", compressed(config, batches))
