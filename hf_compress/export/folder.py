@@ -27,9 +27,10 @@ from hf_compress.export import compressed_tensors
 from hf_compress.export.formats import FORMATS, Format
 from hf_compress.export.graph import OPSET, called_for_export, output_names, output_values
 from hf_compress.export.inputs import Inputs, checked_inputs, example_inputs, read_inputs, size_of
-from hf_compress.export.int8 import Array, write_int8
+from hf_compress.export.int8 import write_int8
 from hf_compress.export.lean_layers import first_token_suffices, lean_layers
 from hf_compress.export.onnx_model import GRAPH, INT8_GRAPH, REPORT
+from hf_compress.export.rounding import Array
 
 
 # Outputs of PyTorch and of another runtime may differ by so much, times the largest output if that exceeds 1.
@@ -61,7 +62,7 @@ def export_onnx(
             are read, in whole batches.
         processor: Tokenizer or image processor to save beside the graph.
         int8: Also write `model_int8.onnx`: weights of eight bits, one scale for each output of a product, activations
-            of eight bits as they come. Layers whose rounding moves the outputs too far stay in float.
+            of eight bits as they come. If the outputs move too far, products get scales, then layers stay in float.
         int8_bound: How far int8 may move the outputs on `data`: the root mean square of the change over the standard
             deviation of the outputs.
 

@@ -1,26 +1,23 @@
-"""Weights of eight bits for an ONNX graph, with a guard: layers that move the outputs too far stay in float.
+"""Weights of eight bits for an ONNX graph, with a guard against outputs that move too far.
 
-Letters: B batch, S padded length, K inputs of a product, N outputs of a product.
+Products get scales first (see `scale_products`); if that is not enough, the layers that lose most stay in float.
 """
 
 from __future__ import annotations
 
 import ast
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hf_compress.export.onnx_model import open_session
+from hf_compress.export.rounding import Array, Feed, activations_of, product_loss, scale_products, table_loss
 
-
-Array = npt.NDArray[Any]
-Feed = Mapping[str, Array]
 
 # Products with a weight and the look-up of embeddings. The head of a classifier is another kind of node (Gemm): it is
 # small, and nothing after it evens out what it loses. The runtime cannot run what its quantizer makes of recurrent
@@ -35,8 +32,9 @@ class Guarded:
 
     Args:
         moved: How far the outputs move on the real inputs, see `movement`.
-        moved_without_guard: The same with every weight in eight bits.
+        moved_without_guard: The same with every weight in eight bits, as it is.
         bound: That `moved` had to meet.
+        num_scaled: Products with scales; 0 if the outputs met the bound without.
         kept: Names of the layers whose weights stay in float, those that lose most first.
         num_int8: Layers whose weights have eight bits.
     """
@@ -44,6 +42,7 @@ class Guarded:
     moved: float
     moved_without_guard: float
     bound: float
+    num_scaled: int
     kept: list[str]
     num_int8: int
 
@@ -94,8 +93,9 @@ def _quiet() -> Iterator[None]:
 def write_int8(graph: Path, file: Path, feeds: Sequence[Feed], live: Any, bound: float) -> Guarded:
     """Write a graph with weights of eight bits, one scale for each output of a product.
 
-    Activations become eight bits as they come (dynamic quantization). Layers are ranked by what their own rounding
-    loses on the inputs; as few as possible, those that lose most, stay in float.
+    Activations become eight bits as they come (dynamic quantization). If that moves the outputs too far, products get
+    scales. If they still move too far, layers are ranked by what their own rounding loses on the inputs;
+    as few as possible, those that lose most, stay in float.
 
     Args:
         graph: An ONNX file in single precision.
@@ -128,18 +128,22 @@ def write_int8(graph: Path, file: Path, feeds: Sequence[Feed], live: Any, bound:
         return movement(expected, _outputs(file, feeds, live))
 
     try:
-        unguarded = moved_with(0)
-        kept, moved = _fewest(len(layers), unguarded, moved_with, bound)
+        moved = unguarded = moved_with(0)
+        scaled = scale_products(folded, feeds[0]) if unguarded > bound else 0
+        if scaled:
+            layers = _layers(graph, folded, feeds[0])
+            moved = moved_with(0)
+        kept, moved = _fewest(len(layers), moved, moved_with, bound)
     finally:
         folded.unlink(missing_ok=True)
     names = [layer.name for layer in layers[:kept]]
-    return Guarded(moved, unguarded, bound, names, len(layers) - kept)
+    return Guarded(moved, unguarded, bound, scaled, names, len(layers) - kept)
 
 
-def _fewest(total: int, unguarded: float, moved_with: Any, bound: float) -> tuple[int, float]:
+def _fewest(total: int, all_moved: float, moved_with: Any, bound: float) -> tuple[int, float]:
     """The fewest layers that must stay in float, found by halving; the last file written is the one they belong to."""
-    if unguarded <= bound:
-        return 0, unguarded
+    if all_moved <= bound:
+        return 0, all_moved
     failed, kept = 0, total
     while kept - failed > 1:
         middle = (failed + kept) // 2
@@ -149,7 +153,7 @@ def _fewest(total: int, unguarded: float, moved_with: Any, bound: float) -> tupl
             failed = middle
     if kept == total:
         raise ValueError(
-            f"int8 moves the outputs by {unguarded:.2g} of their spread, and by more than {bound:.2g} with a single "
+            f"int8 moves the outputs by {all_moved:.2g} of their spread, and by more than {bound:.2g} with a single "
             "layer in eight bits: leave int8 out, or allow more with int8_bound."
         )
     return kept, moved_with(kept)
@@ -170,13 +174,13 @@ def _layers(graph: Path, folded: Path, feed: Feed) -> list[_Layer]:
     model = onnx.load(str(folded))
     weights = {entry.name: entry for entry in model.graph.initializer}
     nodes = [node for node in model.graph.node if node.op_type in _TYPES and _weight_of(node) in weights]
-    seen = _activations(model, [node.input[0] for node in nodes if node.op_type == "MatMul"], feed)
+    seen = activations_of(model, [node.input[0] for node in nodes if node.op_type == "MatMul"], feed)
     layers = []
     for node in nodes:
         weight = onnx.numpy_helper.to_array(weights[_weight_of(node)])
         if not np.issubdtype(weight.dtype, np.floating) or weight.ndim < 2 or not weight.size:
             continue
-        loss = _loss(seen[node.input[0]], weight) if node.op_type == "MatMul" else _rounding(weight)
+        loss = product_loss(seen[node.input[0]], weight) if node.op_type == "MatMul" else table_loss(weight)
         layers.append(_Layer(node.name, names.get(node.name) or node.name, loss))
     return sorted(layers, key=lambda layer: -layer.loss)
 
@@ -191,52 +195,3 @@ def _scope(node: Any) -> str:
     told = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
     scopes = [scope for scope in ast.literal_eval(told)[:-1] if scope]
     return str(scopes[-1]) if scopes else ""
-
-
-def _activations(model: Any, names: Sequence[str], feed: Feed) -> dict[str, Array]:
-    """The values inside a graph on one feed."""
-    import onnx
-    import onnxruntime
-
-    wanted = [name for name in dict.fromkeys(names) if name not in feed]
-    known = {entry.name for entry in model.graph.output}
-    added = [onnx.helper.make_empty_tensor_value_info(name) for name in wanted if name not in known]
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    watched.graph.output.extend(added)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    values = session.run(wanted, dict(feed)) if wanted else []
-    return {**feed, **dict(zip(wanted, values, strict=True))}
-
-
-def _loss(states: Array, weight: Array) -> float:
-    """What a product loses in eight bits: the root mean square of its change over that of its result.
-
-    Args:
-        states: [..., K].
-        weight: [K, N].
-    """
-    rows = states.reshape(-1, weight.shape[0])
-    low, high = min(float(rows.min()), 0.0), max(float(rows.max()), 0.0)
-    scale = (high - low) / 255 or 1.0
-    zero = round(-low / scale)
-    rounded = (np.clip(np.round(rows / scale) + zero, 0, 255) - zero) * scale
-    exact = rows @ weight
-    change = rounded @ _per_channel(weight) - exact
-    return float(np.sqrt(np.mean(change**2) / max(float(np.mean(exact**2)), 1e-30)))
-
-
-def _per_channel(weight: Array) -> Array:
-    """[K, N] rounded to eight bits with one scale for each of the N outputs."""
-    scale = np.abs(weight).max(0, keepdims=True) / 127
-    scale = np.where(scale == 0, 1.0, scale)
-    return np.asarray(np.round(weight / scale) * scale, dtype=weight.dtype)
-
-
-def _rounding(weight: Array) -> float:
-    """What a table loses in eight bits with one scale for all of it."""
-    scale = float(np.abs(weight).max()) / 127 or 1.0
-    change = np.round(weight / scale) * scale - weight
-    return float(np.sqrt(np.mean(change**2) / max(float(np.mean(weight**2)), 1e-30)))
