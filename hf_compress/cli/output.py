@@ -281,7 +281,8 @@ def _print_int8(found: Mapping[str, Any]) -> None:
         f"int8 moves the outputs by {found['moved']:.3f} of their spread ({found['moved_without_guard']:.3f} without "
         f"the guard, {found['bound']:g} allowed)"
     )
-    print(f"{found['num_int8']} layers in int8, left in float: {', '.join(found['kept']) or 'none'}")
+    kept = ", ".join(found["kept"]) or "none"
+    print(f"{found['num_int8']} layers in int8, {found['num_scaled']} of them with scales; left in float: {kept}")
 
 
 _PRINTERS: dict[str, Callable[[StageArguments, Mapping[str, Any]], None]] = {
