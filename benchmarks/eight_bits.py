@@ -3,8 +3,8 @@
     python benchmarks/eight_bits.py --models RUN/dense RUN/retaught --data_dir DATA/sst2_sentences --bounds 1 0.03 \
         --out x.json
 
-A bound is what the outputs may move, in their spread: 1 leaves every product as it is. Quality is that of the
-validation split; all forms of a model take turns on the same length-sorted batches.
+A bound is what the outputs may move, in their spread: 1 leaves every product as it is. All forms of a model take turns
+on the same length-sorted batches.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--bounds", type=float, nargs="+", default=[1.0, 0.03])
+    parser.add_argument("--split", default="validation")
     parser.add_argument("--max_length", type=int, default=64)
     parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 32])
     parser.add_argument("--examples", type=int, default=48)
@@ -49,7 +50,7 @@ def measured(place: str, args: argparse.Namespace) -> dict[str, dict]:
     task = load_task(DataArguments(data_dir=args.data_dir, max_length=args.max_length))
     model, tokenizer = open_model(place, task).eval(), open_tokenizer(place)
     task = task.matched(model.config)
-    rows = {split: task.encode(split, tokenizer, args.max_length) for split in ("train", "validation")}
+    rows = {split: task.encode(split, tokenizer, args.max_length) for split in ("train", args.split)}
     batches = hc.calibration_batches(rows["train"], tokenizer, 64, seed=0)
     found: dict[str, dict] = {FLOAT: {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -62,12 +63,12 @@ def measured(place: str, args: argparse.Namespace) -> dict[str, dict]:
                 str(bound): hc.OnnxModel.from_pretrained(out, int8=True),
             }
         for name, form in forms.items():
-            metrics = evaluated(Measured(form, rows["validation"], tokenizer, task, "validation")).metrics()
-            found[name] |= {"validation": metrics, "milliseconds": {}, "times_as_long": {}}
+            metrics = evaluated(Measured(form, rows[args.split], tokenizer, task, args.split)).metrics()
+            found[name] |= {"metrics": metrics, "milliseconds": {}, "times_as_long": {}}
         for size in args.batch_sizes:
             others = OtherWork()
             timed = measure_latency(
-                forms, unpadded_batches(rows["validation"], tokenizer, size, args.examples), args.repeats, warmup=2
+                forms, unpadded_batches(rows[args.split], tokenizer, size, args.examples), args.repeats, warmup=2
             )
             ratios = speedups(timed, str(args.bounds[0]))
             for each in timed:
