@@ -88,10 +88,8 @@ def main() -> None:
         content["models"][Path(place).name] = found = measured(place, args)
         write_json(Path(args.out), content)
         for name, each in found.items():
-            shown = {
-                key: each.get(key) for key in ("moved", "num_scaled", "validation", "milliseconds", "times_as_long")
-            }
-            print(Path(place).name, name, *(f"{key} {value}" for key, value in shown.items()), sep="  ", flush=True)
+            shown = [f"{key} {each.get(key)}" for key in ("moved", "num_scaled", "metrics", "times_as_long")]
+            print(Path(place).name, name, *shown, sep="  ", flush=True)
 
 
 if __name__ == "__main__":
