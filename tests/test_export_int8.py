@@ -123,6 +123,11 @@ def test_scales_change_nothing_in_single_precision(two_products, tmp_path, by_ro
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max(1, keepdims=True).min() + 1e-3)
 
 
+def test_a_feed_without_rows_has_no_scales(two_products):
+    file, feeds = two_products(outlier=300.0)
+    assert scale_products(file, {"x": feeds[0]["x"][:0]}) == 0
+
+
 def test_what_a_product_loses_by_hand():
     """Uint8 activations with one range, int8 weights with a range for each output; a row divided and multiplied."""
     random = np.random.default_rng(1)

@@ -99,6 +99,8 @@ class _Scale:
 def _best_scale(states: Array, weight: Array) -> _Scale | None:
     """What a product [..., K] x [K, N] loses least with; None if it loses about as much without."""
     rows = states.reshape(-1, weight.shape[0])
+    if not len(rows):
+        return None
     rows = rows[:: -(-len(rows) // _ROWS)]
     candidates = [_Scale(channels) for channels in _channels(rows, weight)]
     if rows.max() > 0:
