@@ -40,8 +40,8 @@ class ExportArguments:
         model_name_or_path: Hub name or folder of the model to export, dense or compressed.
         format: onnx, openvino (where that package is installed), torch-export, or compressed-tensors: packed weights
             of 4 or 8 bits for transformers and vLLM.
-        int8: Also write the model with weights of eight bits, in the format onnx; if the outputs move too far, products
-            get scales, then layers stay in float.
+        int8: Also write the model with weights of eight bits, in the format onnx; if the outputs move too far,
+            products get scales, then layers stay in float.
         int8_bound: How far int8 may move the outputs: the root mean square of their change over their standard
             deviation on real examples.
         check_examples: How many real examples the exported outputs are compared on.
