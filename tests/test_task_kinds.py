@@ -562,7 +562,7 @@ def test_the_columns_and_the_model_decide(tmp_path, texts, pairs, model, tokeniz
 
 def test_the_table_names_all_kinds():
     assert sorted(TASK_KINDS) == [
-        "image-classification", "language-modeling", "question-answering", "sentence-embedding",
+        "image-classification", "language-modeling", "question-answering", "reranking", "sentence-embedding",
         "sequence-classification", "token-classification",
     ]  # fmt: skip
     for name, kind in TASK_KINDS.items():

@@ -134,7 +134,7 @@ def trainer_arguments(
         )
     if not task.has_own_loss and getattr(args, "alpha_task", True):
         raise ValueError(
-            f"alpha_task must be 0 for {task.kind}, which has no labels to learn: a teacher teaches vectors "
+            f"alpha_task must be 0 for {task.kind} without labels to learn: a teacher teaches its vectors or scores "
             "(alpha_output), how alike sentences are (alpha_similarity) and hidden states (alpha_layer)."
         )
     callbacks = []

@@ -17,7 +17,8 @@ class DataArguments:
         task_name: One of the GLUE tasks, imdb, squad, conll2003, wikitext2, ptb or c4: read from the hub, or from
             `data_dir` or files when they are given. Or a file of texts that models are measured on.
         task_kind: What is learned: sequence-classification, token-classification, question-answering,
-            language-modeling, image-classification or sentence-embedding. Left out: the columns and the model decide.
+            language-modeling, image-classification, sentence-embedding or reranking. Left out: the columns and the
+            model decide (never for reranking, whose columns are those of a classifier of pairs).
         data_dir: Folder with the files train, validation and test (parquet, tsv, csv, json or jsonl), as far as they
             exist.
         train_file: File of training examples: parquet, tsv, csv, json or jsonl, with a column of texts (two for pairs)

@@ -12,6 +12,7 @@ from hf_compress.tasks.image_classification import ImageClassification
 from hf_compress.tasks.language_modeling import LanguageModeling
 from hf_compress.tasks.published import PUBLISHED
 from hf_compress.tasks.question_answering import QuestionAnswering
+from hf_compress.tasks.reranking import Reranking
 from hf_compress.tasks.sentence_embedding import SentenceEmbedding
 from hf_compress.tasks.sequence_classification import SequenceClassification
 from hf_compress.tasks.task import Task
@@ -27,6 +28,7 @@ TASK_KINDS: dict[str, type[Task]] = {
         LanguageModeling,
         ImageClassification,
         SentenceEmbedding,
+        Reranking,
     )
 }
 # Kinds with columns of their own, which stand for no other.

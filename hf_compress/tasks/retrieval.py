@@ -1,4 +1,4 @@
-"""How well sentence vectors find the text that belongs to a query among all texts.
+"""How well a model finds the text that belongs to a query, and how well sentence vectors find it among all texts.
 
 Letters: B queries, N texts, D dimensions.
 """
@@ -44,10 +44,10 @@ def ranks_of(queries: Array, texts: Array, wanted: npt.NDArray[np.int64]) -> npt
 
 @dataclass(frozen=True)
 class RetrievalAnswers(Answers):
-    """Where the text of each query stands among all texts of a split, the nearest first.
+    """Where the text of each query stands among those it is compared with.
 
     Args:
-        ranks: [B], 0 for the nearest.
+        ranks: [B], 0 for the first.
     """
 
     ranks: npt.NDArray[np.int64]
@@ -56,7 +56,7 @@ class RetrievalAnswers(Answers):
         return len(self.ranks)
 
     def metrics(self) -> dict[str, float]:
-        """The share of queries whose text is the nearest and among the ten nearest, and the mean reciprocal rank."""
+        """The share of queries whose text is the first and among the first ten, and the mean reciprocal rank."""
         return {
             "recall_at_1": float((self.ranks == 0).mean()),
             "recall_at_10": float((self.ranks < 10).mean()),

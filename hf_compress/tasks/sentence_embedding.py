@@ -27,7 +27,7 @@ from hf_compress.tasks.inputs import tokenizer_for
 from hf_compress.tasks.label_values import read_labels, without_unlabelled_test
 from hf_compress.tasks.metrics import Array, regression_metrics
 from hf_compress.tasks.retrieval import RetrievalAnswers, ranks_of
-from hf_compress.tasks.task import EVALUATED, Batch, Collator, Processor, Task, drawn
+from hf_compress.tasks.task import Batch, Collator, Processor, Task, drawn
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ class SentenceEmbedding(Task):
     summary: ClassVar[str] = "a vector for a sentence, close to those of similar sentences"
     model_noun: ClassVar[str] = "encoder"
     model_class: ClassVar[type[Any]] = AutoModel
-    has_own_loss: ClassVar[bool] = False
     judged_in_training: ClassVar[bool] = False
 
     @classmethod
@@ -115,25 +114,19 @@ class SentenceEmbedding(Task):
         """Whether what is measured are queries and not scores."""
         return not any("label" in rows.column_names for rows in self.splits.values())
 
-    def _is_measurable(self, split: str) -> bool:
-        return ("sentence2" if self._retrieves else "label") in self.split(split).column_names
-
     @property
-    def evaluation_split(self) -> str | None:
-        """The first of `validation` and `test` that has scores, or pairs where nothing has scores."""
-        return next((s for s in EVALUATED if s in self.splits and self._is_measurable(s)), None)
+    def has_own_loss(self) -> bool:
+        """No: only a teacher's vectors teach a sentence encoder here."""
+        return False
 
-    def measured_split(self, name: str | None = None) -> str:
-        """The split that a model is measured on; it must have pairs, with scores if any split has them."""
-        found = name or self.evaluation_split or next((x for x in EVALUATED if x in self.splits), None)
-        if found is None:
-            return super().measured_split(name)
-        if not self._is_measurable(found):
-            raise ValueError(
-                f"{self.files.get(found, found)} has texts, but no pairs to measure on: columns such as sentence1, "
-                "sentence2 and label (a score), or sentence1 and sentence2 (a query and the text that belongs to it)."
-            )
-        return found
+    def unmeasurable(self, split: str) -> str:
+        """Say what is missing where a split has no pairs, or no scores and another split has some."""
+        if ("sentence2" if self._retrieves else "label") in self.split(split).column_names:
+            return ""
+        return (
+            f"{self.files.get(split, split)} has texts, but no pairs to measure on: columns such as sentence1, "
+            "sentence2 and label (a score), or sentence1 and sentence2 (a query and the text that belongs to it)."
+        )
 
     def encode(self, split: str, processor: Processor, max_length: int) -> Dataset:
         """Token ids and masks of every sentence, both of a pair one after the other.

@@ -54,8 +54,6 @@ class Task(ABC):
     lower_is_better: ClassVar[bool] = False
     # Whether examples are images, so that a processor of images is needed and no tokenizer.
     reads_images: ClassVar[bool] = False
-    # Whether the model's own loss, without a teacher, teaches the task.
-    has_own_loss: ClassVar[bool] = True
     # Whether `Trainer` can compute the metrics from the outputs it gathers.
     judged_in_training: ClassVar[bool] = True
 
@@ -87,6 +85,11 @@ class Task(ABC):
     def made_for(cls, config: PretrainedConfig) -> bool:
         """Whether a model of that config was made for this kind and no other."""
         return bool(cls.heads) and cls.has_head(config)
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether the model's own loss, without a teacher, teaches the task."""
+        return True
 
     @property
     def positive_class(self) -> str | None:
@@ -194,26 +197,31 @@ class Task(ABC):
         """The metrics from what `Trainer` has gathered."""
         raise NotImplementedError
 
+    def unmeasurable(self, split: str) -> str:
+        """Why a model cannot be measured on a split, as an error says it; empty if it can."""
+        return ""
+
     @property
     def evaluation_split(self) -> str | None:
-        """`validation`, or `test` for tasks that have no other (IMDB), or None."""
-        return next((name for name in EVALUATED if name in self.splits), None)
+        """`validation`, or `test` for tasks that have no other to measure on (IMDB), or None."""
+        return next((name for name in EVALUATED if name in self.splits and not self.unmeasurable(name)), None)
 
     def measured_split(self, name: str | None = None) -> str:
         """The split that a model is measured on: the named one, else `validation`, else `test`.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is none, or it has nothing to measure by.
         """
-        if name is not None:
-            self.split(name)
-            return name
-        if self.evaluation_split is None:
+        found = name or self.evaluation_split or next((each for each in EVALUATED if each in self.splits), None)
+        if found is None:
             raise ValueError(
                 f"The task {self.name!r} has neither a validation nor a test split to measure on, only "
                 f"{', '.join(self.splits)}: give one, or choose with split."
             )
-        return self.evaluation_split
+        self.split(found)
+        if reason := self.unmeasurable(found):
+            raise ValueError(reason)
+        return found
 
     def split(self, name: str) -> Dataset:
         """The examples of a split.
@@ -228,13 +236,18 @@ class Task(ABC):
         return self.splits[name]
 
 
-def drawn(splits: DatasetDict, args: DataArguments) -> DatasetDict:
+def drawn(splits: DatasetDict, args: DataArguments, of: Sequence[str] = ("train", *EVALUATED)) -> DatasetDict:
     """Splits of at most as many examples as the arguments allow.
 
     They are drawn, not cut off: files sorted by label, as IMDB's are, would leave a single class.
+
+    Args:
+        splits: Changed.
+        args: Say how many.
+        of: The splits to draw from.
     """
     limits = {"train": args.max_train_samples, **dict.fromkeys(EVALUATED, args.max_eval_samples)}
     for split, limit in limits.items():
-        if limit and split in splits and limit < len(splits[split]):
+        if split in of and limit and split in splits and limit < len(splits[split]):
             splits[split] = splits[split].shuffle(seed=0).select(range(limit))
     return splits
