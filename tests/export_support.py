@@ -59,7 +59,7 @@ def verdict(architecture, method, dense, int8=True):
 
 def _report(model, batches, int8):
     with tempfile.TemporaryDirectory() as place:
-        return hc.export_onnx(model, f"{place}/model", batches, int8=int8)
+        return hc.export_onnx(model, f"{place}/model", batches, int8=int8, int8_bound=0.2)
 
 
 def row(architecture):

@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", required=True, help="Stages, dense first; base is the one of --model.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--max_drop", type=float, default=1.0, help="Points that may be lost on validation.")
-    parser.add_argument("--int8_bound", type=float, default=0.2)
+    parser.add_argument("--int8_bound", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch_sizes", type=int, nargs="*", default=[1, 8, 32], help="None: nothing is timed.")
     parser.add_argument("--examples", type=int, default=128, help="Timed examples, evenly spread over the lengths.")

@@ -47,7 +47,7 @@ def export_onnx(
     data: Iterable[Mapping[str, Any]],
     processor: PreTrainedTokenizerBase | BaseImageProcessor | None = None,
     int8: bool = False,
-    int8_bound: float = 0.2,
+    int8_bound: float = 0.1,
 ) -> dict[str, Any]:
     """Export a dense or compressed model to a folder for ONNX Runtime, with free batch size and length.
 
@@ -91,7 +91,7 @@ def export_model(
     processor: PreTrainedTokenizerBase | BaseImageProcessor | None,
     format_: str,
     int8: bool = False,
-    int8_bound: float = 0.2,
+    int8_bound: float = 0.1,
 ) -> dict[str, Any]:
     """As `export_onnx`, to any of `FORMATS`; with int8 to ONNX only."""
     require_format(format_, int8)

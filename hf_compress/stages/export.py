@@ -54,7 +54,7 @@ class ExportArguments:
     model_name_or_path: str
     format: str = "onnx"
     int8: bool = False
-    int8_bound: float = 0.2
+    int8_bound: float = 0.1
     check_examples: int = 64
     split: str | None = None
     latency_batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
