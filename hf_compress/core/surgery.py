@@ -119,7 +119,8 @@ def keep_heads_(
     """
     row, d, attention = layer.architecture, layer.head_size, layer.attention
     context, grouped = unit_columns(units, layer.unit_size), unit_columns(units, d)
-    if row.head_bias is not None:
+    # A skeleton that loses no heads gets no list of them either.
+    if row.head_bias is not None and len(units) < layer.num_units:
         _keep_head_bias_(attention, row.head_bias, units, layer.num_units)
     kept = {role: grouped if role in (Role.KEY, Role.VALUE) else context for role in HEAD_ROLES}
     _keep_role_outputs_(layer, kept)

@@ -144,7 +144,7 @@ def _biases_alone(layer: nn.Module) -> Iterator[None]:
 
 def _bias_of(module: nn.Linear, states: Tensor) -> Tensor:
     # [D], which is added to every token.
-    return states.new_zeros(module.out_features) if module.bias is None else module.bias
+    return states.new_zeros(()) if module.bias is None else module.bias
 
 
 @contextmanager

@@ -207,11 +207,8 @@ class Task(ABC):
         return next((name for name in EVALUATED if name in self.splits and not self.unmeasurable(name)), None)
 
     def measured_split(self, name: str | None = None) -> str:
-        """The split that a model is measured on: the named one, else `validation`, else `test`.
-
-        Raises:
-            ValueError: If there is none, or it has nothing to measure by.
-        """
+        """The split that a model is measured on: the named one, else `validation`, else `test`; `ValueError` if there
+        is none, or nothing to measure by."""
         found = name or self.evaluation_split or next((each for each in EVALUATED if each in self.splits), None)
         if found is None:
             raise ValueError(

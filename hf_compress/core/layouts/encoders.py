@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from hf_compress.core.layouts.decoders import LLAMA
-from hf_compress.core.layouts.layout import Architecture, PositionWork
+from hf_compress.core.layouts.layout import Architecture, Norms, PositionWork
 from hf_compress.core.projections import Role
 
 
@@ -27,6 +27,7 @@ BERT = Architecture(
     head_size="attention_head_size",
     head_counters=("num_attention_heads", "all_head_size*d"),
     ffn_size="intermediate_size",
+    norms=Norms("attention.output.LayerNorm", "output.LayerNorm"),
 )
 
 # Like Llama in names and shapes, but post-norm and bidirectional.
@@ -66,6 +67,7 @@ ENCODERS: dict[str, Architecture] = {
         head_size="attention_head_size",
         head_counters=("n_heads",),
         ffn_size="hidden_dim",
+        norms=Norms("sa_layer_norm", "output_layer_norm"),
     ),
     "mpnet": replace(
         BERT,
@@ -80,6 +82,7 @@ ENCODERS: dict[str, Architecture] = {
         },
         attention_interface=False,
         head_bias="position_bias",
+        norms=Norms("attention.LayerNorm", "output.LayerNorm"),
     ),
     # Positions have projections of their own only where `share_att_key` is off; DeBERTa-v3 shares those of the tokens.
     "deberta-v2": replace(
@@ -96,6 +99,8 @@ ENCODERS: dict[str, Architecture] = {
             "output.dense": (Role.FFN_OUT,),
         },
         attention_interface=False,
+        # Its embeddings are multiplied by the mask, and a convolution may lie between layers.
+        norms=None,
         position_work=_deberta_positions,
     ),
     "eurobert": replace(LLAMA, causal=False),

@@ -27,6 +27,19 @@ class PositionWork(NamedTuple):
     products: int
 
 
+class Norms(NamedTuple):
+    """Paths to the normalisations of an encoder that normalises the sum of each sublayer's input and output.
+
+    Args:
+        attention, ffn: From a layer to those after attention and after the feed-forward part.
+        first: From the base model to the one whose output the first layer reads.
+    """
+
+    attention: str
+    ffn: str
+    first: str = "embeddings.LayerNorm"
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The paths to the projections of models of one `model_type`, and the properties of their layers.
@@ -45,6 +58,7 @@ class Architecture:
         ffn_size: Field of the model's config with the feed-forward width that all layers share.
         pre_norm: Whether a sublayer normalises its input (its output is then added to what came before the norm); a
             string names the field of the config that says so.
+        norms: The normalisations after the sublayers; None for pre-norm models, and where they lie elsewhere.
         causal: Whether attention sees earlier tokens only; classifiers then read the last token.
         mean_pooled: Whether classifiers read the mean over all tokens instead of the first one.
         rotary: Whether queries and keys are rotated by their positions between projection and attention.
@@ -71,6 +85,7 @@ class Architecture:
     ffn_size: str
     head_counters: tuple[str, ...] = ()
     pre_norm: bool | str = False
+    norms: Norms | None = None
     causal: bool = False
     mean_pooled: bool = False
     rotary: bool = False

@@ -37,6 +37,9 @@ class StructuredPruningConfig(MethodConfig):
         sublayer_cost: Fixed cost of each sublayer that is left, as a fraction of the arithmetic of an average one;
             only with `divergence`, and with `min_heads=0` or `min_neurons=0`. It makes small sublayers go as a whole,
             because at batch 1 they take time however narrow they are. It does not count in `mac_ratio`.
+        fold_norms: Fold the normalisation of each sublayer that has nothing left into the one before it, so that
+            nothing of the sublayer remains; with `min_heads=0` or `min_neurons=0`, for encoders that normalise after
+            each sublayer. The outputs move a little, which training afterwards makes good.
         round_to: Keep a multiple of this many neurons in each layer (up to its full width).
         seq_len: Tokens in a sequence, for the MAC count. Left out: the mean unpadded length of the calibration data.
         ridge: Regularisation of the correction, as a fraction of the mean diagonal of the Gram matrix; 0 refuses
@@ -72,6 +75,7 @@ class StructuredPruningConfig(MethodConfig):
     min_heads: int = 1
     min_neurons: int = 8
     sublayer_cost: float = 0.0
+    fold_norms: bool = False
     round_to: int = 1
     seq_len: float | None = None
     ridge: float = 0.0
@@ -106,6 +110,11 @@ class StructuredPruningConfig(MethodConfig):
             raise ValueError(
                 f"sublayer_cost must go with min_heads=0 or min_neurons=0, got {self.sublayer_cost} with minima of "
                 f"{self.min_heads} and {self.min_neurons}: no sublayer can go as a whole."
+            )
+        if self.fold_norms and self.min_heads and self.min_neurons:
+            raise ValueError(
+                f"fold_norms must go with min_heads=0 or min_neurons=0, got minima of {self.min_heads} and "
+                f"{self.min_neurons}: no sublayer can go as a whole."
             )
         if self.ridge < 0:
             raise ValueError(f"ridge must not be negative, got {self.ridge}.")

@@ -29,6 +29,10 @@ def compress_layers(passes: LayerPasses, config: StructuredPruningConfig) -> Str
         ValueError: If the config needs the whole model at once, the budget cannot be met, or there is too little data.
     """
     layers = passes.layers
+    if config.fold_norms:
+        raise ValueError(
+            "fold_norms must be false layer by layer: it measures the whole model. Open it, and use compress."
+        )
     if config.mac_ratio == 1:
         for _ in passes.visit("copied"):
             pass

@@ -16,6 +16,7 @@ from hf_compress.core.architectures import TransformerLayer, layers_of
 from hf_compress.core.batches import base_inputs
 from hf_compress.core.data_needs import Data, DataNeeds
 from hf_compress.core.driver import LayerWalk
+from hf_compress.core.folded_norms import fold_norms_, folds_of, remove_, require_foldable
 from hf_compress.core.forward_state import carries_state
 from hf_compress.core.processes import added_up
 from hf_compress.core.shared_passes import measured_once
@@ -55,6 +56,8 @@ def check(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
         ValueError: Unsupported architecture, a budget below the minima, or centring without biases to fold into.
     """
     layers = layers_of(model)
+    if config.fold_norms:
+        require_foldable(model)
     if not config.min_heads and carries_state(model):
         raise ValueError("min_heads must be at least 1 for a model that drops tokens: heads say which, got 0.")
     for layer in layers:
@@ -74,10 +77,10 @@ def check(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
 def data_needs(config: StructuredPruningConfig) -> DataNeeds:
     """Say how `compress` reads its data."""
     if config.mac_ratio == 1:
-        return DataNeeds()
+        return DataNeeds(passes=1, setting="fold_norms=True", adds_up=True) if config.fold_norms else DataNeeds()
     fisher = config.selection == "fisher"
     passes = 2 if fisher or config.allocation == "divergence" else 1
-    return DataNeeds(passes=passes, labels=fisher, adds_up=True)
+    return DataNeeds(passes=min(2, passes + config.fold_norms), labels=fisher, adds_up=True)
 
 
 def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data | None) -> StructuredPruningConfig:
@@ -97,12 +100,16 @@ def compress(model: PreTrainedModel, config: StructuredPruningConfig, data: Data
     """
     layers = layers_of(model)
     if config.mac_ratio == 1:
-        return completed(config, layers, config.seq_len, 0.0)
-    assert data is not None
-    warn_of_filled_zeros(config, layers)
-    if config.selection == "fisher":
-        return _compress_by_fisher(model, layers, config, data)
-    return _compress_by_activations(model, layers, config, data)
+        done = completed(config, layers, config.seq_len, 0.0)
+    else:
+        assert data is not None
+        warn_of_filled_zeros(config, layers)
+        by = _compress_by_fisher if config.selection == "fisher" else _compress_by_activations
+        done = by(model, layers, config, data)
+    if config.fold_norms:
+        assert data is not None
+        fold_norms_(model, data)
+    return done
 
 
 def rebuild(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
@@ -116,6 +123,8 @@ def rebuild(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
             "heads_per_layer and neurons_per_layer must be recorded, got a config that was never applied."
         )
     resize_layers_(model, config.heads_per_layer, config.neurons_per_layer)
+    if config.fold_norms:
+        remove_(folds_of(model))
 
 
 def plain(model: PreTrainedModel, config: StructuredPruningConfig) -> dict[str, Any]:
