@@ -43,7 +43,7 @@ class Task(ABC):
     splits: DatasetDict
     files: Mapping[str, str] = field(default_factory=dict)
 
-    # The name in the table of kinds, one line for lists, and what an error calls a model of this kind.
+    # The name in the table of kinds, one line for lists, and what an error calls its models.
     kind: ClassVar[str]
     summary: ClassVar[str]
     model_noun: ClassVar[str]
@@ -211,10 +211,8 @@ class Task(ABC):
         is none, or nothing to measure by."""
         found = name or self.evaluation_split or next((each for each in EVALUATED if each in self.splits), None)
         if found is None:
-            raise ValueError(
-                f"The task {self.name!r} has neither a validation nor a test split to measure on, only "
-                f"{', '.join(self.splits)}: give one, or choose with split."
-            )
+            there = ", ".join(self.splits)
+            raise ValueError(f"{self.name!r} has neither a validation nor a test split to measure on, only {there}.")
         self.split(found)
         if reason := self.unmeasurable(found):
             raise ValueError(reason)
