@@ -170,7 +170,7 @@ def test_packed_weights_and_another_loader_give_the_same_order(place, tokenizer)
 @pytest.mark.parametrize(
     ("command", "rows", "message"),
     [
-        ("evaluate --models scorer", [{"query": "a", "passage": "b", "label": 2}], "a relevance between 0 and 1, got 2"),
+        ("evaluate --models scorer", [{"query": "a", "passage": "b", "label": 2}], "relevance between 0 and 1, got 2"),
         ("evaluate --models scorer", [{"text": "a", "label": 1}], "a column of queries and one of passages"),
         ("evaluate --models scorer", [{"query": "a", "passage": "b"}], "has no column of labels to measure by"),
         ("evaluate --models scorer", [{"query": "a", "passage": "b", "label": 1}], "and others (0), got none"),
