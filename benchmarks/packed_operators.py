@@ -3,8 +3,8 @@
     python benchmarks/packed_operators.py --graph dense_onnx --out x.json
 
 The folder is one that `hf-compress export --int8` wrote. The integers are ONNX Runtime's own (`MatMulNBits`, products
-in eight bits), in groups of 64 weights: the speed is that of any packed weights of this layout. All forms take turns on
-one batch of random tokens; milliseconds of a batch, medians over the rounds.
+in eight bits), in groups of 64 weights: the speed is that of any packed weights of this layout. All forms take turns
+on one batch of random tokens; milliseconds of a batch, medians over the rounds.
 """
 
 from __future__ import annotations
@@ -81,10 +81,9 @@ def main() -> None:
         times = {name: round(median(each), 3) for name, each in took.items()}
         found[size] = {"milliseconds": times, "other_work": other.until_now()}
         print(size, times, flush=True)
-    write_json(
-        Path(args.out), {"arguments": {**arguments_of(args), "graph": folder.name.partition("-")[0]}, "commit": commit(), "environment": machine(), "bytes": sizes,
-                         "batch_sizes": found},
-    )  # fmt: skip
+    header = {**arguments_of(args), "graph": folder.name.partition("-")[0]}
+    result = {"arguments": header, "commit": commit(), "environment": machine(), "bytes": sizes, "batch_sizes": found}
+    write_json(Path(args.out), result)
 
 
 if __name__ == "__main__":
