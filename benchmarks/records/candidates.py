@@ -4,6 +4,7 @@
 
 Questions and paragraphs are those of `squad_dev`. In each split a question is compared with all paragraphs of the
 split; the ten nearest by cosine are its candidates, the right one in place of the tenth where it is not among them.
+To learn from, each has the right one, a near one, and two from anywhere, without which a small encoder learns nothing.
 Every fifth article of the training split is kept back: its questions are the validation split. The test split is
 `squad_dev`'s own validation split, whose articles are others.
 """
@@ -21,8 +22,8 @@ from benchmarks.vectors import vectors
 
 
 CANDIDATES = 10
-# Of a question to learn from: the right paragraph and some of the others.
-LEARNED = 4
+# Of a question to learn from, beside the right paragraph.
+NEAR, ANYWHERE = 1, 2
 TRAINING, MEASURED = 4000, 500
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     encoder, tokenizer = AutoModel.from_pretrained(args.encoder).eval(), AutoTokenizer.from_pretrained(args.encoder)
     drawing = random.Random(0)
 
-    def rows(questions: Dataset, most: int, candidates: int) -> Dataset:
+    def rows(questions: Dataset, most: int, learned: bool = False) -> Dataset:
         paragraphs = list(dict.fromkeys(questions["context"]))
         # Some questions are asked twice.
         once = list({question: row for row, question in enumerate(questions["question"])}.values())
@@ -47,8 +48,9 @@ def main() -> None:
         for row, places in zip(drawn, near, strict=True):
             question, right = questions[row]["question"], questions[row]["context"]
             others = [paragraphs[place] for place in places if paragraphs[place] != right][: CANDIDATES - 1]
-            if candidates < CANDIDATES:
-                others = drawing.sample(others, candidates - 1)
+            if learned:
+                far = drawing.sample([text for text in paragraphs if text != right], ANYWHERE)
+                others = [*drawing.sample(others, NEAR), *far]
             # In an order that says nothing.
             shown = [right, *others]
             drawing.shuffle(shown)
@@ -58,9 +60,9 @@ def main() -> None:
     learned, test = (Dataset.from_parquet(f"{args.data}/squad_dev/{name}.parquet") for name in ("train", "validation"))
     kept_back = set(sorted(set(learned["title"]))[::5])
     splits = {
-        "train": rows(learned.filter(lambda row: row["title"] not in kept_back), TRAINING, LEARNED),
-        "validation": rows(learned.filter(lambda row: row["title"] in kept_back), MEASURED, CANDIDATES),
-        "test": rows(test, MEASURED, CANDIDATES),
+        "train": rows(learned.filter(lambda row: row["title"] not in kept_back), TRAINING, learned=True),
+        "validation": rows(learned.filter(lambda row: row["title"] in kept_back), MEASURED),
+        "test": rows(test, MEASURED),
     }
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name, found in splits.items():
