@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,12 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
-from vectors import encoded, vectors
 
 import hf_compress as hc
 from hf_compress.core.shared_passes import shared_passes
+
+
+LONGEST = 256
 
 
 def parse() -> argparse.Namespace:
@@ -43,6 +45,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     return parser.parse_args()
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, Tensor]:
+    return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"))
+
+
+@torch.no_grad()
+def vectors(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    """[texts, D]: means over real tokens, of length one."""
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(order), 64):
+        rows = order[start : start + 64]
+        batch = encoded(tokenizer, [texts[row] for row in rows])
+        live = batch["attention_mask"].unsqueeze(-1)
+        states = model(**batch).last_hidden_state * live
+        means = torch.nn.functional.normalize(states.sum(1) / live.sum(1), dim=-1)
+        found.update(zip(rows, means, strict=True))
+    return torch.stack([found[row] for row in range(len(texts))])
 
 
 class Measures:

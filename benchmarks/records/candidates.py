@@ -1,68 +1,71 @@
-"""Questions with ten paragraphs each for a reranker: the right one and those that a sentence encoder takes for it.
+"""Questions with ten sentences each for a reranker; one of them holds the answer.
 
-    python -m benchmarks.records.candidates --data DATA --encoder MODEL --out candidates
+    python -m benchmarks.records.candidates --data DATA --out candidates
 
-Questions and paragraphs are those of `squad_dev`. In each split a question is compared with all paragraphs of the
-split; the ten nearest by cosine are its candidates, the right one in place of the tenth where it is not among them.
-To learn from, each has the right one, a near one, and two from anywhere, without which a small encoder learns nothing.
-Every fifth article of the training split is kept back: its questions are the validation split. The test split is
-`squad_dev`'s own validation split, whose articles are others.
+Questions and paragraphs are those of `squad_dev`. Beside the right sentence stand the others of its paragraph, and
+sentences of the same split up to ten; a question to learn from has one of its paragraph and two others. Every fifth
+article of the training split is kept back: its questions are the validation split. The test split is `squad_dev`'s own
+validation split, whose articles are others.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import re
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import AutoModel, AutoTokenizer
-
-from benchmarks.vectors import vectors
 
 
 CANDIDATES = 10
-# Of a question to learn from, beside the right paragraph.
+# Of a question to learn from, beside the right sentence.
 NEAR, ANYWHERE = 1, 2
-TRAINING, MEASURED = 4000, 500
+# Questions to measure on, of each split.
+MEASURED = 1000
+_END = re.compile(r"(?<=[.!?])\s+")
+
+
+def sentences(paragraph: str) -> list[tuple[int, str]]:
+    """Each sentence after the place where it starts."""
+    starts = [0, *(found.end() for found in _END.finditer(paragraph))]
+    ends = [*starts[1:], len(paragraph)]
+    return [(start, paragraph[start:end].strip()) for start, end in zip(starts, ends, strict=True)]
+
+
+def rows(questions: Dataset, drawing: random.Random, most: int | None = None) -> Dataset:
+    """The candidates of the questions, or of so many of them with all ten."""
+    # Some questions are asked twice.
+    once = {row["question"]: row for row in questions}
+    pool = [text for paragraph in dict.fromkeys(questions["context"]) for _, text in sentences(paragraph)]
+    found = []
+    for question, row in drawing.sample(sorted(once.items()), most or len(once)):
+        own = sentences(row["context"])
+        right = max(place for place, (start, _) in enumerate(own) if start <= row["answer_starts"][0])
+        others = [text for place, (_, text) in enumerate(own) if place != right]
+        if not others:
+            continue
+        near = drawing.sample(others, min(NEAR if most is None else CANDIDATES - 1, len(others)))
+        far = drawing.sample(pool, ANYWHERE if most is None else CANDIDATES - 1 - len(near))
+        shown = [own[right][1], *near, *far]
+        labels = dict.fromkeys(shown, 0) | {shown[0]: 1}
+        drawing.shuffle(shown)
+        found += [{"query": question, "passage": text, "label": labels[text]} for text in dict.fromkeys(shown)]
+    return Dataset.from_list(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="The folder with squad_dev.")
-    parser.add_argument("--encoder", required=True)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    encoder, tokenizer = AutoModel.from_pretrained(args.encoder).eval(), AutoTokenizer.from_pretrained(args.encoder)
     drawing = random.Random(0)
-
-    def rows(questions: Dataset, most: int, learned: bool = False) -> Dataset:
-        paragraphs = list(dict.fromkeys(questions["context"]))
-        # Some questions are asked twice.
-        once = list({question: row for row, question in enumerate(questions["question"])}.values())
-        drawn = drawing.sample(once, min(most, len(once)))
-        texts = vectors(encoder, tokenizer, paragraphs)
-        asked = vectors(encoder, tokenizer, [questions[row]["question"] for row in drawn])
-        near = (asked @ texts.T).topk(CANDIDATES).indices.tolist()
-        found = []
-        for row, places in zip(drawn, near, strict=True):
-            question, right = questions[row]["question"], questions[row]["context"]
-            others = [paragraphs[place] for place in places if paragraphs[place] != right][: CANDIDATES - 1]
-            if learned:
-                far = drawing.sample([text for text in paragraphs if text != right], ANYWHERE)
-                others = [*drawing.sample(others, NEAR), *far]
-            # In an order that says nothing.
-            shown = [right, *others]
-            drawing.shuffle(shown)
-            found += [{"query": question, "passage": text, "label": int(text == right)} for text in shown]
-        return Dataset.from_list(found)
-
     learned, test = (Dataset.from_parquet(f"{args.data}/squad_dev/{name}.parquet") for name in ("train", "validation"))
     kept_back = set(sorted(set(learned["title"]))[::5])
     splits = {
-        "train": rows(learned.filter(lambda row: row["title"] not in kept_back), TRAINING, learned=True),
-        "validation": rows(learned.filter(lambda row: row["title"] in kept_back), MEASURED),
-        "test": rows(test, MEASURED),
+        "train": rows(learned.filter(lambda row: row["title"] not in kept_back), drawing),
+        "validation": rows(learned.filter(lambda row: row["title"] in kept_back), drawing, MEASURED),
+        "test": rows(test, drawing, MEASURED),
     }
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name, found in splits.items():
