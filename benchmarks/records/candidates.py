@@ -30,7 +30,9 @@ def sentences(paragraph: str) -> list[tuple[int, str]]:
     """Each sentence after the place where it starts."""
     starts = [0, *(found.end() for found in _END.finditer(paragraph))]
     ends = [*starts[1:], len(paragraph)]
-    return [(start, paragraph[start:end].strip()) for start, end in zip(starts, ends, strict=True)]
+    found = [(start, paragraph[start:end].strip()) for start, end in zip(starts, ends, strict=True)]
+    # A paragraph may end with a space.
+    return [(start, text) for start, text in found if text]
 
 
 def rows(questions: Dataset, drawing: random.Random, most: int | None = None) -> Dataset:
