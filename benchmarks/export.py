@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
         "layer for the first token alone.",
     )  # fmt: skip
     parser.add_argument("--calibration_samples", type=int, default=512)
-    parser.add_argument("--int8_bound", type=float, default=0.2)
+    parser.add_argument("--int8_bound", type=float, default=0.1)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--examples", type=int, default=128, help="Timed examples, evenly spread over the lengths.")

@@ -1,4 +1,4 @@
-"""Packed weights in ONNX Runtime: in single precision, rounded anew to eight bits, or as integers for an operator.
+"""Packed weights in ONNX Runtime: in single precision, rounded anew to eight bits, or unpacked by an operator.
 
     python benchmarks/packed_operators.py --graph dense_onnx --out x.json
 

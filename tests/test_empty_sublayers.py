@@ -16,6 +16,7 @@ from tests.rounding import assert_equal_to_rounding
 
 
 NONE = torch.tensor([], dtype=torch.int64)
+SETTINGS = [{}, {"order": "sequential"}, {"selection": "random"}, {"selection": "magnitude"}]
 
 
 def emptied(model, heads=(0,), neurons=(1,)):
@@ -88,9 +89,17 @@ def test_attention_weights_have_no_heads(model):
         assert [tuple(found.shape) for found in weights[:2]] == [(1, 0, 3, 3), (1, 4, 3, 3)]
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"order": "sequential"}, {"selection": "random"}, {"selection": "magnitude"}]
-)
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("ratio", [0.05, 0.1])
+def test_feed_forward_parts_go_as_a_whole(model, batches, settings, ratio):
+    dense = model("bert")
+    config = hc.StructuredPruningConfig(mac_ratio=ratio, min_heads=0, min_neurons=0, seq_len=20, **settings)
+    pruned = hc.compress(copy.deepcopy(dense), config, data=batches(dense.config))
+    assert hc.count_cost(pruned, 20).macs <= ratio * hc.count_cost(dense, 20).macs
+    assert torch.isfinite(answers(pruned, batches(dense.config)[0])).all()
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_whole_sublayers_go_where_the_minima_allow_it(model, batches, settings):
     dense = model("bert")
     config = hc.StructuredPruningConfig(mac_ratio=0.02, min_heads=0, min_neurons=0, seq_len=20, **settings)

@@ -21,6 +21,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 FLOORS = {
     "hf_compress.core": 0,
     "hf_compress.core.surgery": 1,
+    "hf_compress.core.folded_norms": 1,
     "hf_compress.methods": 2,
     "hf_compress.students": 4,
     "hf_compress.api": 3,

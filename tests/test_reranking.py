@@ -3,6 +3,7 @@
 The oracles are loops over single pairs without padding, sorting by hand, and torch's own cross-entropy.
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import hf_compress as hc
 from hf_compress.cli.main import main
 from hf_compress.report.quality import evaluated
 from hf_compress.stages.measured import measured
+from hf_compress.tasks.pair_inputs import read_pairs_separately_
 from hf_compress.tasks.reranking import Reranking, ranks_by_query
+from hf_compress.tasks.retrieval import RetrievalAnswers
 from hf_compress.tasks.sources import DataArguments, load_task
 from tests.labelled_models import write_rows
 
@@ -157,14 +160,41 @@ def _scores(found):
     return found.model.eval()(**batch).logits
 
 
-def test_packed_weights_and_another_loader_give_the_same_order(place, tokenizer):
+def test_packed_weights_order_as_the_numbers_they_stand_for(place, tokenizer):
     scorer(tokenizer)
-    quantise = f"quantize --model_name_or_path scorer --output_dir packed {DATA} --bits 8 --device cpu"
+    quantise = f"quantize --model_name_or_path scorer --output_dir packed {DATA} --bits 4 --device cpu"
     assert main(quantise.split()) == 0
-    opened = transformers.AutoModelForSequenceClassification.from_pretrained("packed")
-    batch = tokenizer(["the good film"], ["a bad plot"], return_tensors="pt")
-    found, whole = (each(**batch).logits for each in (opened, hc.dequantize(opened)))
-    torch.testing.assert_close(found, whole)
+    packed = measured("packed", task_of(), "validation", 48)
+    ranks, scores = evaluated(packed).ranks, _scores(packed)
+    hc.dequantize(packed.model)
+    assert evaluated(packed).ranks.tolist() == ranks.tolist()
+    torch.testing.assert_close(_scores(packed), scores)
+    assert not torch.equal(scores, _scores(measured("scorer", task_of(), "validation", 48)))
+
+
+def test_a_reranker_whose_config_names_no_loss_learns_by_cross_entropy(place, tokenizer):
+    net = scorer(tokenizer)
+    net.config.problem_type = None
+    net.save_pretrained("scorer")
+    train = f"finetune --model_name_or_path scorer --output_dir out {DATA} {QUICK} --max_steps 1 --logging_steps 1"
+    assert main(train.split()) == 0
+    assert json.loads((place / "out" / "config.json").read_text())["problem_type"] == "multi_label_classification"
+
+
+def test_several_relevant_passages_are_one_hit():
+    relevant = np.array([True, *[False] * 10, True])
+    ranks = ranks_by_query(["a"] * 12, -np.arange(12.0), relevant)
+    answers = RetrievalAnswers(ranks, share="hit_rate")
+    assert answers.metrics() == {"hit_rate_at_1": 1.0, "hit_rate_at_10": 1.0, "mrr": 1.0}
+    assert answers.at(np.array([0, 0])).metrics() == answers.metrics()
+
+
+def test_a_report_counts_queries(place, tokenizer):
+    scorer(tokenizer)
+    report = f"report --models scorer --output_dir report {DATA} --latency_repeats 1 --latency_batch_sizes 1"
+    assert main(f"{report} --device cpu".split()) == 0
+    found = json.loads((place / "report" / "report.json").read_text())
+    assert (found["metric"], found["num_examples"]) == ("mrr", 8)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +207,9 @@ def test_packed_weights_and_another_loader_give_the_same_order(place, tokenizer)
         ("evaluate --models many", None, "its head gives 3 scores, and a reranker must give a single one"),
         ("finetune --model_name_or_path encoder --output_dir out", [{"query": "a", "passage": "b"}],
          "reranking has no loss of its own"),
+        ("evaluate --models scorer --label_column rell", None, "label_column 'rell' is no column of"),
+        ("distill --model_name_or_path scorer --teacher_name_or_path scorer --output_dir out --alpha_task 0 "
+         "--eval_strategy epoch", [{"query": "a", "passage": "b"}], "eval_strategy must be 'no'"),
         ("distill --model_name_or_path scorer --teacher_name_or_path scorer --output_dir out",
          [{"query": "a", "passage": "b"}], "alpha_task must be 0"),
     ],
@@ -195,10 +228,8 @@ def test_what_cannot_be_ranked_is_one_line(place, tokenizer, capsys, command, ro
 
 
 def test_a_model_of_two_texts_is_refused(place, tokenizer):
-    from hf_compress.tasks.pair_inputs import read_pairs_separately_
-
     with pytest.raises(ValueError, match="must read query and passage together"):
-        task_of().encode("train", read_pairs_separately_(tokenizer), 48)
+        task_of().encode("train", read_pairs_separately_(copy.deepcopy(tokenizer)), 48)
 
 
 def test_sentence_transformers_opens_it(place, tokenizer):
@@ -216,3 +247,12 @@ def test_sentence_transformers_opens_it(place, tokenizer):
     with torch.no_grad():
         expected = [float(torch.sigmoid(net(**tokenizer(*pair, return_tensors="pt")).logits)) for pair in pairs]
     np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), expected, atol=1e-5)
+
+
+def test_a_test_split_whose_labels_are_unknown_is_left_out(place):
+    rows = [{"query": "a film", "passage": "the film", "label": -1}] * 4
+    write_rows(place / "data" / "test.jsonl", rows)
+    assert list(task_of().splits) == ["train", "validation"]
+    write_rows(place / "data" / "validation.jsonl", [{"query": "a", "passage": "b", "target": 1}])
+    with pytest.raises(ValueError, match=r"validation.jsonl' must have the columns label"):
+        task_of()

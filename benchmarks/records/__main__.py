@@ -178,7 +178,7 @@ def per_tensor(folder: Path) -> Path:
 
 
 def main_metric(metrics: Mapping[str, float]) -> float:
-    return 100 * next(metrics[name] for name in ("accuracy", "recall_at_1", "spearman") if name in metrics)
+    return 100 * next(metrics[name] for name in ("accuracy", "recall_at_1", "spearman", "mrr") if name in metrics)
 
 
 def chosen(content: dict[str, Any], args: argparse.Namespace) -> str:

@@ -1,9 +1,9 @@
-"""Questions with ten sentences each for a reranker; one of them holds the answer.
+"""Questions with sentences for a reranker; one sentence of each question holds the answer.
 
     python -m benchmarks.records.candidates --data DATA --out candidates
 
 Questions and paragraphs are those of `squad_dev`. Beside the right sentence stand the others of its paragraph, and
-sentences of the same split up to ten; a question to learn from has one of its paragraph and two others. Every fifth
+sentences of the same split, ten in all; a question to learn from has one of its paragraph and two others. Every fifth
 article of the training split is kept back: its questions are the validation split. The test split is `squad_dev`'s own
 validation split, whose articles are others.
 """

@@ -21,6 +21,11 @@ from hf_compress.core.architectures import architecture_of, layers_of
 from hf_compress.core.calibration import collect_inputs
 from hf_compress.core.data_needs import Data
 from hf_compress.core.moments import device_of_doubles
+from hf_compress.core.surgery import renewed
+
+
+# Tokens that a line is drawn through.
+_LEAST = 100
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,12 @@ class Fold:
 
 def require_foldable(model: PreTrainedModel) -> None:
     """Raise `ValueError` unless the architecture is one whose normalisations can be folded."""
-    if architecture_of(model).norms is None:
+    # Between attention and the feed-forward part lies another normalisation there.
+    crossed = getattr(model.config, "add_cross_attention", False)
+    if architecture_of(model).norms is None or crossed:
         raise ValueError(
             f"fold_norms must be false for {model.config.model_type}: it is for encoders that normalise after each "
-            "sublayer, as BERT, DistilBERT and MPNet do."
+            "sublayer, as BERT, DistilBERT and MPNet do, without cross-attention."
         )
 
 
@@ -86,7 +93,7 @@ def folds_of(model: PreTrainedModel) -> list[Fold]:
 
 
 class _Line:
-    """The straight line through what a normalisation makes of each channel: least squares over all tokens.
+    """The straight line through what a normalisation makes of each channel: least squares over the live tokens.
 
     Args:
         norm: Of D channels.
@@ -111,7 +118,16 @@ class _Line:
         return [self._count, self._sums]
 
     def slope_and_shift(self) -> tuple[Tensor, Tensor]:
-        """[D] and [D], float64. A channel that never changes is only shifted."""
+        """[D] and [D], float64. A channel that never changes is only shifted.
+
+        Raises:
+            ValueError: If there were too few tokens to draw a line through.
+        """
+        if self._count < _LEAST:
+            raise ValueError(
+                f"fold_norms needs at least {_LEAST} tokens of calibration data that are not padding, got "
+                f"{int(self._count)}."
+            )
         x, y, squares, products = self._sums / self._count
         spread = squares - x.square()
         moves = spread > 1e-12 * squares
@@ -127,6 +143,9 @@ def fold_norms_(model: PreTrainedModel, data: Data) -> None:
         model: Changed in place. Its outputs change a little: a normalisation divides each token by a number of its
             own, which becomes the same for all.
         data: Batches on which those lines are drawn; read once.
+
+    Raises:
+        ValueError: If the data hold too few tokens.
     """
     folds = folds_of(model)
     if not folds:
@@ -135,10 +154,13 @@ def fold_norms_(model: PreTrainedModel, data: Data) -> None:
     lines = {name: _Line(norm) for name, norm in norms.items()}
     collect_inputs(model, norms, lines, data, description="normalisations")
     for fold, line in zip(folds, lines.values(), strict=True):
-        slope, shift = (part.to(fold.before.weight.device) for part in line.slope_and_shift())
-        bias = 0.0 if fold.projection.bias is None else fold.projection.bias.to(slope)
-        fold.before.bias.copy_(slope * (fold.before.bias.to(slope) + bias) + shift)
-        fold.before.weight.mul_(slope)
+        slope, shift = line.slope_and_shift()
+        weight, bias = (part.detach().to(slope) for part in (fold.before.weight, fold.before.bias))
+        if fold.projection.bias is not None:
+            bias = bias + fold.projection.bias.detach().to(slope)
+        # New ones: a call that fails later gives the old ones back.
+        fold.before.weight = renewed(fold.before.weight, weight * slope)
+        fold.before.bias = renewed(fold.before.bias, slope * bias + shift)
     remove_(folds)
 
 

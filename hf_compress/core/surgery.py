@@ -32,14 +32,15 @@ from hf_compress.core.projections import (
 KEPT_HEADS = "kept_heads"
 
 
+def renewed(old: Tensor, values: Tensor) -> nn.Parameter:
+    """A parameter with other values in place of an old one; device, dtype and `requires_grad` stay."""
+    # A copy, because a view would keep the dense weight in memory.
+    copy = values.detach().to(old.device, old.dtype).clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(copy, requires_grad=old.requires_grad)
+
+
 def _replace_(module: nn.Linear | Conv1D, weight: Tensor, bias: Tensor | None) -> None:
     """Give a linear layer another weight [outputs, inputs] and bias; dtype and `requires_grad` stay."""
-
-    def renewed(old: Tensor, values: Tensor) -> nn.Parameter:
-        # A copy, because a view would keep the dense weight in memory.
-        copy = values.detach().to(old.dtype).clone(memory_format=torch.contiguous_format)
-        return nn.Parameter(copy, requires_grad=old.requires_grad)
-
     module.weight = renewed(module.weight, weight.T if isinstance(module, Conv1D) else weight)
     if bias is not None:
         module.bias = renewed(module.bias, bias)

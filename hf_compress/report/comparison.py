@@ -126,7 +126,8 @@ def compare_models(
     metric, place, folder = first.task.main_metric, environment(), Path(output_dir)
 
     # An example may be several rows: both sentences of a pair, the windows of a long text.
-    examples = len(first.task.splits[first.split]) if first.split in first.task.splits else len(first.rows)
+    known = first.split in first.task.splits
+    examples = first.task.num_examples(first.split) if known else len(first.rows)
     protocol = first.task.protocol(first.rows)
     examples = protocol.get("windows", examples)
 

@@ -27,7 +27,7 @@ from hf_compress.tasks.arguments import DataArguments
 from hf_compress.tasks.inputs import row_lengths
 from hf_compress.tasks.pair_inputs import reads_separately
 from hf_compress.tasks.sources import load_task
-from hf_compress.tasks.task import Processor, Task
+from hf_compress.tasks.task import EVALUATED, Processor, Task
 from hf_compress.training.collator import TEACHER_PREFIX, TeacherStudentCollator
 from hf_compress.training.trainer import CompressionTrainer
 
@@ -87,7 +87,9 @@ def prepare(
     if trains:
         model.config.update(task.names_for(model.config))
     if task.evaluation_split is None:
-        logger.warning("The task has neither a validation nor a test split: nothing is measured.")
+        reasons = [task.unmeasurable(split) for split in EVALUATED if split in task.splits]
+        reason = reasons[0] if reasons else "The task has neither a validation nor a test split."
+        logger.warning("Nothing is measured. %s", reason)
     else:
         logger.info("Models are measured on the %s split.", task.evaluation_split)
     model_args.prepare_(model)
@@ -137,6 +139,8 @@ def trainer_arguments(
             f"alpha_task must be 0 for {task.kind} without labels to learn: a teacher teaches its vectors or scores "
             "(alpha_output), how alike sentences are (alpha_similarity) and hidden states (alpha_layer)."
         )
+    if task.evaluation_split is None and args.eval_strategy != "no":
+        raise ValueError(f"eval_strategy must be 'no': no split can be measured on, got {str(args.eval_strategy)!r}.")
     callbacks = []
     if not task.judged_in_training:
         # Its outputs are of no use to the trainer, and large.

@@ -23,7 +23,14 @@ from transformers import (
 
 from hf_compress.core.table_files import Table
 from hf_compress.tasks.arguments import DataArguments
-from hf_compress.tasks.column_choice import finds_label, finds_texts, label_column, read_texts, text_columns
+from hf_compress.tasks.column_choice import (
+    finds_label,
+    finds_texts,
+    label_column,
+    read_texts,
+    require_columns,
+    text_columns,
+)
 from hf_compress.tasks.inputs import tokenizer_for
 from hf_compress.tasks.label_values import read_labels, without_unlabelled_test
 from hf_compress.tasks.pair_inputs import reads_separately
@@ -60,9 +67,12 @@ class Reranking(Task):
         """Read queries and passages of all splits, and the labels of those that have some."""
         labelled = {split: table for split, table in tables.items() if finds_label(table, args)}
         labels: Mapping[str, Sequence[Any]] = {}
-        if labelled:
-            column = label_column(next(iter(labelled.values())), args.label_column)
-            labelled = without_unlabelled_test(labelled, column)
+        if labelled or args.label_column is not None:
+            column = label_column(next(iter((labelled or tables).values())), args.label_column)
+            tables = without_unlabelled_test(tables, column)
+            labelled = {split: table for split, table in labelled.items() if split in tables}
+            for table in labelled.values():
+                require_columns(table, (column,))
             labels = read_labels(labelled, column, known_labels=1).values
         splits = DatasetDict()
         for split, table in tables.items():
@@ -79,7 +89,7 @@ class Reranking(Task):
                 if wrong is not None:
                     raise ValueError(
                         f"{table.where}: {column} must be a relevance between 0 and 1, got {labels[split][wrong - 1]} "
-                        f"in row {table.row_of(wrong)}: divide grades by the highest one."
+                        f"in row {table.row_of(wrong)}. Divide grades by the highest one; drop rows without a label."
                     )
                 columns["label"] = labels[split]
             splits[split] = Dataset.from_dict(columns, split=split)
@@ -98,11 +108,10 @@ class Reranking(Task):
 
     def unmeasurable(self, split: str) -> str:
         """Say what is missing where a split has no query with relevant and other passages."""
-        rows, where = self.split(split), self.files.get(split, split)
-        if "label" not in rows.column_names:
+        where = self.files.get(split, split)
+        if "label" not in self.split(split).column_names:
             return f"{where} has no column of labels to measure by: the relevance of each passage, between 0 and 1."
-        relevant = np.array(rows["label"][:]) > 0
-        if not len(ranks_by_query(rows["query"][:], relevant.astype(float), relevant)):
+        if not self.num_examples(split):
             return f"{where} must have a query with relevant passages (label above 0) and others (0), got none."
         return ""
 
@@ -145,13 +154,25 @@ class Reranking(Task):
         """Where the first relevant passage of each query stands among its passages."""
         pairs = self.split(split)
         relevant = np.array(pairs["label"][:]) > 0
-        return RetrievalAnswers(ranks_by_query(pairs["query"][:], np.stack(outputs)[:, 0], relevant))
+        ranks = ranks_by_query(pairs["query"][:], np.stack(outputs)[:, 0], relevant)
+        # A query may have several relevant passages, of which one is enough.
+        return RetrievalAnswers(ranks, share="hit_rate")
+
+    def num_examples(self, split: str) -> int:
+        """The queries that decide."""
+        rows = self.split(split)
+        relevant = np.array(rows["label"][:]) > 0
+        return len(ranks_by_query(rows["query"][:], relevant.astype(float), relevant))
 
     def matched(self, config: PretrainedConfig) -> Task:
         """The task itself, for a model that gives one score."""
         if config.num_labels != 1:
             raise ValueError(f"its head gives {config.num_labels} scores, and a reranker must give a single one.")
         return self
+
+    def names_for(self, config: PretrainedConfig) -> dict[str, Any]:
+        """The loss of a model whose config names none: transformers would take squared errors."""
+        return self.head_settings() if config.problem_type is None else {}
 
     def head_settings(self) -> dict[str, Any]:
         """One score, taught by cross-entropy as a probability."""

@@ -5,7 +5,7 @@ Letters: B queries, N texts, D dimensions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -48,9 +48,11 @@ class RetrievalAnswers(Answers):
 
     Args:
         ranks: [B], 0 for the first.
+        share: How the share of queries is called whose text is among the first.
     """
 
     ranks: npt.NDArray[np.int64]
+    share: str = "recall"
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -58,10 +60,10 @@ class RetrievalAnswers(Answers):
     def metrics(self) -> dict[str, float]:
         """The share of queries whose text is the first and among the first ten, and the mean reciprocal rank."""
         return {
-            "recall_at_1": float((self.ranks == 0).mean()),
-            "recall_at_10": float((self.ranks < 10).mean()),
+            f"{self.share}_at_1": float((self.ranks == 0).mean()),
+            f"{self.share}_at_10": float((self.ranks < 10).mean()),
             "mrr": float((1 / (1 + self.ranks)).mean()),
         }
 
     def at(self, examples: npt.NDArray[np.int64]) -> RetrievalAnswers:
-        return RetrievalAnswers(self.ranks[examples])
+        return replace(self, ranks=self.ranks[examples])

@@ -142,6 +142,10 @@ class Task(ABC):
         """Facts without which a metric of encoded rows cannot be compared with another one."""
         return {}
 
+    def num_examples(self, split: str) -> int:
+        """How many examples the metrics of a split are computed on."""
+        return len(self.split(split))
+
     def text_of(self, split: str, example: int) -> str:
         """An example in words, for a list of what went wrong."""
         return f"{split}, example {example + 1}"
@@ -170,11 +174,7 @@ class Task(ABC):
         return self.kind
 
     def matched(self, config: PretrainedConfig) -> Task:
-        """The task with the label ids of a model.
-
-        Raises:
-            ValueError: If a label of the data is none of the model's.
-        """
+        """The task with the label ids of a model; `ValueError` if a label of the data is none of the model's."""
         return self
 
     def require_trainable(self) -> None:
@@ -211,7 +211,7 @@ class Task(ABC):
         is none, or nothing to measure by."""
         found = name or self.evaluation_split or next((each for each in EVALUATED if each in self.splits), None)
         if found is None:
-            there = ", ".join(self.splits)
+            there = f"{', '.join(self.splits)}: give one, or choose with split"
             raise ValueError(f"{self.name!r} has neither a validation nor a test split to measure on, only {there}.")
         self.split(found)
         if reason := self.unmeasurable(found):

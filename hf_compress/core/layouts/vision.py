@@ -35,6 +35,7 @@ if Version(transformers.__version__) >= Version("5.9"):
 else:
     _VIT = replace(
         BERT,
+        norms=None,
         attention="attention.attention",
         projections={
             "attention.attention.query": (Role.QUERY,),

@@ -61,7 +61,7 @@ def cut_(
         return
     out = output_projection(layer, kind)
     units = sorted(ranking.order[:size])
-    columns = unit_columns(units, layer.unit_size) if kind == "heads" else torch.tensor(units)
+    columns = unit_columns(units, layer.unit_size) if kind == "heads" else torch.tensor(units, dtype=torch.int64)
     weight = bias = None
     if config.correction:
         if ranking.columns is not None:
@@ -77,7 +77,7 @@ def cut_(
     if kind == "heads":
         keep_heads_(layer, units, weight, bias)
     else:
-        keep_neurons_(layer, torch.tensor(units), weight, bias)
+        keep_neurons_(layer, torch.tensor(units, dtype=torch.int64), weight, bias)
 
 
 def scaled_columns(out: Projection, columns: Tensor, scales: Tensor) -> Tensor:

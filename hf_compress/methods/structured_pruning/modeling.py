@@ -67,7 +67,8 @@ def check(model: PreTrainedModel, config: StructuredPruningConfig) -> None:
                 f"min_heads and min_neurons must be at most {layer.num_units} and {layer.num_neurons}, the sizes of "
                 f"layer {layer.index}, got {config.min_heads} and {config.min_neurons}."
             )
-        if config.center and (layer.attention_out.bias is None or layer.ffn_out.bias is None):
+        sublayers = (layer.num_units, layer.attention_out), (layer.num_neurons, layer.ffn_out)
+        if config.center and any(units and out.bias is None for units, out in sublayers):
             raise ValueError(f"center must be False for {model.config.model_type}: its projections have no bias.")
     # The share of attention grows with the length, so only a given length allows a verdict before data is seen.
     if config.seq_len is not None:
