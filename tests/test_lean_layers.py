@@ -8,7 +8,7 @@ import torch
 import hf_compress as hc
 from hf_compress.core.architectures import layers_of
 from hf_compress.core.surgery import keep_heads_, keep_neurons_
-from hf_compress.export.lean_layers import first_token_suffices, lean_layers
+from hf_compress.export.lean_layers import MERGED, first_token_suffices, lean_layers
 from tests.conftest import ARCHITECTURES, HEADS
 from tests.contract.conftest import METHOD_CONFIGS, logits_of
 from tests.rounding import assert_equal_to_rounding
@@ -145,7 +145,7 @@ def test_heads_that_read_all_tokens_get_them(head):
     assert not first_token_suffices(HEADS[head].from_config(ARCHITECTURES["bert"]()).eval())
 
 
-def test_packed_projections_are_not_merged(model, batches):
+def test_packed_projections_are_merged_as_the_numbers_they_stand_for(model, batches):
     packed = model("bert", HEAD)
     data = batches(packed.config, count=4)
     hc.compress(packed, hc.WeightQuantizationConfig(bits=4), data=data)
@@ -153,6 +153,7 @@ def test_packed_projections_are_not_merged(model, batches):
     drawn = torch.get_rng_state()
     with lean_layers(packed, narrow=True):
         assert torch.equal(torch.get_rng_state(), drawn)
+        assert hasattr(packed.bert.encoder.layer[0], MERGED)
         assert_equal_to_rounding(logits_of(packed, data[0])[0], wanted)
 
 

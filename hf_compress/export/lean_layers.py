@@ -28,6 +28,7 @@ from hf_compress.core.projections import Role
 from hf_compress.core.surgery import KEPT_HEADS
 from hf_compress.methods.token_pruning.layers import FINISH
 from hf_compress.methods.token_pruning.modeling import reads_first_token
+from hf_compress.methods.weight_quantization.packed import PackedModule
 
 
 # Child of a layer while it is recorded.
@@ -216,7 +217,8 @@ def _recorded_as(
 
 def _merged(parts: Sequence[Any], scales: Sequence[float]) -> nn.Linear | None:
     """One layer that gives the outputs of several, each times a factor, side by side; None if they are not plain."""
-    if any(type(part) is not nn.Linear for part in parts) or len({part.bias is None for part in parts}) > 1:
+    plain = all(type(part) is nn.Linear or (isinstance(part, PackedModule) and part.is_computed) for part in parts)
+    if not plain or len({part.bias is None for part in parts}) > 1:
         return None
     weights, biases = ([getattr(part, name) for part in parts] for name in ("weight", "bias"))
     first, bias = weights[0], biases[0] is not None
