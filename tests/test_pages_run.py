@@ -89,6 +89,7 @@ def write_data(root):
         "reviews": {"sentence": texts, "label": labels}, "my_data": {"text": texts, "label": labels}, "stsb": halves,
         "pairs": halves | {"label": labels}, "questions": {"question": texts, "context": texts[::-1]},
         "stories": {"text": texts},
+        "candidates": {"query": [texts[i - i % 4] for i in range(64)], "passage": texts, "label": [0, 1, 0, 1] * 16},
     }  # fmt: skip
     for folder, columns in tables.items():
         for split in ("train", "validation", "test"):

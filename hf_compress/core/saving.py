@@ -24,6 +24,7 @@ from torch import Tensor
 _TRAINING_LOCK = "_training.lock"
 _WRITING_LOCK = ".writing.lock"
 _STAGED = ".incomplete-model-"
+_ASIDE = ".incomplete"
 
 # The files that weights are read from, in any format, exported ones too, and those that name further files.
 _ADAPTER = re.compile(r"adapter_model\.(safetensors|bin)|adapter_config\.json")
@@ -260,11 +261,18 @@ def write_tensors(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], t
     _sync(Path(file).parent)
 
 
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed processes have left of files that were being written; nobody else may be writing there."""
+    for leftover in Path(folder).rglob(f".*{_ASIDE}"):
+        if leftover.is_file():
+            leftover.unlink(missing_ok=True)
+
+
 @contextmanager
 def _in_one_step(file: Path) -> Iterator[Path]:
     file.parent.mkdir(parents=True, exist_ok=True)
     # A unique name, because two processes may write the same file.
-    aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.incomplete")
+    aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}{_ASIDE}")
     try:
         yield aside
         _sync(aside)

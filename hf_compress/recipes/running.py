@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from hf_compress.core.saving import sole_training, write_json
+from hf_compress.core.saving import remove_leftovers, sole_training, write_json
 from hf_compress.core.shared_passes import shared_passes
 from hf_compress.recipes.estimates import duration
 from hf_compress.recipes.lineage import lineage_of, write_lineage
@@ -50,6 +50,7 @@ def run_plan(plan: Plan, fill: Fill, say: Callable[[str], None]) -> dict[str, Ma
     results: dict[str, Mapping[str, Any]] = {}
     folder = Path(plan.recipe.output_dir)
     with sole_training(folder):
+        remove_leftovers(folder)
         left = plan.seconds_left
         numbered = enumerate(plan.jobs, start=1)
         for _, members in itertools.groupby(numbered, key=lambda each: each[1].job.entry.name):
