@@ -39,7 +39,7 @@ class StructuredPruningConfig(MethodConfig):
             because at batch 1 they take time however narrow they are. It does not count in `mac_ratio`.
         fold_norms: Fold the normalisation of each sublayer that has nothing left into the one before it, so that
             nothing of the sublayer remains; with `min_heads=0` or `min_neurons=0`, for encoders that normalise after
-            each sublayer. The outputs move a little, which training afterwards makes good.
+            each sublayer. The outputs move a little, so train afterwards.
         round_to: Keep a multiple of this many neurons in each layer (up to its full width).
         seq_len: Tokens in a sequence, for the MAC count. Left out: the mean unpadded length of the calibration data.
         ridge: Regularisation of the correction, as a fraction of the mean diagonal of the Gram matrix; 0 refuses
