@@ -209,7 +209,7 @@ def test_a_report_counts_queries(place, tokenizer):
          "reranking has no loss of its own"),
         ("evaluate --models scorer --label_column rell", None, "label_column 'rell' is no column of"),
         ("distill --model_name_or_path scorer --teacher_name_or_path scorer --output_dir out --alpha_task 0 "
-         "--eval_strategy epoch", [{"query": "a", "passage": "b"}], "eval_strategy must be 'no'"),
+         "--eval_strategy epoch", [{"query": "a", "passage": "b"}], "no split to measure on, got 'epoch'"),
         ("distill --model_name_or_path scorer --teacher_name_or_path scorer --output_dir out",
          [{"query": "a", "passage": "b"}], "alpha_task must be 0"),
     ],

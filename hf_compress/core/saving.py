@@ -25,6 +25,8 @@ _TRAINING_LOCK = "_training.lock"
 _WRITING_LOCK = ".writing.lock"
 _STAGED = ".incomplete-model-"
 _ASIDE = ".incomplete"
+# Name of the file, process and a random number: as `_in_one_step` calls it.
+_LEFT = re.compile(rf"\..+\.\d+-[0-9a-f]{{8}}{re.escape(_ASIDE)}")
 
 # The files that weights are read from, in any format, exported ones too, and those that name further files.
 _ADAPTER = re.compile(r"adapter_model\.(safetensors|bin)|adapter_config\.json")
@@ -263,9 +265,10 @@ def write_tensors(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], t
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
     """Remove what killed processes have left of files that were being written; nobody else may be writing there."""
-    for leftover in Path(folder).rglob(f".*{_ASIDE}"):
-        if leftover.is_file():
-            leftover.unlink(missing_ok=True)
+    for path in Path(folder).rglob(f".*{_ASIDE}"):
+        # Hidden files of other programs may end in the same word.
+        if _LEFT.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_compress.core.engines import launched_with
 from hf_compress.core.launcher import lost_process_named
@@ -140,7 +141,8 @@ def trainer_arguments(
             "(alpha_output), how alike sentences are (alpha_similarity) and hidden states (alpha_layer)."
         )
     if task.evaluation_split is None and args.eval_strategy != "no":
-        raise ValueError(f"eval_strategy must be 'no': no split can be measured on, got {str(args.eval_strategy)!r}.")
+        asked = IntervalStrategy(args.eval_strategy).value
+        raise ValueError(f"eval_strategy must be 'no': the data have no split to measure on, got {asked!r}.")
     callbacks = []
     if not task.judged_in_training:
         # Its outputs are of no use to the trainer, and large.
